@@ -1,0 +1,35 @@
+"""Personalised federated learning for clients with heterogeneous model architectures: FlexiFed, on Ray.
+
+>>> import flexifed
+>>> models = [flexifed.build_model(name, num_classes=10, width=0.1) for name in ("vgg11_bn", "vgg19_bn")]
+>>> plan = flexifed.sharing_plan(models, scheme="max_common")
+>>> new_states = flexifed.aggregate(plan, [model.state_dict() for model in models])
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flexifed.core.aggregate import aggregate
+    from flexifed.core.schemes import sharing_plan
+    from flexifed.core.signature import signature
+    from flexifed.models import build_model
+
+__version__ = "0.1.0"
+__all__ = ["aggregate", "build_model", "sharing_plan", "signature"]
+
+_HOMES = {
+    "aggregate": "flexifed.core.aggregate",
+    "build_model": "flexifed.models",
+    "sharing_plan": "flexifed.core.schemes",
+    "signature": "flexifed.core.signature",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import the public functions when they are first used, so that `--help` need not wait for torch."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'flexifed' has no attribute {name!r}")

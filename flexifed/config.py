@@ -1,0 +1,217 @@
+"""What decides the numbers of a cell, as frozen dataclasses that are checked when they are made.
+
+Nothing here says where a cell runs, where its files lie or how many rounds it lasts: none of that may change a number.
+This module imports neither torch nor Ray, so that a command line can be parsed and refused within a moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from flexifed.errors import ConfigError, invalid_choice
+
+DatasetName = Literal["cifar10"]
+FamilyName = Literal["vgg", "vgg_plain"]
+SchemeName = Literal["standalone", "clustered_fl", "basic_common", "clustered_common", "max_common"]
+Device = Literal["cpu", "cuda"]
+Weighting = Literal["uniform", "samples"]
+BatchNormBuffers = Literal["average", "local"]
+ClassifierSharing = Literal["prefix", "never", "always"]
+
+DATASETS: tuple[str, ...] = get_args(DatasetName)
+SCHEMES: tuple[str, ...] = get_args(SchemeName)
+FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "vgg": ("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
+        "vgg_plain": ("vgg11", "vgg13", "vgg16", "vgg19"),
+    }
+)
+"""The model names of each family's versions, V1 first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the clients' models are."""
+
+    width: float = 1.0
+    """Factor on all channels; the depth, and so what models share, stays."""
+    init: Literal["own", "shared"] = "own"
+    """`own`: every client draws its own weights, as the authors do; `shared`: all draw from one stream, so that common
+    layers start equal."""
+
+    def __post_init__(self) -> None:
+        _check_number(self, "width", above=0)
+        _check_literal(self, "init", ("own", "shared"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionConfig:
+    """Who has which data."""
+
+    num_clients: int = 8
+    """Clients; client k has version k modulo 4."""
+    num_shards: int = 20
+    """Equal i.i.d. shards that the training and the test set are cut into; each client gets one of each."""
+    windows_per_shard: int = 10
+    """A client trains on one of so many parts of its shard in a round, the next part in the next round."""
+
+    def __post_init__(self) -> None:
+        _check_integer(self, "num_clients", 1)
+        _check_integer(self, "num_shards", 1)
+        _check_integer(self, "windows_per_shard", 1)
+        if self.num_shards < self.num_clients:
+            raise ConfigError(
+                f"num_shards is {self.num_shards}, fewer than the {self.num_clients} clients that need one each; "
+                f"ask for at least {self.num_clients} shards or for fewer clients"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a client trains and is scored in a round. A round begins with a fresh SGD optimizer."""
+
+    local_epochs: int = 10
+    """Passes over the round's part of the shard."""
+    batch_size: int = 64
+    """Images a step; the last batch of an epoch may be smaller."""
+    learning_rate: float = 0.01
+    """SGD's step size."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    weight_decay: float = 5e-4
+    """SGD's weight decay, on all parameters."""
+    augment: bool = True
+    """Random crop (32, padding 4) and horizontal flip of training images."""
+    scoring: Literal["eval", "train"] = "eval"
+    """Mode in which a model is scored. `train` is what the authors' program does: dropout on, batch statistics."""
+    eval_batch_size: int = 500
+    """Images a batch when scoring; with `scoring=train` it changes the scores."""
+
+    def __post_init__(self) -> None:
+        _check_integer(self, "local_epochs", 1)
+        _check_integer(self, "batch_size", 1)
+        _check_integer(self, "eval_batch_size", 1)
+        _check_number(self, "learning_rate", above=0)
+        _check_number(self, "momentum", minimum=0, below=1)
+        _check_number(self, "weight_decay", minimum=0)
+        _check_bool(self, "augment")
+        _check_literal(self, "scoring", ("eval", "train"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharingConfig:
+    """Options that every scheme understands."""
+
+    weighting: Weighting = "uniform"
+    """`uniform` counts all clients alike, as the authors do; `samples` weights by the number of training samples."""
+    batch_norm_buffers: BatchNormBuffers = "average"
+    """Whether running statistics are averaged like weights, as the authors do, or stay with the client."""
+    classifier: ClassifierSharing = "prefix"
+    """Classifier layers: shared where the prefix reaches them, never, or always, across versions too."""
+    reduce_block: int = 1
+    """So many consecutive clients are summed where they live before the driver sums the blocks."""
+
+    def __post_init__(self) -> None:
+        _check_literal(self, "weighting", get_args(Weighting))
+        _check_literal(self, "batch_norm_buffers", get_args(BatchNormBuffers))
+        _check_literal(self, "classifier", get_args(ClassifierSharing))
+        _check_integer(self, "reduce_block", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumericsConfig:
+    """What can change the last bits of a result, and with them everything that follows."""
+
+    threads: int = 1
+    """CPU threads with which a client computes."""
+    channels_last: bool = True
+    """Memory format of images and convolutions."""
+
+    def __post_init__(self) -> None:
+        _check_integer(self, "threads", 1)
+        _check_bool(self, "channels_last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellConfig:
+    """One cell of Table 1 under one seed: all that decides its numbers but the data themselves."""
+
+    dataset: DatasetName
+    family: FamilyName
+    scheme: SchemeName
+    seed: int = 0
+    device: Device = "cpu"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sharing: SharingConfig = field(default_factory=SharingConfig)
+    numerics: NumericsConfig = field(default_factory=NumericsConfig)
+
+    def __post_init__(self) -> None:
+        _check_literal(self, "dataset", DATASETS)
+        _check_literal(self, "family", FAMILIES)
+        _check_literal(self, "scheme", SCHEMES)
+        _check_literal(self, "device", get_args(Device))
+        _check_integer(self, "seed", 0)
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The family's model names, V1 first."""
+        return FAMILIES[self.family]
+
+    def model_name(self, client: int) -> str:
+        """The model of a client: versions go round, so that consecutive clients hold all of them."""
+        return self.versions[client % len(self.versions)]
+
+    def version(self, client: int) -> str:
+        """`v1` to `v4`."""
+        return f"v{client % len(self.versions) + 1}"
+
+    def run_id(self, data_fingerprint: str) -> str:
+        """Sixteen hexadecimal digits for all that decides the numbers: this config and the data.
+
+        Args:
+            data_fingerprint: source and checksum of the data set.
+
+        >>> one = CellConfig(dataset="cifar10", family="vgg", scheme="standalone")
+        >>> one.run_id("real") == CellConfig(dataset="cifar10", family="vgg", scheme="standalone").run_id("real")
+        True
+        """
+        content = json.dumps({"config": asdict(self), "data": data_fingerprint}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _check_integer(config: object, name: str, minimum: int) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {minimum}")
+
+
+def _check_number(
+    config: object, name: str, *, minimum: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> None:
+    """Check a real number, and store it as a float, so that 1 and 1.0 are one config."""
+    value = getattr(config, name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and minimum <= value and above < value < below):
+        limits = {"at least": minimum, "above": above, "below": below}
+        bounds = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
+        raise ConfigError(f"{name} is {value!r}; it must be a finite number {bounds}")
+    object.__setattr__(config, name, float(value))
+
+
+def _check_bool(config: object, name: str) -> None:
+    if not isinstance(value := getattr(config, name), bool):
+        raise ConfigError(invalid_choice(name, value, (True, False)))
+
+
+def _check_literal(config: object, name: str, choices: Iterable[str]) -> None:
+    valid = tuple(choices)
+    if (value := getattr(config, name)) not in valid:
+        raise ConfigError(invalid_choice(name, value, valid))

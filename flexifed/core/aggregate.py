@@ -1,0 +1,218 @@
+"""The mean of what clients share, as a pure function whose bits do not depend on where clients run.
+
+For a group G and each tensor of its layer, with weight w_k of client k (1, or its number of samples):
+
+    mean = (sum over k in G of w_k * x_k) / (sum over k in G of w_k)
+
+The sum is taken in float64, in client order, and rounded once, to the tensor's own type. It is a fixed tree of two
+levels: blocks of `reduce_block` consecutive clients are summed first (each in the process where its clients live), then
+the blocks in order. With `reduce_block=1` a block is one client and its sum is what the client holds.
+
+Source: FlexiFed, section 4; the weights are FedAvg's (McMahan et al. 2017, algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flexifed.core.schemes import SharingPlan
+from flexifed.errors import ConfigError, SignatureError
+
+State = Mapping[str, torch.Tensor]
+GroupState = dict[int, tuple[torch.Tensor, ...]]
+"""The values of each group (by index), one tensor for each that the plan averages. The whole shared global state."""
+
+
+@dataclass(frozen=True)
+class BlockSum:
+    """The weighted sum over the members that a block of clients has in one group.
+
+    Tensors are float64, or, for a block of one client, still that client's own values: `weight` has not been applied
+    to them, so that they travel in their own type.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    weight: float
+    weighted: bool
+
+
+BlockSums = dict[int, BlockSum]
+
+
+def shared_tensors(plan: SharingPlan, client: int, state: State) -> GroupState:
+    """What a client contributes: views into its state, by group. Nothing is copied.
+
+    Raises:
+        SignatureError: the state is not one of the client's model (missing or unknown keys, other shapes).
+    """
+    _check_state(plan, client, state)
+    return {group: tuple(state[name] for name in names) for group, names in plan.shared_names(client).items()}
+
+
+def sum_block(members: Sequence[tuple[GroupState, float]]) -> BlockSums:
+    """Sum one block of consecutive clients.
+
+    Args:
+        members: (what the client contributes, its weight), in client order.
+
+    Returns:
+        By group, the sum over those members that are in the group.
+    """
+    if len(members) == 1:
+        contribution, weight = members[0]
+        return {group: BlockSum(tensors, weight, weighted=False) for group, tensors in contribution.items()}
+    sums: BlockSums = {}
+    for contribution, weight in members:
+        for group, tensors in contribution.items():
+            one = BlockSum(tensors, weight, weighted=False)
+            sums[group] = _add(sums.get(group), one)
+    return sums
+
+
+def combine_blocks(plan: SharingPlan, blocks: Iterable[BlockSums]) -> GroupState:
+    """The mean of every group, from the sums of its blocks.
+
+    Args:
+        blocks: in client order. They are consumed one by one, so a generator keeps only one of them in memory.
+
+    Raises:
+        ConfigError: the weights of a group add up to nothing, or nobody contributed to it.
+    """
+    totals: BlockSums = {}
+    for block in blocks:
+        for index, one in block.items():
+            totals[index] = _add(totals.get(index), one)
+    means: GroupState = {}
+    for group in plan.groups:
+        total = totals.get(group.index)
+        if total is None or not total.weight > 0:
+            raise ConfigError(
+                f"the weights of clients {list(plan.members(group))} add up to {total.weight if total else 'nothing'}; "
+                "every group needs at least one client with a positive weight"
+            )
+        means[group.index] = tuple(
+            (tensor / total.weight).to(spec.dtype) for tensor, spec in zip(total.tensors, group.specs, strict=True)
+        )
+    return means
+
+
+def aggregate(
+    plan: SharingPlan,
+    states: Sequence[State],
+    weights: Sequence[float] | None = None,
+    *,
+    reduce_block: int = 1,
+) -> list[dict[str, torch.Tensor]]:
+    """Average what the plan shares, and leave the rest as it is.
+
+    Args:
+        plan: from `sharing_plan`.
+        states: one state dict for each client, in client order. They are not changed.
+        weights: one number for each client, its number of training samples under FedAvg's rule; None counts all alike.
+        reduce_block: size of the blocks that are summed first; it can change the last bit, nothing else.
+
+    Returns:
+        New state dicts, in client order. Averaged tensors are new, and one tensor is shared by all members of its
+        group; personal tensors are the very ones of the input.
+
+    Raises:
+        ConfigError: a wrong number of states or weights, a weight that is negative or not finite, a group without
+            weight, or no weights for a plan whose weighting is `samples`.
+        SignatureError: a state does not fit its client's model.
+
+    >>> from flexifed.core.schemes import sharing_plan
+    >>> models = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+    >>> for value, model in enumerate(models):
+    ...     _ = torch.nn.init.constant_(model.weight, value)
+    >>> [state["weight"].item() for state in aggregate(sharing_plan(models, "max_common"),
+    ...                                                [model.state_dict() for model in models], weights=[1, 3])]
+    [0.75, 0.75]
+    """
+    numbers = check_weights(plan, weights)
+    if len(states) != plan.num_clients:
+        raise ConfigError(f"the plan is for {plan.num_clients} clients, but {len(states)} states were given")
+    if reduce_block < 1:
+        raise ConfigError(f"reduce_block is {reduce_block}; it must be at least 1")
+    means = combine_blocks(
+        plan,
+        (
+            sum_block([(shared_tensors(plan, client, states[client]), numbers[client]) for client in block])
+            for block in blocks_of(range(plan.num_clients), reduce_block)
+        ),
+    )
+    return [apply_group_state(plan, client, state, means) for client, state in enumerate(states)]
+
+
+def apply_group_state(plan: SharingPlan, client: int, state: State, means: GroupState) -> dict[str, torch.Tensor]:
+    """A client's state with the tensors of its groups put in place of its own. Nothing is copied or changed."""
+    new = dict(state)
+    for group, names in plan.shared_names(client).items():
+        new.update(zip(names, means[group], strict=True))
+    return new
+
+
+def blocks_of(clients: Sequence[int], reduce_block: int) -> list[Sequence[int]]:
+    """Cut consecutive clients into the blocks that are summed first."""
+    return [clients[start : start + reduce_block] for start in range(0, len(clients), reduce_block)]
+
+
+def check_weights(plan: SharingPlan, weights: Sequence[float] | None) -> list[float]:
+    """One weight for each client, 1 where none are given.
+
+    Raises:
+        ConfigError: as for `aggregate`.
+    """
+    if weights is None:
+        if plan.weighting == "samples":
+            raise ConfigError("the plan's weighting is 'samples'; give weights, each client's number of samples")
+        return [1.0] * plan.num_clients
+    if len(weights) != plan.num_clients:
+        raise ConfigError(f"the plan is for {plan.num_clients} clients, but {len(weights)} weights were given")
+    for client, weight in enumerate(weights):
+        if not 0 <= weight < float("inf"):
+            raise ConfigError(f"the weight of client {client} is {weight}; weights are finite and not negative")
+    return [float(weight) for weight in weights]
+
+
+def _add(total: BlockSum | None, one: BlockSum) -> BlockSum:
+    """`total + one`, in float64 (complex128 for complex values). A total that was made here is added to in place."""
+    if total is None:
+        return BlockSum(tuple(_in_double(tensor, one) for tensor in one.tensors), one.weight, weighted=True)
+    for accumulated, tensor in zip(total.tensors, one.tensors, strict=True):
+        if one.weighted or one.weight == 1.0:
+            accumulated.add_(tensor)
+        else:
+            accumulated.add_(tensor.to(accumulated.dtype), alpha=one.weight)
+    return BlockSum(total.tensors, total.weight + one.weight, weighted=True)
+
+
+def _in_double(tensor: torch.Tensor, one: BlockSum) -> torch.Tensor:
+    """A copy in double precision, with the weight applied."""
+    double = torch.complex128 if tensor.is_complex() else torch.float64
+    copy = tensor.detach().to(double, copy=True)
+    return copy if one.weighted else copy.mul_(one.weight)
+
+
+def _check_state(plan: SharingPlan, client: int, state: State) -> None:
+    """Keys first, then shapes."""
+    expected = plan.signatures[client]
+    if state.keys() != expected.state_keys:
+        missing, unknown = expected.state_keys - state.keys(), state.keys() - expected.state_keys
+        raise SignatureError(
+            f"the state of client {client} is not one of its model: missing {_some(missing)}, unknown {_some(unknown)}"
+        )
+    for layer, names in zip(expected.layers, expected.names, strict=True):
+        for spec, name in zip(layer.tensors, names, strict=True):
+            if tuple(state[name].shape) != spec.shape or state[name].dtype != spec.dtype:
+                raise SignatureError(
+                    f"client {client}: {name} is {state[name].dtype} of shape {tuple(state[name].shape)}, "
+                    f"but its model has {spec.dtype} of shape {spec.shape}"
+                )
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "") or "none"

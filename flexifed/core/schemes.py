@@ -1,0 +1,288 @@
+"""The five schemes of FlexiFed's Table 1, each a cut of the prefix trie, and the sharing plan that a cut makes.
+
+A scheme answers one question: the layer at this node, in this architecture, is averaged over which architectures? The
+clients of those architectures are the layer's group. A group of one client is no group: the layer is personal.
+
+Source: Wang et al., "FlexiFed: Personalized Federated Learning for Edge Clients with Heterogeneous Model
+Architectures", The Web Conference 2023, section 4 (doi 10.1145/3543507.3583347).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import get_args
+
+from torch import nn
+
+from flexifed.config import BatchNormBuffers, ClassifierSharing, Weighting
+from flexifed.core.signature import LayerSignature, ModelSignature, TensorSpec, signature
+from flexifed.core.trie import Node, PrefixTrie, build_trie
+from flexifed.errors import ConfigError, invalid_choice
+
+Cut = Callable[[Node, int, int], tuple[int, ...]]
+
+
+def standalone(node: Node, architecture: int, num_architectures: int) -> tuple[int, ...]:
+    """Nothing is averaged; every client trains alone.
+
+    Options: none has an effect, `classifier="always"` included, since nothing is sent.
+    """
+    return ()
+
+
+def clustered_fl(node: Node, architecture: int, num_architectures: int) -> tuple[int, ...]:
+    """Every layer is averaged over the clients with the identical architecture: one FedAvg for each architecture.
+
+    Options: `classifier="always"` averages classifier layers of equal shapes over all clients instead; `"never"` leaves
+    them personal. `batch_norm_buffers="local"` keeps each client's running statistics. `weighting="samples"` weights
+    each member of a group by its number of training samples.
+    """
+    return (architecture,)
+
+
+def basic_common(node: Node, architecture: int, num_architectures: int) -> tuple[int, ...]:
+    """The prefix that all clients share is averaged over all of them; nothing else is.
+
+    Options: with `classifier="prefix"` the classifier is averaged only where all clients have one architecture;
+    `"always"` adds classifier layers of equal shapes; the others as for `clustered_fl`.
+    """
+    return node.architectures if len(node.architectures) == num_architectures else ()
+
+
+def clustered_common(node: Node, architecture: int, num_architectures: int) -> tuple[int, ...]:
+    """Basic-Common, and then the personal layers over the clients with the identical architecture.
+
+    Options: with `classifier="prefix"` the classifier is averaged among identical models; the others as for
+    `clustered_fl`.
+    """
+    return basic_common(node, architecture, num_architectures) or (architecture,)
+
+
+def max_common(node: Node, architecture: int, num_architectures: int) -> tuple[int, ...]:
+    """Every layer is averaged over all clients that have it and everything below it in common.
+
+    The paper's recursion (a group averages its common prefix, then splits by the next layer) visits exactly the nodes
+    of the trie, each with the clients whose models pass through it.
+
+    Options: with `classifier="prefix"` the classifier is averaged where the common prefix reaches it; the others as for
+    `clustered_fl`.
+    """
+    return node.architectures
+
+
+SCHEMES: Mapping[str, Cut] = MappingProxyType(
+    {scheme.__name__: scheme for scheme in (standalone, clustered_fl, basic_common, clustered_common, max_common)}
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The clients of some architectures, and the one layer that is averaged over them.
+
+    `tensors` are those of the layer's tensors that are averaged, as positions in `layer.tensors`. After aggregation all
+    members hold the same values, so a group is also the unit in which the global state is kept and sent.
+    """
+
+    index: int
+    layer: LayerSignature
+    architectures: tuple[int, ...]
+    tensors: tuple[int, ...]
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The tensors that are averaged."""
+        return tuple(self.layer.tensors[position] for position in self.tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """What one member sends, and what it gets, in a round."""
+        return sum(spec.num_bytes for spec in self.specs)
+
+
+@dataclass(frozen=True, eq=False)
+class SharingPlan:
+    """For each layer of each architecture, the group it is averaged over, or None where it is personal.
+
+    Attributes:
+        signatures: one for each client; clients with equal models share one object.
+        architectures: the distinct ones, in the order of their first client.
+        architecture_of: for each client, the index of its architecture.
+        group_of: for each architecture and layer, an index into `groups`, or None.
+    """
+
+    scheme: str
+    weighting: Weighting
+    batch_norm_buffers: BatchNormBuffers
+    classifier: ClassifierSharing
+    signatures: tuple[ModelSignature, ...]
+    architectures: tuple[ModelSignature, ...]
+    architecture_of: tuple[int, ...]
+    trie: PrefixTrie
+    groups: tuple[Group, ...] = field(repr=False)
+    group_of: tuple[tuple[int | None, ...], ...] = field(repr=False)
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients the plan is for."""
+        return len(self.signatures)
+
+    @cached_property
+    def clients_of(self) -> tuple[tuple[int, ...], ...]:
+        """For each architecture its clients, ascending."""
+        clients: list[list[int]] = [[] for _ in self.architectures]
+        for client, architecture in enumerate(self.architecture_of):
+            clients[architecture].append(client)
+        return tuple(map(tuple, clients))
+
+    def members(self, group: Group) -> tuple[int, ...]:
+        """The clients of a group, ascending."""
+        return tuple(sorted(client for index in group.architectures for client in self.clients_of[index]))
+
+    def num_members(self, group: Group) -> int:
+        """How many clients a group has."""
+        return sum(len(self.clients_of[index]) for index in group.architectures)
+
+    def groups_of(self, architecture: int) -> tuple[Group, ...]:
+        """The groups that the layers of an architecture belong to, in forward order."""
+        return tuple(self.groups[index] for index in self.group_of[architecture] if index is not None)
+
+    def shared_names(self, client: int) -> dict[int, tuple[str, ...]]:
+        """For each of a client's groups (by index), the state-dict keys of the tensors that are averaged."""
+        names = self.signatures[client].names
+        return {
+            index: tuple(names[layer][position] for position in self.groups[index].tensors)
+            for layer, index in enumerate(self.group_of[self.architecture_of[client]])
+            if index is not None
+        }
+
+    def bytes_per_round(self, client: int) -> int:
+        """What a client sends in a round, and as much again that it gets: the tensors that the plan averages."""
+        return sum(group.num_bytes for group in self.groups_of(self.architecture_of[client]))
+
+
+def sharing_plan(
+    models: Sequence[nn.Module | ModelSignature],
+    scheme: str,
+    *,
+    weighting: Weighting = "uniform",
+    batch_norm_buffers: BatchNormBuffers = "average",
+    classifier: ClassifierSharing = "prefix",
+) -> SharingPlan:
+    """Decide which layers of which clients are averaged together.
+
+    Args:
+        models: one for each client, in client order: modules (on any device) or signatures.
+        scheme: `standalone`, `clustered_fl`, `basic_common`, `clustered_common` or `max_common`.
+        weighting: `uniform` counts every client of a group alike, as the authors' program does; `samples` is FedAvg's
+            rule, and `aggregate` then needs each client's number of samples.
+        batch_norm_buffers: `average` treats running statistics like weights, as the authors' program does; `local`
+            leaves them with the client. Counters (`num_batches_tracked`) always stay local.
+        classifier: `prefix` shares classifier layers where the scheme's prefix reaches them; `never` leaves them
+            personal; `always` averages the n-th classifier layer over all clients whose n-th classifier layer has the
+            same kind and shapes, across versions too (the paper's Table 3).
+
+    Raises:
+        ConfigError: an unknown scheme or option, or no client.
+        SignatureError: a model that can't be read as layers.
+
+    >>> from flexifed.models import build_model
+    >>> models = [build_model(name, num_classes=10, width=0.1) for name in ("vgg11_bn", "vgg13_bn", "vgg16_bn")]
+    >>> plan = sharing_plan(models, "max_common")
+    >>> [len(plan.groups_of(architecture)) for architecture in range(3)]
+    [1, 6, 6]
+    """
+    _check_choice("scheme", scheme, SCHEMES)
+    _check_choice("weighting", weighting, get_args(Weighting))
+    _check_choice("batch_norm_buffers", batch_norm_buffers, get_args(BatchNormBuffers))
+    _check_choice("classifier", classifier, get_args(ClassifierSharing))
+    if not models:
+        raise ConfigError("a sharing plan needs at least one client; models is empty")
+
+    signatures, architectures, architecture_of = _distinct(models)
+    trie = build_trie(architectures)
+
+    num_clients = Counter(architecture_of)
+    classifiers = _same_classifiers(architectures) if classifier == "always" else {}
+    groups: dict[tuple[object, ...], Group] = {}
+    group_of: list[tuple[int | None, ...]] = []
+    for index, path in enumerate(trie.paths):
+        row: list[int | None] = []
+        for node in path:
+            key: tuple[object, ...] = (id(node),)
+            members = SCHEMES[scheme](node, index, len(architectures))
+            if node.layer.role == "classifier" and classifier == "never":
+                members = ()
+            elif node.layer.role == "classifier" and classifier == "always" and scheme != "standalone":
+                key = _classifier_key(architectures[index], node.depth)
+                members = classifiers[key]
+            tensors = _averaged_tensors(node.layer, batch_norm_buffers)
+            if sum(num_clients[member] for member in members) < 2 or not tensors:
+                row.append(None)
+            else:
+                group = Group(len(groups), node.layer, members, tensors)
+                row.append(groups.setdefault((key, members), group).index)
+        group_of.append(tuple(row))
+    return SharingPlan(
+        scheme=scheme,
+        weighting=weighting,
+        batch_norm_buffers=batch_norm_buffers,
+        classifier=classifier,
+        signatures=signatures,
+        architectures=architectures,
+        architecture_of=architecture_of,
+        trie=trie,
+        groups=tuple(groups.values()),
+        group_of=tuple(group_of),
+    )
+
+
+def _distinct(
+    models: Sequence[nn.Module | ModelSignature],
+) -> tuple[tuple[ModelSignature, ...], tuple[ModelSignature, ...], tuple[int, ...]]:
+    """Each client's signature, the distinct architectures, and which of them each client has."""
+    same: dict[tuple[str, tuple[tuple[str, ...], ...]], ModelSignature] = {}
+    architectures: dict[str, int] = {}
+    distinct: list[ModelSignature] = []
+    signatures: list[ModelSignature] = []
+    for model in models:
+        one = model if isinstance(model, ModelSignature) else signature(model)
+        signatures.append(same.setdefault((one.digest, one.names), one))
+        if architectures.setdefault(one.digest, len(distinct)) == len(distinct):
+            distinct.append(one)
+    return tuple(signatures), tuple(distinct), tuple(architectures[one.digest] for one in signatures)
+
+
+def _averaged_tensors(layer: LayerSignature, batch_norm_buffers: BatchNormBuffers) -> tuple[int, ...]:
+    """Positions of the layer's tensors that take part in averages."""
+    return tuple(
+        position
+        for position, spec in enumerate(layer.tensors)
+        if spec.can_be_averaged and not (spec.normalisation_buffer and batch_norm_buffers == "local")
+    )
+
+
+def _classifier_key(architecture: ModelSignature, depth: int) -> tuple[object, ...]:
+    """What must agree for `classifier="always"`: the position within the classifier, kind and shapes."""
+    layer = architecture.layers[depth]
+    position = sum(below.role == "classifier" for below in architecture.layers[:depth])
+    return (position, layer.kind, layer.tensors)
+
+
+def _same_classifiers(architectures: Sequence[ModelSignature]) -> dict[tuple[object, ...], tuple[int, ...]]:
+    """For each key of a classifier layer, the architectures that have such a layer."""
+    members: dict[tuple[object, ...], tuple[int, ...]] = {}
+    for index, architecture in enumerate(architectures):
+        for depth, layer in enumerate(architecture.layers):
+            if layer.role == "classifier":
+                key = _classifier_key(architecture, depth)
+                members[key] = (*members.get(key, ()), index)
+    return members
+
+
+def _check_choice(field_name: str, value: object, choices: Iterable[str]) -> None:
+    if value not in (valid := tuple(choices)):
+        raise ConfigError(invalid_choice(field_name, value, valid))

@@ -1,0 +1,256 @@
+"""What a model is made of, layer by layer in forward order, so that layers of different models can be compared.
+
+The paper (section 3) counts layers from the input and calls two layers common when they, and everything below them, are
+the same. "The same" is decided here: kind, hyper-parameters, shapes of parameters and buffers, and role. Names of
+attributes do not decide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from flexifed.errors import SignatureError
+
+Role = Literal["feature", "classifier"]
+
+NORMALISATIONS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
+_NOT_HYPERPARAMETERS = {"training", "inplace"}
+
+
+@dataclass(frozen=True, eq=False)
+class DeclaredLayer:
+    """One layer as a model declares it.
+
+    Args:
+        modules: the modules that hold its parameters, in forward order: a convolution and its batch norm, say.
+        role: `"feature"` or `"classifier"`.
+        before: what stands between the layer below and this one and has no parameters (activation, pooling, how a
+            shortcut joins): modules, or words. It is part of what makes two layers the same.
+    """
+
+    modules: tuple[nn.Module, ...]
+    role: Role = "feature"
+    before: tuple[nn.Module | str, ...] = ()
+
+
+@runtime_checkable
+class DeclaresLayers(Protocol):
+    """A model that says itself what its layers are."""
+
+    def declared_layers(self) -> Sequence[DeclaredLayer]:
+        """Its layers, in forward order."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a layer: where it stands in it (not in the model), its shape and type.
+
+    `normalisation_buffer` marks running statistics. Integer tensors (`num_batches_tracked`) can't be averaged.
+    """
+
+    slot: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    buffer: bool = False
+    normalisation_buffer: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes."""
+        return self.num_elements * self.dtype.itemsize
+
+    @property
+    def num_elements(self) -> int:
+        """Number of values."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def can_be_averaged(self) -> bool:
+        """Whether a mean of it makes sense: floating point and complex values, not counters."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+
+@dataclass(frozen=True)
+class LayerSignature:
+    """What decides whether two layers are the same. Compared and hashed by `digest`, which covers all other fields."""
+
+    kind: str
+    role: Role
+    hyperparameters: tuple[tuple[str, str], ...] = field(compare=False)
+    before: tuple[str, ...] = field(compare=False)
+    tensors: tuple[TensorSpec, ...] = field(compare=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        content = repr((self.kind, self.role, self.hyperparameters, self.before, self.tensors))
+        object.__setattr__(self, "digest", hashlib.sha256(content.encode()).hexdigest())
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable values, buffers left out."""
+        return sum(tensor.num_elements for tensor in self.tensors if not tensor.buffer)
+
+
+@dataclass(frozen=True)
+class ModelSignature:
+    """An architecture: its layers in forward order, and what the model calls their tensors.
+
+    Two models have the identical architecture when their `digest` is the same; `names`, one tuple for each layer in the
+    order of its tensors, are the keys of `state_dict` and do not count.
+    """
+
+    layers: tuple[LayerSignature, ...] = field(compare=False)
+    names: tuple[tuple[str, ...], ...] = field(compare=False)
+    tail: tuple[str, ...] = field(default=(), compare=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        content = "\n".join([*(layer.digest for layer in self.layers), *self.tail])
+        object.__setattr__(self, "digest", hashlib.sha256(content.encode()).hexdigest())
+
+    @cached_property
+    def state_keys(self) -> frozenset[str]:
+        """The keys of the model's state dict."""
+        return frozenset(name for names in self.names for name in names)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable values, buffers left out."""
+        return sum(layer.num_parameters for layer in self.layers)
+
+
+def signature(model: nn.Module) -> ModelSignature:
+    """Read a model as a sequence of layers.
+
+    A model with `declared_layers()` is taken at its word. Any other is read in registration order: a module with
+    parameters or buffers of its own begins a layer, a normalisation that follows joins the layer before it, and modules
+    without either count for the layer after them. The run of linear layers at its end, or the last of them where there
+    is nothing else, is the classifier.
+
+    Args:
+        model: on any device, `meta` included; only shapes are read.
+
+    Raises:
+        SignatureError: two layers hold the same tensor, a tensor belongs to no layer, or there is no layer at all.
+
+    >>> small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Linear(8, 2))
+    >>> [(layer.kind, layer.role, layer.before) for layer in signature(small).layers]
+    [('Conv2d + BatchNorm2d', 'feature', ()), ('Linear', 'classifier', ('ReLU()',))]
+    """
+    if isinstance(model, DeclaresLayers):
+        declared: tuple[DeclaredLayer, ...] = tuple(model.declared_layers())
+        tail: tuple[str, ...] = ()
+    else:
+        declared, tail = _registered_layers(model)
+    key_of = _state_keys(model)
+    layers: list[LayerSignature] = []
+    names: list[tuple[str, ...]] = []
+    for layer in declared:
+        tensors, layer_names = [], []
+        for position, module in enumerate(layer.modules):
+            for spec, tensor in _own_tensors(module, position):
+                key = key_of.pop(id(tensor), None)
+                if key is None:
+                    raise SignatureError(
+                        f"layer {len(layers)} ({_kind(layer)}) holds a tensor ({spec.slot}) that is not in the model's "
+                        "state dict or stands in another layer too; give every layer tensors of its own"
+                    )
+                tensors.append(spec)
+                layer_names.append(key)
+        layers.append(
+            LayerSignature(
+                kind=_kind(layer),
+                role=layer.role,
+                hyperparameters=tuple(pair for module in layer.modules for pair in _hyperparameters(module)),
+                before=tuple(item if isinstance(item, str) else _describe(item) for item in layer.before),
+                tensors=tuple(tensors),
+            )
+        )
+        names.append(tuple(layer_names))
+    if key_of:
+        raise SignatureError(f"these tensors belong to no declared layer: {', '.join(sorted(key_of.values()))}")
+    if not layers:
+        raise SignatureError(f"{type(model).__name__} has no layer with parameters, so there is nothing to share")
+    return ModelSignature(layers=tuple(layers), names=tuple(names), tail=tail)
+
+
+def _registered_layers(model: nn.Module) -> tuple[tuple[DeclaredLayer, ...], tuple[str, ...]]:
+    """The layers of a model that declares none, and what stands after the last one."""
+    found: list[DeclaredLayer] = []
+    before: list[nn.Module | str] = []
+    for module in model.modules():
+        if not any(True for _ in _own_tensors(module, 0)):
+            if next(module.children(), None) is None:
+                before.append(module)
+        elif isinstance(module, NORMALISATIONS) and found and not before:
+            found[-1] = DeclaredLayer((*found[-1].modules, module), before=found[-1].before)
+        else:
+            found.append(DeclaredLayer((module,), before=tuple(before)))
+            before = []
+    tail = tuple(item if isinstance(item, str) else _describe(item) for item in before)
+    num_linear = 0
+    while num_linear < len(found) and isinstance(found[-1 - num_linear].modules[0], nn.Linear):
+        num_linear += 1
+    num_classifier = num_linear if num_linear < len(found) else min(1, len(found))
+    first_classifier = len(found) - num_classifier
+    return tuple(
+        DeclaredLayer(layer.modules, "classifier" if index >= first_classifier else "feature", layer.before)
+        for index, layer in enumerate(found)
+    ), tail
+
+
+def _state_keys(model: nn.Module) -> dict[int, str]:
+    """Key in the state dict for each tensor's identity."""
+    keys: dict[int, str] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            raise SignatureError(f"the state dict's entry {key!r} is no tensor but a {type(tensor).__name__}")
+        if id(tensor) in keys:
+            raise SignatureError(f"{keys[id(tensor)]!r} and {key!r} are one tied tensor; untie them to share layers")
+        keys[id(tensor)] = key
+    return keys
+
+
+def _own_tensors(module: nn.Module, position: int) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+    """Parameters and persistent buffers of a module itself, without its children's."""
+    is_normalisation = isinstance(module, NORMALISATIONS)
+    for name, parameter in module.named_parameters(recurse=False):
+        yield TensorSpec(f"{position}.{name}", tuple(parameter.shape), parameter.dtype), parameter
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            spec = TensorSpec(f"{position}.{name}", tuple(buffer.shape), buffer.dtype, True, is_normalisation)
+            yield spec, buffer
+
+
+def _kind(layer: DeclaredLayer) -> str:
+    return " + ".join(type(module).__name__ for module in layer.modules)
+
+
+def _hyperparameters(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Public attributes of a module that are plain values or functions, as text: `stride`, `padding`, `eps`."""
+    for name, value in sorted(vars(module).items()):
+        if name.startswith("_") or name in _NOT_HYPERPARAMETERS:
+            continue
+        if callable(value) and hasattr(value, "__qualname__"):
+            yield name, f"{value.__module__}.{value.__qualname__}"
+        elif _is_plain(value):
+            yield name, repr(value)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+
+
+def _describe(module: nn.Module) -> str:
+    return f"{type(module).__name__}({module.extra_repr().replace(', inplace=True', '').replace('inplace=True', '')})"

@@ -1,0 +1,42 @@
+"""One named random generator for each purpose, all from one root seed.
+
+A generator is made anew from (root seed, purpose, indices) wherever it is needed, so that no stream depends on where a
+client runs, in which order clients finish, or how often a process was started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+Purpose = Literal["init", "partition", "batches", "augmentation", "dropout", "scoring", "synthetic"]
+
+
+def derive_seed(root_seed: int, purpose: Purpose, *indices: int) -> int:
+    """The 63-bit seed of one stream: the head of SHA-256 over the root seed, the purpose and the indices.
+
+    >>> derive_seed(0, "init", 3) == derive_seed(0, "init", 3)
+    True
+    >>> derive_seed(0, "init", 3) == derive_seed(0, "batches", 3)
+    False
+    """
+    text = "/".join([str(root_seed), purpose, *map(str, indices)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def torch_generator(root_seed: int, purpose: Purpose, *indices: int) -> torch.Generator:
+    """A CPU `torch.Generator` for one stream; what is drawn from it is moved to the device."""
+    import torch
+
+    return torch.Generator().manual_seed(derive_seed(root_seed, purpose, *indices))
+
+
+def numpy_generator(root_seed: int, purpose: Purpose, *indices: int) -> numpy.random.Generator:
+    """A NumPy generator (PCG64) for one stream."""
+    import numpy
+
+    return numpy.random.default_rng(derive_seed(root_seed, purpose, *indices))
