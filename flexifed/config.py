@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
@@ -23,6 +24,8 @@ Device = Literal["cpu", "cuda"]
 Weighting = Literal["uniform", "samples"]
 BatchNormBuffers = Literal["average", "local"]
 ClassifierSharing = Literal["prefix", "never", "always"]
+
+_LARGEST = sys.float_info.max
 
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 SCHEMES: tuple[str, ...] = get_args(SchemeName)
@@ -194,14 +197,14 @@ def _check_integer(config: object, name: str, minimum: int) -> None:
 
 
 def _check_number(
-    config: object, name: str, *, minimum: float = -math.inf, above: float = -math.inf, below: float = math.inf
+    config: object, name: str, *, minimum: float = -math.inf, above: float = -math.inf, below: float = _LARGEST
 ) -> None:
     """Check a real number, and store it as a float, so that 1 and 1.0 are one config."""
     value = getattr(config, name)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (is_number and minimum <= value and above < value < below):
         limits = {"at least": minimum, "above": above, "below": below}
-        bounds = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
+        bounds = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if abs(limit) < _LARGEST)
         raise ConfigError(f"{name} is {value!r}; it must be a finite number {bounds}")
     object.__setattr__(config, name, float(value))
 

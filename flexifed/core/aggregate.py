@@ -4,7 +4,8 @@ For a group G and each tensor of its layer, with weight w_k of client k (1, or i
 
     mean = (sum over k in G of w_k * x_k) / (sum over k in G of w_k)
 
-The sum is taken in float64, in client order, and rounded once, to the tensor's own type. It is a fixed tree of two
+The sum is taken in float64, in client order, and rounded once, to the tensor's own type (PyTorch rounds to the 16-bit
+types by way of float32). A client of weight 0 has no part in it, whatever its values. The sum is a fixed tree of two
 levels: blocks of `reduce_block` consecutive clients are summed first (each in the process where its clients live), then
 the blocks in order. With `reduce_block=1` a block is one client and its sum is what the client holds.
 
@@ -13,14 +14,17 @@ Source: FlexiFed, section 4; the weights are FedAvg's (McMahan et al. 2017, algo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from flexifed.core.schemes import SharingPlan
 from flexifed.errors import ConfigError, SignatureError
 
+T = TypeVar("T")
 State = Mapping[str, torch.Tensor]
 GroupState = dict[int, tuple[torch.Tensor, ...]]
 """The values of each group (by index), one tensor for each that the plan averages. The whole shared global state."""
@@ -67,8 +71,7 @@ def sum_block(members: Sequence[tuple[GroupState, float]]) -> BlockSums:
     sums: BlockSums = {}
     for contribution, weight in members:
         for group, tensors in contribution.items():
-            one = BlockSum(tensors, weight, weighted=False)
-            sums[group] = _add(sums.get(group), one)
+            _add_to(sums, group, BlockSum(tensors, weight, weighted=False))
     return sums
 
 
@@ -84,14 +87,14 @@ def combine_blocks(plan: SharingPlan, blocks: Iterable[BlockSums]) -> GroupState
     totals: BlockSums = {}
     for block in blocks:
         for index, one in block.items():
-            totals[index] = _add(totals.get(index), one)
+            _add_to(totals, index, one)
     means: GroupState = {}
     for group in plan.groups:
         total = totals.get(group.index)
-        if total is None or not total.weight > 0:
+        if total is None or not total.weight < math.inf:
             raise ConfigError(
-                f"the weights of clients {list(plan.members(group))} add up to {total.weight if total else 'nothing'}; "
-                "every group needs at least one client with a positive weight"
+                f"the weights of clients {list(plan.members(group))} add up to {total.weight if total else 0}; "
+                "every group needs a finite sum above 0"
             )
         means[group.index] = tuple(
             (tensor / total.weight).to(spec.dtype) for tensor, spec in zip(total.tensors, group.specs, strict=True)
@@ -112,6 +115,7 @@ def aggregate(
         plan: from `sharing_plan`.
         states: one state dict for each client, in client order. They are not changed.
         weights: one number for each client, its number of training samples under FedAvg's rule; None counts all alike.
+            Weights that are given count, whatever the plan's weighting says.
         reduce_block: size of the blocks that are summed first; it can change the last bit, nothing else.
 
     Returns:
@@ -154,7 +158,7 @@ def apply_group_state(plan: SharingPlan, client: int, state: State, means: Group
     return new
 
 
-def blocks_of(clients: Sequence[int], reduce_block: int) -> list[Sequence[int]]:
+def blocks_of(clients: Sequence[T], reduce_block: int) -> list[Sequence[T]]:
     """Cut consecutive clients into the blocks that are summed first."""
     return [clients[start : start + reduce_block] for start in range(0, len(clients), reduce_block)]
 
@@ -177,23 +181,28 @@ def check_weights(plan: SharingPlan, weights: Sequence[float] | None) -> list[fl
     return [float(weight) for weight in weights]
 
 
-def _add(total: BlockSum | None, one: BlockSum) -> BlockSum:
-    """`total + one`, in float64 (complex128 for complex values). A total that was made here is added to in place."""
+def _add_to(totals: BlockSums, group: int, one: BlockSum) -> None:
+    """`totals[group] += one`, in float64 (complex128 for complex values), in place in what was made here."""
+    if one.weight == 0:
+        return
+    total = totals.get(group)
     if total is None:
-        return BlockSum(tuple(_in_double(tensor, one) for tensor in one.tensors), one.weight, weighted=True)
+        copies = tuple(_weighted(tensor, one).to(_double(tensor), copy=True) for tensor in one.tensors)
+        totals[group] = BlockSum(copies, one.weight, weighted=True)
+        return
     for accumulated, tensor in zip(total.tensors, one.tensors, strict=True):
-        if one.weighted or one.weight == 1.0:
-            accumulated.add_(tensor)
-        else:
-            accumulated.add_(tensor.to(accumulated.dtype), alpha=one.weight)
-    return BlockSum(total.tensors, total.weight + one.weight, weighted=True)
+        accumulated.add_(_weighted(tensor, one))
+    totals[group] = BlockSum(total.tensors, total.weight + one.weight, weighted=True)
 
 
-def _in_double(tensor: torch.Tensor, one: BlockSum) -> torch.Tensor:
-    """A copy in double precision, with the weight applied."""
-    double = torch.complex128 if tensor.is_complex() else torch.float64
-    copy = tensor.detach().to(double, copy=True)
-    return copy if one.weighted else copy.mul_(one.weight)
+def _weighted(tensor: torch.Tensor, one: BlockSum) -> torch.Tensor:
+    """With the weight applied: a rounding of its own, since a multiplication fused into the sum differs by machine."""
+    values = tensor.detach()
+    return values if one.weighted or one.weight == 1 else values.to(_double(values)) * one.weight
+
+
+def _double(tensor: torch.Tensor) -> torch.dtype:
+    return torch.complex128 if tensor.is_complex() else torch.float64
 
 
 def _check_state(plan: SharingPlan, client: int, state: State) -> None:

@@ -199,6 +199,8 @@ def sharing_plan(
     _check_choice("weighting", weighting, get_args(Weighting))
     _check_choice("batch_norm_buffers", batch_norm_buffers, get_args(BatchNormBuffers))
     _check_choice("classifier", classifier, get_args(ClassifierSharing))
+    if isinstance(models, nn.Module):
+        raise ConfigError(f"models is one {type(models).__name__}; give a list with a model for each client")
     if not models:
         raise ConfigError("a sharing plan needs at least one client; models is empty")
 
@@ -214,9 +216,12 @@ def sharing_plan(
         for node in path:
             key: tuple[object, ...] = (id(node),)
             members = SCHEMES[scheme](node, index, len(architectures))
-            if node.layer.role == "classifier" and classifier == "never":
+            role = architectures[index].layers[node.depth].role
+            if classifier != "prefix":
+                members = tuple(one for one in members if architectures[one].layers[node.depth].role == role)
+            if role == "classifier" and classifier == "never":
                 members = ()
-            elif node.layer.role == "classifier" and classifier == "always" and scheme != "standalone":
+            elif role == "classifier" and classifier == "always" and scheme != "standalone":
                 key = _classifier_key(architectures[index], node.depth)
                 members = classifiers[key]
             tensors = _averaged_tensors(node.layer, batch_norm_buffers)

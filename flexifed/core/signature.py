@@ -16,6 +16,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from flexifed.errors import SignatureError
 
@@ -81,17 +82,20 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class LayerSignature:
-    """What decides whether two layers are the same. Compared and hashed by `digest`, which covers all other fields."""
+    """What decides whether two layers are the same. Compared and hashed by `kind` and `digest`.
+
+    The digest covers all but the role: what a layer is must not depend on what follows it.
+    """
 
     kind: str
-    role: Role
+    role: Role = field(compare=False)
     hyperparameters: tuple[tuple[str, str], ...] = field(compare=False)
     before: tuple[str, ...] = field(compare=False)
     tensors: tuple[TensorSpec, ...] = field(compare=False)
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        content = repr((self.kind, self.role, self.hyperparameters, self.before, self.tensors))
+        content = repr((self.kind, self.hyperparameters, self.before, self.tensors))
         object.__setattr__(self, "digest", hashlib.sha256(content.encode()).hexdigest())
 
     @property
@@ -114,7 +118,8 @@ class ModelSignature:
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        content = "\n".join([*(layer.digest for layer in self.layers), *self.tail])
+        layers = (f"{layer.digest} {layer.role}" for layer in self.layers)
+        content = "\n".join([*layers, *self.tail])
         object.__setattr__(self, "digest", hashlib.sha256(content.encode()).hexdigest())
 
     @cached_property
@@ -187,7 +192,7 @@ def _registered_layers(model: nn.Module) -> tuple[tuple[DeclaredLayer, ...], tup
     """The layers of a model that declares none, and what stands after the last one."""
     found: list[DeclaredLayer] = []
     before: list[nn.Module | str] = []
-    for module in model.modules():
+    for _, module in model.named_modules(remove_duplicate=False):  # one activation may stand in many places
         if not any(True for _ in _own_tensors(module, 0)):
             if next(module.children(), None) is None:
                 before.append(module)
@@ -212,6 +217,8 @@ def _state_keys(model: nn.Module) -> dict[int, str]:
     """Key in the state dict for each tensor's identity."""
     keys: dict[int, str] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
+        if is_lazy(tensor):
+            raise SignatureError(f"{key!r} has no shape yet; run the lazy model once before its layers are read")
         if not isinstance(tensor, torch.Tensor):
             raise SignatureError(f"the state dict's entry {key!r} is no tensor but a {type(tensor).__name__}")
         if id(tensor) in keys:
@@ -232,7 +239,13 @@ def _own_tensors(module: nn.Module, position: int) -> Iterator[tuple[TensorSpec,
 
 
 def _kind(layer: DeclaredLayer) -> str:
-    return " + ".join(type(module).__name__ for module in layer.modules)
+    return " + ".join(_class_name(module) for module in layer.modules)
+
+
+def _class_name(module: nn.Module) -> str:
+    """`Conv2d` for PyTorch's own; others with their module, since two of them may have one name."""
+    cls = type(module)
+    return cls.__name__ if cls.__module__.startswith("torch.nn.") else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _hyperparameters(module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -253,4 +266,6 @@ def _is_plain(value: object) -> bool:
 
 
 def _describe(module: nn.Module) -> str:
-    return f"{type(module).__name__}({module.extra_repr().replace(', inplace=True', '').replace('inplace=True', '')})"
+    """A module without parameters, with its hyper-parameters and what it contains: `MaxPool2d(kernel_size=2, ...)`."""
+    inside = [f"{name}={value}" for name, value in _hyperparameters(module)]
+    return f"{_class_name(module)}({', '.join([*inside, *map(_describe, module.children())])})"

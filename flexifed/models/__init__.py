@@ -52,16 +52,18 @@ def build_model(
     """
     if name not in MODELS:
         raise ConfigError(invalid_choice("model", name, MODELS))
-    if not (isinstance(width, int | float) and 0 < width < math.inf):
+    if isinstance(width, bool) or not (isinstance(width, int | float) and 0 < width < math.inf):
         raise ConfigError(f"width is {width!r}; it is a factor on the number of channels and must be above 0")
     for field, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if not (isinstance(value, int) and value >= 1):
+        if isinstance(value, bool) or not (isinstance(value, int) and value >= 1):
             raise ConfigError(f"{field} is {value!r}; it must be a whole number of at least 1")
     with torch.device("meta"):
         model = MODELS[name](num_classes=num_classes, width=width, in_channels=in_channels)
     if torch.device(device).type == "meta":
         return model
-    model.to_empty(device="cpu")
+    # Not `to_empty`, which would import sympy for its meta kernels: 2 s for every process.
+    empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(empty, assign=True)
     if generator is None:
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ()).item()))
     model.initialise(generator)

@@ -1,0 +1,116 @@
+"""Data sets by name: finding them, real or synthetic, and opening them.
+
+A further data set is a module with the functions of `Source` and an entry in `SOURCES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from flexifed.data import cifar10, synthetic
+from flexifed.data.dataset import Dataset, DatasetInfo, Samples, Split
+from flexifed.errors import ConfigError, DataError, invalid_choice
+
+__all__ = ["SOURCES", "DataChoice", "Dataset", "DatasetInfo", "Samples", "Split", "find_dataset", "open_dataset"]
+
+DataChoice = Literal["auto", "real", "synthetic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """How one data set is found, got and opened.
+
+    Attributes:
+        find: verify the data under a folder; None where there is nothing.
+        open_real: open what `find` has found.
+        download: get the data into a folder.
+        remedy: how to get the data into a folder, as a sentence.
+        synthetic: describe the stand-in.
+        open_synthetic: open it.
+    """
+
+    find: Callable[[Path], DatasetInfo | None]
+    open_real: Callable[[DatasetInfo], Dataset]
+    download: Callable[[Path], None]
+    remedy: Callable[[Path], str]
+    synthetic: Callable[[], DatasetInfo]
+    open_synthetic: Callable[[DatasetInfo], Dataset]
+
+
+SOURCES: Mapping[str, Source] = MappingProxyType(
+    {
+        "cifar10": Source(
+            find=cifar10.find,
+            open_real=cifar10.open_verified,
+            download=cifar10.download,
+            remedy=cifar10.remedy,
+            synthetic=synthetic.info,
+            open_synthetic=synthetic.open_synthetic,
+        )
+    }
+)
+
+
+def find_dataset(name: str, *, data: DataChoice, data_dir: Path, download: bool = False) -> DatasetInfo:
+    """Decide which data a run uses, and verify them.
+
+    Args:
+        name: the data set.
+        data: `real`, `synthetic`, or `auto`: real where they are found, else synthetic. Damaged data are an error
+            under `auto` too.
+        data_dir: the folder in which real data are looked for; unused for `synthetic`.
+        download: get real data that are missing or damaged.
+
+    Raises:
+        ConfigError: an unknown name or choice, or a download of synthetic data.
+        DataError: real data are missing, damaged, or can't be downloaded.
+    """
+    source = _source(name)
+    if data not in get_args(DataChoice):
+        raise ConfigError(invalid_choice("data", data, get_args(DataChoice)))
+    if data == "synthetic":
+        if download:
+            raise ConfigError("download goes with real data, but data is 'synthetic'; choose auto or real, or leave it")
+        return source.synthetic()
+    data_dir = data_dir.expanduser()
+    info = _find_or_download(source, data_dir) if download else source.find(data_dir)
+    if info is not None:
+        return info
+    if data == "real":
+        raise DataError(
+            f"{name}: no real data in {data_dir}. {source.remedy(data_dir)} Or choose data=synthetic for a stand-in."
+        )
+    return source.synthetic()
+
+
+def open_dataset(info: DatasetInfo) -> Dataset:
+    """Open data that `find_dataset` has found, in any process that sees the same files.
+
+    Raises:
+        ConfigError: an unknown name.
+        DataError: the files are not where they were found, or not as they were.
+    """
+    source = _source(info.name)
+    return source.open_synthetic(info) if info.source == "synthetic" else source.open_real(info)
+
+
+def _source(name: str) -> Source:
+    if name not in SOURCES:
+        raise ConfigError(invalid_choice("dataset", name, SOURCES))
+    return SOURCES[name]
+
+
+def _find_or_download(source: Source, data_dir: Path) -> DatasetInfo | None:
+    """Find the data; where they are missing or damaged, download them first."""
+    try:
+        info = source.find(data_dir)
+    except DataError:
+        info = None
+    if info is None:
+        source.download(data_dir)
+        info = source.find(data_dir)
+    return info

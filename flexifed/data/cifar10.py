@@ -1,0 +1,279 @@
+"""CIFAR-10 as its author publishes it, in the binary and in the Python version.
+
+Both hold the same 50,000 + 10,000 images in the same order. They are verified once, by `find`, against published
+checksums; the processes that train open what was verified. No file is unpickled before its checksum was compared.
+
+Source: https://www.cs.toronto.edu/~kriz/cifar.html (Krizhevsky 2009, "Learning multiple layers of features from tiny
+images").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import tarfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from http.client import HTTPException
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, Samples, check_indices
+from flexifed.errors import DataError, FlexifedWarning
+
+HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
+BINARY_FOLDER = "cifar-10-batches-bin"
+PYTHON_FOLDER = "cifar-10-batches-py"
+
+TRAIN_FILES = tuple(f"data_batch_{batch}" for batch in range(1, 6))
+TEST_FILES = ("test_batch",)
+
+SAMPLES_PER_FILE = 10_000
+IMAGE_SHAPE = (3, 32, 32)
+RECORD_BYTES = 1 + 3 * 32 * 32  # the label, then the red, the green and the blue plane, row by row
+
+BINARY_SHA256: Mapping[str, str] = MappingProxyType(
+    {
+        "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+        "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+        "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+        "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+        "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+        "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+    }
+)
+
+FINGERPRINT = "cifar10-" + hashlib.sha256("".join(BINARY_SHA256.values()).encode()).hexdigest()
+"""Of the published contents, so the same for both versions: each is accepted only if it is the published one."""
+
+DOWNLOAD_TIMEOUT_S = 60.0
+
+
+def find(data_dir: Path) -> DatasetInfo | None:
+    """Look for either version under a folder, and verify the first one that is there and whole; binary goes first.
+
+    Returns:
+        None where neither version's folder exists.
+
+    Raises:
+        DataError: files are missing or damaged and the other version is no help, or the folder can't be read.
+
+    Warns:
+        FlexifedWarning: the binary version is damaged, so the Python version is used.
+    """
+    try:
+        present = set(os.listdir(data_dir))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{data_dir} can't be read as a folder ({error.strerror}). {remedy(data_dir)}") from error
+    damage: list[str] = []
+    for layout, (folder, check) in _LAYOUTS.items():
+        if folder not in present:
+            continue
+        problems = check(data_dir / folder)
+        if not problems:
+            if damage:
+                message = f"{' '.join(damage)} Using the whole copy in {data_dir / folder} instead."
+                warnings.warn(message, FlexifedWarning, stacklevel=2)
+            return _info(data_dir, layout)
+        damage.append(f"CIFAR-10 in {data_dir / folder} is not the published set: {'; '.join(problems)}.")
+    if damage:
+        raise DataError(f"{' '.join(damage)} {remedy(data_dir)}")
+    return None
+
+
+def remedy(data_dir: Path) -> str:
+    """Both ways to get the data, as a sentence, with the names of the files that are looked for."""
+    return (
+        f"Run with --download to fetch the Python version into {data_dir}, or get either version from {HOME} and "
+        f"unpack it there: {data_dir / BINARY_FOLDER} holds data_batch_1.bin to data_batch_5.bin and test_batch.bin, "
+        f"{data_dir / PYTHON_FOLDER} holds data_batch_1 to data_batch_5, test_batch and batches.meta."
+    )
+
+
+def open_verified(info: DatasetInfo) -> Dataset:
+    """Open what `find` has verified, in this process or in another one.
+
+    The binary version is not hashed again and costs no memory; the Python version is (by torchvision, before it
+    unpickles anything), and is held in memory whole, 180 MB.
+
+    Raises:
+        DataError: the files are not where they were found, or not as they were.
+    """
+    return _open_binary(info) if info.layout == "binary" else _open_python(info)
+
+
+def download(data_dir: Path) -> None:
+    """Fetch the Python version from its author's address into a folder, check it and unpack it.
+
+    An archive that already lies there is used if it is whole.
+
+    Raises:
+        DataError: no network, no space, a folder that can't be written, or a download that isn't the published file.
+    """
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    timeout_before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none, and would wait forever
+    try:
+        download_and_extract_archive(CIFAR10.url, data_dir, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
+    except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError) as error:
+        raise DataError(
+            f"CIFAR-10 could not be downloaded from {CIFAR10.url} into {data_dir}: {type(error).__name__}: {error}. "
+            f"It takes a network, and 360 MB in a folder that you may write to. {remedy(data_dir)}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout_before)
+
+
+@dataclass(frozen=True)
+class RecordSplit:
+    """A split in files of the binary version, which are mapped into memory only while samples are taken.
+
+    So an open split costs no memory, and pickles as the names of its files.
+    """
+
+    files: tuple[Path, ...]
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """All labels, shape (len,); the first use reads through the files."""
+        return np.concatenate([_map_records(file)[:, 0] for file in self.files], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.files) * SAMPLES_PER_FILE
+
+    def take(self, indices: NDArray[np.int64]) -> Samples:
+        """Copy samples; see `Split.take`.
+
+        Raises:
+            DataError: a file has gone or has changed its size.
+        """
+        check_indices(indices, len(self))
+        images = np.empty((len(indices), *IMAGE_SHAPE), np.uint8)
+        labels = np.empty(len(indices), np.int64)
+        in_file, record_index = np.divmod(indices, SAMPLES_PER_FILE)
+        for position in np.unique(in_file):
+            here = in_file == position
+            records = _map_records(self.files[position])[record_index[here]]
+            labels[here] = records[:, 0]
+            images[here] = records[:, 1:].reshape(-1, *IMAGE_SHAPE)
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def _info(data_dir: Path, layout: str) -> DatasetInfo:
+    return DatasetInfo(
+        name="cifar10",
+        source="real",
+        location=str(data_dir.absolute()),
+        layout=layout,
+        fingerprint=FINGERPRINT,
+        num_train=len(TRAIN_FILES) * SAMPLES_PER_FILE,
+        num_test=len(TEST_FILES) * SAMPLES_PER_FILE,
+        num_classes=10,
+        in_channels=3,
+        # As in the authors' program. The deviation is the mean of the images' own; over all pixels it is 0.247.
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+    )
+
+
+def _binary_problems(folder: Path) -> list[str]:
+    return _problems(folder, BINARY_SHA256, hashlib.sha256, num_bytes=SAMPLES_PER_FILE * RECORD_BYTES)
+
+
+def _python_problems(folder: Path) -> list[str]:
+    """Check the files that torchvision will unpickle, against the checksums that it knows."""
+    from torchvision.datasets import CIFAR10
+
+    checksums = dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
+    return _problems(folder, checksums, partial(hashlib.md5, usedforsecurity=False))
+
+
+def _problems(
+    folder: Path, checksums: Mapping[str, str], algorithm: Callable[..., hashlib._Hash], num_bytes: int | None = None
+) -> list[str]:
+    """What is wrong with a folder's files, one phrase for each file; empty if they are the published ones.
+
+    Args:
+        folder: where the files should be.
+        checksums: for each file its published checksum, in hexadecimal.
+        algorithm: makes the hash that the checksums are of.
+        num_bytes: the size of each file, where all have one; checked first, since it is quick.
+    """
+    problems = []
+    for name, expected in checksums.items():
+        try:
+            found_bytes = (folder / name).stat().st_size
+            if num_bytes is not None and found_bytes != num_bytes:
+                problems.append(f"{name} has {found_bytes:,} bytes and should have {num_bytes:,}")
+                continue
+            with open(folder / name, "rb") as file:
+                hashed = hashlib.file_digest(file, algorithm)
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except OSError as error:
+            problems.append(f"{name} can't be read ({error.strerror})")
+        else:
+            if hashed.hexdigest() != expected:
+                kind = {"sha256": "SHA-256", "md5": "MD5"}[hashed.name]
+                problems.append(f"{name} has the {kind} {hashed.hexdigest()} and should have {expected}")
+    return problems
+
+
+_LAYOUTS: Mapping[str, tuple[str, Callable[[Path], list[str]]]] = MappingProxyType(
+    {"binary": (BINARY_FOLDER, _binary_problems), "python": (PYTHON_FOLDER, _python_problems)}
+)
+
+
+def _open_binary(info: DatasetInfo) -> Dataset:
+    folder = Path(info.location) / BINARY_FOLDER
+    train = RecordSplit(tuple(folder / f"{name}.bin" for name in TRAIN_FILES))
+    test = RecordSplit(tuple(folder / f"{name}.bin" for name in TEST_FILES))
+    for file in (*train.files, *test.files):
+        _map_records(file)
+    return Dataset(info, train, test)
+
+
+def _map_records(file: Path) -> NDArray[np.uint8]:
+    """Map a file of the binary version, shape (samples, bytes of a record), read-only.
+
+    Raises:
+        DataError: it has gone, or has another size than when it was verified.
+    """
+    num_bytes = SAMPLES_PER_FILE * RECORD_BYTES
+    try:
+        if (found_bytes := file.stat().st_size) != num_bytes:
+            raise _changed(file, f"it has {found_bytes:,} bytes and should have {num_bytes:,}")
+        return np.memmap(file, np.uint8, mode="r", shape=(SAMPLES_PER_FILE, RECORD_BYTES))
+    except OSError as error:
+        raise _changed(file, error.strerror or str(error)) from error
+
+
+def _open_python(info: DatasetInfo) -> Dataset:
+    from torchvision.datasets import CIFAR10
+
+    folder = Path(info.location) / PYTHON_FOLDER
+    try:
+        loaded = [CIFAR10(info.location, train=train) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise _changed(folder, str(error)) from error
+    # torchvision moves the channels to the end; moved back, the view is contiguous as it was in the file.
+    train, test = (ArraySplit(one.data.transpose(0, 3, 1, 2), np.asarray(one.targets, np.int64)) for one in loaded)
+    return Dataset(info, train, test)
+
+
+def _changed(path: Path, reason: str) -> DataError:
+    return DataError(
+        f"{path} was verified when the run began and can't be opened now, on {socket.gethostname()}: {reason}. "
+        "Every machine of the cluster needs the same data under the same path, and they must stay while it runs."
+    )

@@ -1,0 +1,117 @@
+"""What a data set is to the rest of the project: two splits, and a small description that travels in their place.
+
+A `Dataset` stays in the process that opened it. Between processes only `DatasetInfo` travels, never an image: each
+process opens the data itself and takes the samples that its clients need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Samples = tuple[torch.Tensor, torch.Tensor]
+"""Images, uint8 of shape (n, 3, 32, 32), and labels, int64 of shape (n,)."""
+
+
+class Split(Protocol):
+    """The training or the test samples of a data set."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """All labels, shape (len,). May read the whole split."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        ...
+
+    def take(self, indices: NDArray[np.int64]) -> Samples:
+        """Copy the samples at `indices`, shape (n,), in that order, into contiguous tensors of their own.
+
+        Raises:
+            IndexError: an index below 0 or past the end.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """Which data they are, where they lie, and what they look like.
+
+    Attributes:
+        name: the data set's name in a config.
+        source: `real`, `real-partial` (real samples, but not all that were published), or `synthetic`.
+        location: the data folder it was found in, absolute; empty for synthetic data.
+        layout: in which of its published forms it was found: `binary`, `python`, or `synthetic`.
+        fingerprint: stands for the contents, wherever they lie and whatever the layout.
+        num_train: training samples.
+        num_test: test samples.
+        num_classes: labels are 0 to `num_classes - 1`.
+        in_channels: channels of an image.
+        mean: what normalisation subtracts from each channel, pixels counted from 0 to 1.
+        std: what it then divides by.
+    """
+
+    name: str
+    source: Literal["real", "real-partial", "synthetic"]
+    location: str
+    layout: str
+    fingerprint: str
+    num_train: int
+    num_test: int
+    num_classes: int
+    in_channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened data set."""
+
+    info: DatasetInfo
+    train: Split
+    test: Split
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySplit:
+    """A split held in two arrays.
+
+    Attributes:
+        images: uint8, shape (len, 3, 32, 32).
+        labels: int64, shape (len,).
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.labels):
+            raise ValueError(f"{len(self.images)} images do not go with {len(self.labels)} labels; give one for each")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: NDArray[np.int64]) -> Samples:
+        """Copy samples; see `Split.take`."""
+        check_indices(indices, len(self))
+        # Indexing keeps the axes' order in memory, which need not be the logical one.
+        images = np.ascontiguousarray(self.images[indices])
+        return torch.from_numpy(images), torch.from_numpy(self.labels[indices])
+
+
+def check_indices(indices: NDArray[np.int64], num_samples: int) -> None:
+    """Refuse indices that NumPy would count from the end, and those past it.
+
+    Raises:
+        IndexError: an index below 0 or at least `num_samples`.
+    """
+    outside = (indices < 0) | (indices >= num_samples)
+    if outside.any():
+        first = int(indices[outside][0])
+        raise IndexError(f"sample {first} of a split of {num_samples}; indices are 0 to {num_samples - 1}")

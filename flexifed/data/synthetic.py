@@ -1,0 +1,176 @@
+"""A learnable stand-in of CIFAR-10's shape, for running where no real data are: its results say nothing about Table 1.
+
+Sample i of class c is a smooth pattern of the class, moved and scaled, on a smooth background that says nothing about
+the class, under noise:
+
+    pixel = 128 + a_i * pattern_c[moved by s_i] + b_i * background_j(i)[moved by t_i] + noise[from offset o_i]
+
+All that carries an index i is a hash of i, so a sample is a pure function of its index, and only what is asked for is
+made. Everything is integer arithmetic on PCG64's raw bits, which NumPy promises not to change: all machines see the
+same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flexifed.data.dataset import Dataset, DatasetInfo, Samples, check_indices
+from flexifed.seeding import derive_seed
+
+VERSION = 1
+"""Raise it whenever a sample's bytes change; it is part of the fingerprint."""
+
+NUM_TRAIN, NUM_TEST, NUM_CLASSES, NUM_BACKGROUNDS = 50_000, 10_000, 10, 16
+SIDE, CHANNELS = 32, 3
+GRID = 8
+"""Side of the coarse grid that patterns are interpolated from."""
+STEP_BITS = 2
+STEP = 1 << STEP_BITS
+"""Pixels from one grid point to the next; 32 pixels go once round the grid."""
+MAX_SHIFT = 16
+"""A class's pattern moves by 0 to `MAX_SHIFT - 1` pixels each way."""
+NOISE_BYTES = 1 << 20
+BLOCK = 512
+"""Samples made at a time, so that the temporaries stay small."""
+
+_ROOT_SEED = 0  # the data are one fixed set; a run's own seed has no part in them
+
+
+def info() -> DatasetInfo:
+    """The stand-in's description."""
+    return DatasetInfo(
+        name="cifar10",
+        source="synthetic",
+        location="",
+        layout="synthetic",
+        fingerprint=f"cifar10-synthetic-{VERSION}",
+        num_train=NUM_TRAIN,
+        num_test=NUM_TEST,
+        num_classes=NUM_CLASSES,
+        in_channels=CHANNELS,
+        mean=(0.495, 0.493, 0.497),
+        std=(0.173, 0.173, 0.173),
+    )
+
+
+def open_synthetic(info: DatasetInfo) -> Dataset:
+    """Open the stand-in: 1 MiB of noise and a few patterns are drawn, no sample is made."""
+    patterns = Patterns.draw()
+    train = SyntheticSplit(patterns, NUM_TRAIN, derive_seed(_ROOT_SEED, "synthetic", 3))
+    test = SyntheticSplit(patterns, NUM_TEST, derive_seed(_ROOT_SEED, "synthetic", 4))
+    return Dataset(info, train, test)
+
+
+@dataclass(frozen=True, eq=False)
+class Patterns:
+    """What samples are put together from.
+
+    Attributes:
+        classes: int16, shape (classes, 3, side, side), where side is an image's and the way it can move.
+        backgrounds: int16, shape (backgrounds, 3, side, side), with room to move by a whole image.
+        noise: int8, shape (`NOISE_BYTES`,).
+    """
+
+    classes: NDArray[np.int16]
+    backgrounds: NDArray[np.int16]
+    noise: NDArray[np.int8]
+
+    @classmethod
+    def draw(cls) -> Patterns:
+        """Draw the patterns of this version of the stand-in."""
+        return cls(
+            _smooth(_random_bytes(0, NUM_CLASSES * CHANNELS * GRID * GRID), SIDE + MAX_SHIFT),
+            _smooth(_random_bytes(1, NUM_BACKGROUNDS * CHANNELS * GRID * GRID), 2 * SIDE),
+            _random_bytes(2, NOISE_BYTES),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticSplit:
+    """A split whose samples are made when they are taken; classes take turns, so all are equally frequent."""
+
+    patterns: Patterns
+    num_samples: int
+    seed: int
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """All labels, shape (len,)."""
+        return np.arange(self.num_samples, dtype=np.int64) % NUM_CLASSES
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def take(self, indices: NDArray[np.int64]) -> Samples:
+        """Make samples; see `Split.take`."""
+        check_indices(indices, len(self))
+        images = np.empty((len(indices), CHANNELS, SIDE, SIDE), np.uint8)
+        for start in range(0, len(indices), BLOCK):
+            images[start : start + BLOCK] = self._make(indices[start : start + BLOCK])
+        return torch.from_numpy(images), torch.from_numpy(self.labels[indices])
+
+    def _make(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Images of shape (n, 3, 32, 32)."""
+        where, how = _hash(indices, self.seed), _hash(indices, self.seed + 1)
+        row, column = _field(where, 0, 8) % MAX_SHIFT, _field(where, 8, 8) % MAX_SHIFT
+        background_row, background_column = _field(where, 16, 5), _field(where, 21, 5)
+        noise_offset = _field(where, 32, 20) % (NOISE_BYTES - CHANNELS * SIDE * SIDE)
+        contrast = _scale(16 + _field(how, 0, 4))
+        background_contrast = _scale(_field(how, 8, 6) - 32)
+        background = _field(how, 16, 4)
+
+        pattern = _windows(self.patterns.classes)[self.labels[indices], :, row, column]
+        behind = _windows(self.patterns.backgrounds)[background, :, background_row, background_column]
+        noise = np.lib.stride_tricks.sliding_window_view(self.patterns.noise, CHANNELS * SIDE * SIDE)[noise_offset]
+        pixels = (
+            128 + (contrast * pattern >> 6) + (background_contrast * behind >> 6) + (noise.reshape(pattern.shape) >> 1)
+        )
+        return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+def _random_bytes(stream: int, count: int) -> NDArray[np.int8]:
+    raw = np.random.PCG64(derive_seed(_ROOT_SEED, "synthetic", stream)).random_raw(-(-count // 8))
+    return raw.astype("<u8").view(np.int8)[:count]
+
+
+def _smooth(coarse: NDArray[np.int8], side: int) -> NDArray[np.int16]:
+    """Interpolate grids of `GRID` by `GRID` values linearly to 32 by 32 pixels, repeated to `side` by `side`.
+
+    Returns:
+        Shape (patterns, 3, side, side), values from -128 to 127.
+    """
+    grid = coarse.reshape(-1, CHANNELS, GRID, GRID).astype(np.int16)
+    pixel = np.arange(side)
+    near = (pixel >> STEP_BITS) % GRID
+    far = (near + 1) % GRID
+    weight = (pixel % STEP).astype(np.int16)
+    rows = grid[:, :, near, :] * (STEP - weight)[:, None] + grid[:, :, far, :] * weight[:, None]
+    both: NDArray[np.int16] = rows[:, :, :, near] * (STEP - weight) + rows[:, :, :, far] * weight
+    return both >> 2 * STEP_BITS
+
+
+def _windows(patterns: NDArray[np.int16]) -> NDArray[np.int16]:
+    """Every place an image can be cut from a pattern, a view: shape (patterns, 3, rows, columns, 32, 32)."""
+    return np.lib.stride_tricks.sliding_window_view(patterns, (SIDE, SIDE), axis=(2, 3))
+
+
+def _hash(indices: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+    """SplitMix64 (Steele, Lea and Flood 2014) at position `index` of the stream that `seed` begins; shape (n,)."""
+    state = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def _field(bits: NDArray[np.uint64], first: int, width: int) -> NDArray[np.int64]:
+    """`width` bits of each hash as a whole number."""
+    return (bits >> np.uint64(first) & np.uint64((1 << width) - 1)).astype(np.int64)
+
+
+def _scale(values: NDArray[np.int64]) -> NDArray[np.int16]:
+    return values.astype(np.int16)[:, None, None, None]

@@ -1,0 +1,217 @@
+"""One client: its shard, what it holds between rounds, and its part of a round."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from flexifed.config import CellConfig
+from flexifed.core.aggregate import GroupState, State, apply_group_state, shared_tensors
+from flexifed.core.schemes import SharingPlan
+from flexifed.data import Dataset
+from flexifed.data.augment import ImagePipeline
+from flexifed.data.partition import window
+from flexifed.errors import ClientError
+from flexifed.models import build_model
+from flexifed.seeding import Purpose, derive_seed, torch_generator
+from flexifed.training.evaluate import evaluate
+from flexifed.training.local import train
+from flexifed.training.numerics import seeded_dropout
+
+
+@dataclass(frozen=True)
+class ClientShards:
+    """A client's samples, as indices into the training and the test set."""
+
+    train: np.ndarray
+    test: np.ndarray
+
+
+@dataclass(frozen=True)
+class ClientRound:
+    """What one client measured in one round. Seconds; `train_started` is Unix time; None where it did not train."""
+
+    client: int
+    accuracy: float
+    loss: float
+    train_loss: float | None
+    bytes_up: int
+    bytes_down: int
+    eval_s: float
+    train_s: float | None
+    train_started: float | None
+
+
+class Client:
+    """A client of a federation.
+
+    Between rounds it keeps only what nobody sends it: all of its model before the first aggregation, its personal
+    tensors after it. The model that it trains in is a workspace that clients of one architecture take turns in.
+
+    Args:
+        index: which client, from 0.
+        config: the cell.
+        plan: says which of its tensors are shared.
+        workspace: a model of its architecture, on the device; its values are overwritten.
+        data: the data set; the client's shards are copied to the device.
+        shards: its samples.
+        pipeline: prepares batches.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        *,
+        config: CellConfig,
+        plan: SharingPlan,
+        workspace: nn.Module,
+        data: Dataset,
+        shards: ClientShards,
+        pipeline: ImagePipeline,
+    ) -> None:
+        self.index = index
+        self.num_train = len(shards.train)
+        self.num_test = len(shards.test)
+        self._config = config
+        self._plan = plan
+        self._workspace = workspace
+        self._pipeline = pipeline
+        self._device = next(workspace.parameters()).device
+        self._train_images, self._train_labels = (part.to(self._device) for part in data.train.take(shards.train))
+        self._test_images, self._test_labels = (part.to(self._device) for part in data.test.take(shards.test))
+        stream = () if config.model.init == "shared" else (index,)
+        initial = build_model(
+            config.model_name(index),
+            num_classes=data.info.num_classes,
+            in_channels=data.info.in_channels,
+            width=config.model.width,
+            generator=torch_generator(config.seed, "init", *stream),
+            device=self._device,
+        )
+        self._kept: dict[str, torch.Tensor] = initial.state_dict()
+
+    def play_round(
+        self, round_index: int, shared: GroupState | None, *, train: bool
+    ) -> tuple[ClientRound, GroupState | None]:
+        """Score what the client holds at the start of the round, then train it.
+
+        Args:
+            round_index: from 0.
+            shared: the global state, of which it takes its groups; None before the first aggregation.
+            train: False for the round after the last aggregation, which is only scored.
+
+        Returns:
+            What it measured, and copies of the tensors that it shares (None if it did not train).
+
+        Raises:
+            ClientError: whatever went wrong, with client, round and stage.
+        """
+        with self._stage(round_index, "loading"):
+            self._load(self.state(shared))
+        with self._stage(round_index, "scoring"):
+            started = time.perf_counter()
+            with seeded_dropout(self._seed("scoring", round_index), self._device):
+                score = evaluate(
+                    self._workspace,
+                    self._test_images,
+                    self._test_labels,
+                    config=self._config.training,
+                    pipeline=self._pipeline,
+                )
+            eval_s = time.perf_counter() - started
+        measured = ClientRound(
+            client=self.index,
+            accuracy=score.accuracy,
+            loss=score.loss,
+            train_loss=None,
+            bytes_up=0,
+            bytes_down=0 if shared is None else self._plan.bytes_per_round(self.index),
+            eval_s=eval_s,
+            train_s=None,
+            train_started=None,
+        )
+        if not train:
+            return measured, None
+        with self._stage(round_index, "training"):
+            train_started, started = time.time(), time.perf_counter()
+            train_loss = self._train(round_index)
+            train_s = time.perf_counter() - started
+            if not math.isfinite(train_loss):
+                raise ArithmeticError(
+                    f"the training loss is {train_loss}; lower --learning-rate (now "
+                    f"{self._config.training.learning_rate:g})"
+                )
+        trained = replace(
+            measured,
+            train_loss=train_loss,
+            bytes_up=self._plan.bytes_per_round(self.index),
+            train_s=train_s,
+            train_started=train_started,
+        )
+        return trained, self._take_out()
+
+    def state(self, shared: GroupState | None) -> State:
+        """What the client holds: its own tensors, and those of its groups in the global state. Nothing is copied."""
+        if shared is None:
+            return self._kept
+        return apply_group_state(self._plan, self.index, self._kept, shared)
+
+    def state_sha256(self, shared: GroupState | None) -> str:
+        """SHA-256 over names, types, shapes and bytes of what the client holds, in the order of names."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state(shared).items()):
+            values = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+            digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _load(self, state: State) -> None:
+        with torch.no_grad():
+            for name, tensor in self._workspace.state_dict().items():
+                tensor.copy_(state[name])
+
+    def _train(self, round_index: int) -> float:
+        seed = self._config.seed
+        samples = window(np.arange(self.num_train), round_index, self._config.partition.windows_per_shard)
+        rows = torch.from_numpy(samples).to(self._device)
+        with seeded_dropout(self._seed("dropout", round_index), self._device):
+            return train(
+                self._workspace,
+                self._train_images[rows],
+                self._train_labels[rows],
+                config=self._config.training,
+                pipeline=self._pipeline,
+                batches=torch_generator(seed, "batches", self.index, round_index),
+                augmentation=torch_generator(seed, "augmentation", self.index, round_index),
+            )
+
+    def _take_out(self) -> GroupState:
+        """Keep the personal tensors, give out the shared ones: copies, since the workspace goes to the next client."""
+        trained = self._workspace.state_dict()
+        contribution = {
+            group: tuple(tensor.clone() for tensor in tensors)
+            for group, tensors in shared_tensors(self._plan, self.index, trained).items()
+        }
+        shared_names = {name for names in self._plan.shared_names(self.index).values() for name in names}
+        self._kept = {name: tensor.clone() for name, tensor in trained.items() if name not in shared_names}
+        return contribution
+
+    def _seed(self, purpose: Purpose, round_index: int) -> int:
+        return derive_seed(self._config.seed, purpose, self.index, round_index)
+
+    @contextmanager
+    def _stage(self, round_index: int, stage: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = str(error) if isinstance(error, ArithmeticError) else traceback.format_exc()
+            raise ClientError(self.index, round_index, stage, reason) from error

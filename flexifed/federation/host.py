@@ -1,0 +1,146 @@
+"""Some consecutive clients in one process, and everything they need there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from flexifed.config import CellConfig
+from flexifed.core.aggregate import BlockSums, GroupState, blocks_of, sum_block
+from flexifed.core.schemes import SharingPlan, sharing_plan
+from flexifed.data import DatasetInfo, open_dataset
+from flexifed.data.augment import ImagePipeline
+from flexifed.errors import ConfigError
+from flexifed.federation.client import Client, ClientRound, ClientShards
+from flexifed.models import build_model, model_signature
+from flexifed.training.numerics import numeric_settings
+
+
+@dataclass(frozen=True)
+class HostRound:
+    """What a host's clients measured in a round, and the sums of what they share, one for each block of clients.
+
+    `busy_s` is the wall time that the host spent on it.
+    """
+
+    clients: tuple[ClientRound, ...]
+    blocks: tuple[BlockSums, ...]
+    busy_s: float
+
+
+class ClientHost:
+    """Consecutive clients that take turns in one process. A plain class; the Ray floor makes an actor of it.
+
+    Args:
+        config: the cell.
+        info: which data set; it is opened here, images do not travel.
+        clients: indices, consecutive; whole blocks of `reduce_block` clients.
+        shards: one for each of them.
+    """
+
+    def __init__(
+        self, config: CellConfig, info: DatasetInfo, clients: Sequence[int], shards: Sequence[ClientShards]
+    ) -> None:
+        device = torch.device(config.device)
+        self._config = config
+        self._plan = cell_plan(config, info)
+        pipeline = ImagePipeline(info.mean, info.std, device, config.numerics.channels_last)
+        data = open_dataset(info)
+        workspaces = {
+            name: _workspace(name, config, info) for name in sorted({config.model_name(index) for index in clients})
+        }
+        self._clients = [
+            Client(
+                index,
+                config=config,
+                plan=self._plan,
+                workspace=workspaces[config.model_name(index)],
+                data=data,
+                shards=one,
+                pipeline=pipeline,
+            )
+            for index, one in zip(clients, shards, strict=True)
+        ]
+
+    def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> HostRound:
+        """Play a round with each client in turn; see `Client.play_round`."""
+        started = time.perf_counter()
+        measured: list[ClientRound] = []
+        blocks: list[BlockSums] = []
+        if shared is not None:
+            shared = self._on_device(shared)
+        with numeric_settings(self._config.numerics):
+            for block in blocks_of(self._clients, self._config.sharing.reduce_block):
+                contributions: list[tuple[GroupState, float]] = []
+                for client in block:
+                    one, contribution = client.play_round(round_index, shared, train=train)
+                    measured.append(one)
+                    if contribution is not None:
+                        contributions.append((contribution, client_weight(self._config, client.num_train)))
+                if contributions:
+                    blocks.append(sum_block(contributions))
+        return HostRound(tuple(measured), tuple(blocks), time.perf_counter() - started)
+
+    def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
+        """The digest of what each client holds, by client."""
+        return {client.index: client.state_sha256(shared) for client in self._clients}
+
+    def _on_device(self, shared: GroupState) -> GroupState:
+        """The groups of this host's clients, moved to its device once for all of them."""
+        device = torch.device(self._config.device)
+        mine = {group for client in self._clients for group in self._plan.shared_names(client.index)}
+        return {group: tuple(tensor.to(device) for tensor in shared[group]) for group in sorted(mine)}
+
+
+def _workspace(name: str, config: CellConfig, info: DatasetInfo) -> nn.Module:
+    """A model whose values don't matter; clients of its architecture take turns in it."""
+    model = build_model(
+        name, num_classes=info.num_classes, in_channels=info.in_channels, width=config.model.width, device=config.device
+    )
+    if config.numerics.channels_last:
+        for parameter in model.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
+def cell_plan(config: CellConfig, info: DatasetInfo) -> SharingPlan:
+    """The sharing plan of a cell. Every process derives it from the config; it never travels."""
+    signatures = {
+        name: model_signature(
+            name, num_classes=info.num_classes, in_channels=info.in_channels, width=config.model.width
+        )
+        for name in config.versions
+    }
+    return sharing_plan(
+        [signatures[config.model_name(client)] for client in range(config.partition.num_clients)],
+        config.scheme,
+        weighting=config.sharing.weighting,
+        batch_norm_buffers=config.sharing.batch_norm_buffers,
+        classifier=config.sharing.classifier,
+    )
+
+
+def client_weight(config: CellConfig, num_train: int) -> float:
+    """A client's weight in a mean: FedAvg's number of samples, or 1."""
+    return float(num_train) if config.sharing.weighting == "samples" else 1.0
+
+
+def assign_clients(num_clients: int, clients_per_host: int, reduce_block: int) -> list[range]:
+    """Which consecutive clients live together.
+
+    Raises:
+        ConfigError: hosts would cut through the blocks whose sums are formed in one process.
+    """
+    if clients_per_host < num_clients and clients_per_host % reduce_block:
+        raise ConfigError(
+            f"clients_per_actor is {clients_per_host}, no multiple of reduce_block ({reduce_block}); a block of "
+            f"clients lives in one process: use {reduce_block * -(-clients_per_host // reduce_block)} clients an actor"
+        )
+    return [
+        range(start, min(start + clients_per_host, num_clients)) for start in range(0, num_clients, clients_per_host)
+    ]

@@ -1,0 +1,111 @@
+"""The loop of rounds: send each host what its clients share, let them play, average what comes back.
+
+Round r scores what a client holds at its start and then trains; after the last round one more scores what the last
+aggregation made. A run of R rounds therefore has R + 1 scores.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from flexifed.config import CellConfig
+from flexifed.core.aggregate import GroupState, combine_blocks
+from flexifed.data import DatasetInfo
+from flexifed.data.partition import iid_shards
+from flexifed.federation.client import ClientRound, ClientShards
+from flexifed.federation.host import ClientHost, HostRound, assign_clients, cell_plan
+from flexifed.seeding import numpy_generator
+
+
+class Hosts(Protocol):
+    """Where the clients live: in this process, or in Ray actors. The rounds are the same."""
+
+    def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
+        """Let all hosts play a round, at the same time where they can; results in client order."""
+        ...
+
+    def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
+        """The digest of what each client holds, by client."""
+        ...
+
+
+class LocalHosts:
+    """All clients in this process."""
+
+    def __init__(
+        self,
+        config: CellConfig,
+        info: DatasetInfo,
+        shards: Sequence[ClientShards],
+        clients_per_host: int | None = None,
+    ) -> None:
+        per_host = clients_per_host or len(shards)
+        self._hosts = [
+            ClientHost(config, info, clients, shards[clients.start : clients.stop])
+            for clients in assign_clients(len(shards), per_host, config.sharing.reduce_block)
+        ]
+
+    def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
+        """One host after another."""
+        return [host.play_round(round_index, shared, train=train) for host in self._hosts]
+
+    def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
+        """The digest of what each client holds, by client."""
+        return {client: digest for host in self._hosts for client, digest in host.state_sha256(shared).items()}
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One round of a cell. `round_s` is its wall time, training of all clients and aggregation included."""
+
+    round_index: int
+    clients: tuple[ClientRound, ...]
+    host_of: tuple[int, ...]
+    round_s: float
+    aggregate_s: float
+
+
+class Federation:
+    """The driver's side of a cell: the global state, and the round that it is in."""
+
+    def __init__(self, config: CellConfig, info: DatasetInfo, hosts: Hosts) -> None:
+        self.plan = cell_plan(config, info)
+        self.shared: GroupState | None = None
+        self.next_round = 0
+        self._hosts = hosts
+
+    def play_round(self, *, train: bool = True) -> RoundResult:
+        """Play the next round: score, and with `train` also train and average."""
+        started = time.perf_counter()
+        played = self._hosts.play_round(self.next_round, self.shared, train=train)
+        aggregating = time.perf_counter()
+        if train:
+            self.shared = combine_blocks(self.plan, (block for host in played for block in host.blocks))
+        finished = time.perf_counter()
+        result = RoundResult(
+            round_index=self.next_round,
+            clients=tuple(client for host in played for client in host.clients),
+            host_of=tuple(index for index, host in enumerate(played) for _ in host.clients),
+            round_s=finished - started,
+            aggregate_s=finished - aggregating,
+        )
+        self.next_round += train
+        return result
+
+    def state_sha256(self) -> tuple[str, ...]:
+        """The digest of what each client holds now, in client order."""
+        digests = self._hosts.state_sha256(self.shared)
+        return tuple(digests[client] for client in sorted(digests))
+
+
+def make_shards(config: CellConfig, info: DatasetInfo) -> list[ClientShards]:
+    """Every client's samples: training and test set, each cut i.i.d. by one generator."""
+    generator = numpy_generator(config.seed, "partition")
+    parts = [
+        iid_shards(count, config.partition.num_shards, config.partition.num_clients, generator, what=what)
+        for count, what in ((info.num_train, "training"), (info.num_test, "test"))
+    ]
+    return [ClientShards(train, test) for train, test in zip(*parts, strict=True)]

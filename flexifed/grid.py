@@ -1,0 +1,163 @@
+"""A grid of cells, and what a person says on a command line about running it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import tyro
+
+from flexifed.config import (
+    SCHEMES,
+    CellConfig,
+    DatasetName,
+    Device,
+    FamilyName,
+    ModelConfig,
+    NumericsConfig,
+    PartitionConfig,
+    SchemeName,
+    SharingConfig,
+    TrainingConfig,
+)
+from flexifed.errors import ConfigError, invalid_choice
+from flexifed.profiles import PROFILES, ProfileName
+
+_FLAT: Any = tyro.conf.OmitArgPrefixes
+
+
+@dataclass(frozen=True)
+class CellName:
+    """A cell of a grid: `dataset/family/scheme`."""
+
+    dataset: DatasetName
+    family: FamilyName
+    scheme: SchemeName
+
+    def __str__(self) -> str:
+        return f"{self.dataset}/{self.family}/{self.scheme}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridOptions:
+    """What can be said about a run of a grid. Fields of the groups below are settings that decide numbers."""
+
+    profile: ProfileName = "quick"
+    """Named defaults for the settings below; what you give yourself comes first. smoke: seconds. quick: minutes, proves
+    the line. thin: thin models, about an hour a row. authors: the published program's protocol. paper: 40 clients."""
+    only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DATASET/FAMILY/SCHEME")] = ()
+    """Run only these cells; wildcards allowed, as in 'cifar10/*/max_common'. Repeatable."""
+    seeds: tuple[int, ...] = (0,)
+    """Run every cell once under each of these seeds."""
+    rounds: int = PROFILES["quick"].rounds
+    """Rounds of training. More of them later go on where the numbers of fewer end."""
+    data: Literal["auto", "real", "synthetic"] = "auto"
+    """auto: real data where they are found, else a synthetic stand-in; it says which."""
+    data_dir: Path = Path("data")
+    """Where data sets lie. Default: $FLEXIFED_DATA_DIR, or ./data."""
+    download: bool = False
+    """Get real data that are missing from their publisher."""
+    results_dir: Path = Path("results")
+    """Where results go; on a cluster, a folder that all nodes see."""
+    address: str | None = None
+    """A running Ray cluster to join ('auto' finds one here). Default: $RAY_ADDRESS; without one Ray starts here."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where clients compute. auto: cuda if the cluster has a GPU."""
+    gpus_per_client: float | None = None
+    """Fraction of a GPU for each client. Default: 0.125 on a GPU."""
+    clients_per_actor: int | None = None
+    """Clients that take turns in one process. Default: 1 on a GPU; on CPUs, as many as give every CPU one process."""
+    max_concurrent: int | None = None
+    """At most so many cells at a time. Default: as many as fit."""
+    dry_run: bool = False
+    """Print the cells, the resources and an estimate of the time; start nothing."""
+    model: Annotated[ModelConfig, _FLAT] = field(default_factory=ModelConfig)
+    partition: Annotated[PartitionConfig, _FLAT] = field(default_factory=PartitionConfig)
+    training: Annotated[TrainingConfig, _FLAT] = field(default_factory=TrainingConfig)
+    sharing: Annotated[SharingConfig, _FLAT] = field(default_factory=SharingConfig)
+    numerics: Annotated[NumericsConfig, _FLAT] = field(default_factory=NumericsConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "clients_per_actor", "max_concurrent"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds is {list(self.seeds)}; give at least one, all different, none below 0")
+
+    def cell_config(self, cell: CellName, seed: int, device: Device) -> CellConfig:
+        """The config of one cell under one seed."""
+        return CellConfig(
+            dataset=cell.dataset,
+            family=cell.family,
+            scheme=cell.scheme,
+            seed=seed,
+            device=device,
+            model=self.model,
+            partition=self.partition,
+            training=self.training,
+            sharing=self.sharing,
+            numerics=self.numerics,
+        )
+
+
+def make_cells(rows: Sequence[tuple[str, str]]) -> list[CellName]:
+    """All schemes for each (data set, family)."""
+    return [
+        CellName(cast(DatasetName, dataset), cast(FamilyName, family), cast(SchemeName, scheme))
+        for dataset, family in rows
+        for scheme in SCHEMES
+    ]
+
+
+def select_cells(cells: Sequence[CellName], only: Sequence[str]) -> list[CellName]:
+    """The cells that match any of the patterns; all of them if there is none.
+
+    Raises:
+        ConfigError: a pattern matches no cell.
+
+    >>> [str(cell) for cell in select_cells(make_cells([("cifar10", "vgg")]), ["*/vgg/max*"])]
+    ['cifar10/vgg/max_common']
+    """
+    for pattern in only:
+        if not any(fnmatchcase(str(cell), pattern) for cell in cells):
+            parts = (
+                f"{what} {', '.join(dict.fromkeys(getattr(cell, what) for cell in cells))}"
+                for what in ("dataset", "family", "scheme")
+            )
+            raise ConfigError(
+                f"--only {pattern!r} matches no cell; write DATASET/FAMILY/SCHEME with {'; '.join(parts)}; or * for any"
+            )
+    return [cell for cell in cells if not only or any(fnmatchcase(str(cell), pattern) for pattern in only)]
+
+
+def parse_options(
+    argv: Sequence[str] | None, *, prog: str, description: str, environ: Mapping[str, str] = os.environ
+) -> GridOptions:
+    """Read a command line, on top of the defaults of the profile that it names.
+
+    Raises:
+        ConfigError: a setting has a value that it can't have.
+        SystemExit: the line can't be read (status 2), or `--help` was asked for (status 0).
+    """
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--profile", default="quick", nargs="?")
+    name = first_look.parse_known_args(argv)[0].profile
+    if name not in PROFILES:
+        raise ConfigError(invalid_choice("profile", name, PROFILES))
+    profile = PROFILES[name]
+    defaults = GridOptions(
+        profile=cast(ProfileName, name),
+        rounds=profile.rounds,
+        data_dir=Path(environ.get("FLEXIFED_DATA_DIR") or "data"),
+        address=environ.get("RAY_ADDRESS") or None,
+        model=profile.model,
+        partition=profile.partition,
+        training=profile.training,
+    )
+    return tyro.cli(GridOptions, prog=prog, description=description, args=argv, default=defaults)

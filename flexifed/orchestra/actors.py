@@ -1,0 +1,121 @@
+"""Client actors, and the driver's hold on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from flexifed.config import CellConfig
+from flexifed.core.aggregate import GroupState
+from flexifed.data import DatasetInfo
+from flexifed.errors import FlexifedError, ResourceError
+from flexifed.federation.client import ClientShards
+from flexifed.federation.host import ClientHost, HostRound
+from flexifed.orchestra.placement import CellPlacement
+from flexifed.orchestra.wire import (
+    PackedGroups,
+    PackedHostRound,
+    pack_groups,
+    pack_host_round,
+    unpack_groups,
+    unpack_host_round,
+)
+
+
+class ClientActor:
+    """A process that plays host to clients of one cell after another, so that torch is imported once."""
+
+    def __init__(self) -> None:
+        self._host: ClientHost | None = None
+
+    def begin(
+        self, config: CellConfig, info: DatasetInfo, clients: Sequence[int], shards: Sequence[ClientShards]
+    ) -> None:
+        """Forget the cell before, and hold these clients of this one."""
+        self._host = None
+        if config.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ResourceError(f"clients {list(clients)} were to run on a GPU, but their process sees none")
+        self._host = ClientHost(config, info, clients, shards)
+
+    def play_round(self, round_index: int, shared: PackedGroups | None, *, train: bool) -> PackedHostRound:
+        """See `ClientHost.play_round`."""
+        return pack_host_round(
+            self._hosted.play_round(round_index, None if shared is None else unpack_groups(shared), train=train)
+        )
+
+    def state_sha256(self, shared: PackedGroups | None) -> dict[int, str]:
+        """See `ClientHost.state_sha256`."""
+        return self._hosted.state_sha256(None if shared is None else unpack_groups(shared))
+
+    @property
+    def _hosted(self) -> ClientHost:
+        if self._host is None:
+            raise RuntimeError("this actor holds no clients; call begin first")
+        return self._host
+
+
+class ActorHosts:
+    """The client actors of a placement group, which play rounds at the same time.
+
+    Args:
+        group: each of its bundles gets one actor.
+    """
+
+    def __init__(self, group: PlacementGroup) -> None:
+        self._actors: list[Any] = [  # Ray's handles are not typed by method
+            ray.remote(ClientActor)
+            .options(
+                num_cpus=bundle.get("CPU", 0),
+                num_gpus=bundle.get("GPU", 0),
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+            )
+            .remote()
+            for index, bundle in enumerate(group.bundle_specs)
+        ]
+
+    def begin(
+        self, config: CellConfig, info: DatasetInfo, placement: CellPlacement, shards: Sequence[ClientShards]
+    ) -> None:
+        """Give the actors a cell's clients."""
+        _get(
+            [
+                actor.begin.remote(config, info, clients, shards[clients.start : clients.stop])
+                for actor, clients in zip(self._actors, placement.clients, strict=True)
+            ]
+        )
+
+    def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
+        """Let all clients play a round; results in client order, whoever finishes first."""
+        sent = ray.put(None if shared is None else pack_groups(shared))
+        played = _get([actor.play_round.remote(round_index, sent, train=train) for actor in self._actors])
+        return [unpack_host_round(one) for one in played]
+
+    def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
+        """The digest of what each client holds, by client."""
+        sent = ray.put(None if shared is None else pack_groups(shared))
+        parts = _get([actor.state_sha256.remote(sent) for actor in self._actors])
+        return {client: digest for part in parts for client, digest in part.items()}
+
+    def shut_down(self) -> None:
+        """End the actors' processes."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+
+def _get(references: list[Any]) -> list[Any]:
+    """Wait for all. An error of ours comes out as it was raised, without Ray's wrapping."""
+    try:
+        return ray.get(references)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, FlexifedError):
+            raise error.cause from error
+        raise

@@ -1,0 +1,175 @@
+"""One cell from its first round to its last: the driver's side, with what it writes. Needs hosts, but not Ray."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from flexifed.config import CellConfig
+from flexifed.data import DatasetInfo
+from flexifed.federation.client import ClientShards
+from flexifed.federation.rounds import Federation, Hosts, RoundResult, make_shards
+from flexifed.results.runlog import RunLog
+from flexifed.results.store import ResultsFolder, RoundsWriter, write_table
+
+_PACKAGES = ("flexifed", "torch", "torchvision", "ray", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRun:
+    """A cell, the data it runs on, how long it runs, and where its results go.
+
+    Attributes:
+        profile: the name under which its rows are found; it decides nothing.
+        rounds: rounds of training; one more is scored.
+        results: absolute path of the experiment's results.
+    """
+
+    config: CellConfig
+    info: DatasetInfo
+    profile: str
+    rounds: int
+    results: Path
+
+    @property
+    def run_id(self) -> str:
+        """See `CellConfig.run_id`."""
+        return self.config.run_id(self.info.fingerprint)
+
+    @property
+    def name(self) -> str:
+        """Under which its files are kept: words for people, and the run id."""
+        config = self.config
+        return f"{config.dataset}-{config.family}-{config.scheme}-seed{config.seed}-{self.run_id}"
+
+
+class CellSession:
+    """A cell that is running.
+
+    Args:
+        run: the cell.
+        placement: words that say where it runs, for its metadata.
+    """
+
+    def __init__(self, run: CellRun, placement: str) -> None:
+        self.run = run
+        self.shards = make_shards(run.config, run.info)
+        folder = ResultsFolder(run.results)
+        self._log = RunLog(folder.run_folder(run.name))
+        self._writer = RoundsWriter(folder.rounds_file(run.name), _metadata(run, placement))
+        self._federation: Federation | None = None
+        _write_shards(folder.run_folder(run.name) / "shards.parquet", self.shards)
+        self._log.write(f"begin {run.name}: {run.rounds} rounds on {run.info.source} data, {placement}")
+
+    def start(self, hosts: Hosts) -> None:
+        """Begin to play, on hosts that hold this cell's clients."""
+        self._federation = Federation(self.run.config, self.run.info, hosts)
+
+    def play_round(self) -> RoundResult:
+        """Play the next round, and write what it measured."""
+        assert self._federation is not None
+        train = self._federation.next_round < self.run.rounds
+        result = self._federation.play_round(train=train)
+        self._writer.append([*_rows(self.run, self.shards, result)])
+        self._log_round(result)
+        if not train:
+            self._writer.flush(state_sha256=self._federation.state_sha256())
+            self._log.write("end")
+        return result
+
+    def fail(self, reason: str) -> None:
+        """Note why the cell can't go on."""
+        self._log.write(f"failed: {reason}")
+
+    def close(self) -> None:
+        """Close its files."""
+        self._log.close()
+
+    def _log_round(self, result: RoundResult) -> None:
+        accuracies = accuracy_by_version(self.run.config, result)
+        losses = [client.train_loss for client in result.clients if client.train_loss is not None]
+        values = {f"accuracy/{version}": accuracy for version, accuracy in accuracies.items()}
+        values["seconds/round"] = result.round_s
+        if losses:
+            values["train_loss"] = float(np.mean(losses))
+        self._log.scalars(values, result.round_index)
+        self._log.write(
+            f"round {result.round_index}/{self.run.rounds} "
+            + " ".join(f"{version}={accuracy:.4f}" for version, accuracy in accuracies.items())
+            + (f" train_loss={values['train_loss']:.4f}" if losses else "")
+            + f" round_s={result.round_s:.2f} aggregate_s={result.aggregate_s:.3f}"
+        )
+
+
+def accuracy_by_version(config: CellConfig, result: RoundResult) -> dict[str, float]:
+    """Mean accuracy, in 0 to 1, over the clients of each version, V1 first."""
+    by_version: dict[str, list[float]] = {}
+    for client in result.clients:
+        by_version.setdefault(config.version(client.client), []).append(client.accuracy)
+    return {name: float(np.mean(by_version[name])) for name in sorted(by_version)}
+
+
+def _rows(run: CellRun, shards: Sequence[ClientShards], result: RoundResult) -> list[dict[str, object]]:
+    config = run.config
+    return [
+        {
+            "run_id": run.run_id,
+            "dataset": config.dataset,
+            "data_source": run.info.source,
+            "family": config.family,
+            "scheme": config.scheme,
+            "seed": config.seed,
+            "profile": run.profile,
+            "round": result.round_index,
+            "version": config.version(one.client),
+            "model": config.model_name(one.client),
+            "num_train": len(shards[one.client].train),
+            "num_test": len(shards[one.client].test),
+            "round_s": result.round_s,
+            "device": config.device,
+            "actor": actor,
+            **asdict(one),
+        }
+        for one, actor in zip(result.clients, result.host_of, strict=True)
+    ]
+
+
+def _metadata(run: CellRun, placement: str) -> Mapping[str, object]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # run from a folder that is not installed
+            versions[package] = "not installed"
+    return {
+        "run_id": run.run_id,
+        "profile": run.profile,
+        "rounds": run.rounds,
+        "config": asdict(run.config),
+        "data": asdict(run.info),
+        "placement": placement,
+        "machine": f"{platform.system()} {platform.machine()} {platform.node()}",
+        "versions": versions,
+    }
+
+
+def _write_shards(path: Path, shards: Sequence[ClientShards]) -> None:
+    """Which samples each client has: columns client, split, index."""
+    parts = [
+        pa.table(
+            {
+                "client": pa.array(np.full(len(indices), client, dtype=np.int32)),
+                "split": pa.array([split] * len(indices)).dictionary_encode(),
+                "index": pa.array(indices),
+            }
+        )
+        for client, one in enumerate(shards)
+        for split, indices in (("train", one.train), ("test", one.test))
+    ]
+    write_table(path, pa.concat_tables(parts, promote_options="default").unify_dictionaries())

@@ -1,0 +1,57 @@
+"""Joining a Ray cluster, or starting one on this machine for as long as it is needed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from flexifed.errors import ResourceError
+from flexifed.orchestra.placement import Resources
+
+
+@contextmanager
+def connected(address: str | None, *, num_cpus: int | None = None, num_gpus: int | None = None) -> Iterator[None]:
+    """Be connected to Ray for the length of a `with` block.
+
+    Args:
+        address: of a running cluster (`auto` finds one on this machine); None starts Ray here, and ends it afterwards.
+        num_cpus: pretend so many on a Ray that is started here; None counts them.
+        num_gpus: likewise.
+
+    Raises:
+        ResourceError: nothing answers at the address, or Ray does not come up.
+    """
+    try:
+        if address is None:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = f"no Ray cluster answers at {address!r}" if address else "Ray does not start on this machine"
+        raise ResourceError(
+            f"{where} ({error}); check --address and RAY_ADDRESS, or leave both out to start Ray here"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def nodes() -> list[Resources]:
+    """The resources of each living node of the connected cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def has_gpus(cluster: list[Resources]) -> bool:
+    """Whether any node has a GPU."""
+    return any(node.get("GPU", 0) > 0 for node in cluster)

@@ -1,0 +1,121 @@
+"""How many clients go into an actor, what an actor asks for, and whether the cluster could ever hold that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flexifed.config import CellConfig
+from flexifed.errors import ConfigError, ResourceError
+from flexifed.federation.host import assign_clients
+
+DEFAULT_GPUS_PER_CLIENT = 0.125
+Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementOptions:
+    """Where clients run. None of it can change a number.
+
+    Attributes:
+        gpus_per_client: fraction of a GPU for each client; None: an eighth on a GPU, 0 without one.
+        clients_per_actor: clients that take turns in one process; None: one on a GPU; on CPUs as many as it takes to
+            give every CPU one actor.
+    """
+
+    gpus_per_client: float | None = None
+    clients_per_actor: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.gpus_per_client is not None and not 0 <= self.gpus_per_client < math.inf:
+            raise ConfigError(f"gpus_per_client is {self.gpus_per_client!r}; it must be a number of at least 0")
+        if self.clients_per_actor is not None and self.clients_per_actor < 1:
+            raise ConfigError(f"clients_per_actor is {self.clients_per_actor!r}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellPlacement:
+    """The actors of one cell: which clients each holds, and what each asks for."""
+
+    clients: tuple[range, ...]
+    cpus_per_actor: float
+    gpus_per_actor: float
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """The placement group's bundles: an empty one for the driver, which only adds up, then one for each actor."""
+        actor = {"CPU": self.cpus_per_actor}
+        if self.gpus_per_actor:
+            actor["GPU"] = self.gpus_per_actor
+        return [{}, *({**actor} for _ in self.clients)]
+
+    def __str__(self) -> str:
+        most = max(len(clients) for clients in self.clients)
+        gpus = f" and {self.gpus_per_actor:g} GPU" if self.gpus_per_actor else ""
+        return f"{len(self.clients)} actors of up to {most} clients, each {self.cpus_per_actor:g} CPU{gpus}"
+
+
+def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Resources]) -> CellPlacement:
+    """Decide a cell's actors.
+
+    Args:
+        config: the cell.
+        options: what the user asks for.
+        nodes: the resources of each node of the cluster, `CPU` and `GPU` among them.
+
+    Raises:
+        ResourceError: the nodes could not hold the actors, even with nothing else on them.
+        ConfigError: actors that would cut through blocks of `reduce_block` clients.
+    """
+    num_clients = config.partition.num_clients
+    total_cpus = sum(node.get("CPU", 0) for node in nodes)
+    gpus_per_client = options.gpus_per_client
+    if gpus_per_client is None:
+        gpus_per_client = DEFAULT_GPUS_PER_CLIENT if config.device == "cuda" else 0.0
+    if config.device == "cuda" and not gpus_per_client:
+        raise ResourceError(
+            "device is 'cuda' but gpus_per_client is 0; give clients a share of a GPU, or use --device cpu"
+        )
+    per_actor = options.clients_per_actor
+    if per_actor is None:
+        block = config.sharing.reduce_block
+        wanted = 1 if gpus_per_client else math.ceil(num_clients / max(1, int(total_cpus) // config.numerics.threads))
+        per_actor = block * math.ceil(wanted / block)
+    clients = assign_clients(num_clients, per_actor, config.sharing.reduce_block)
+    share = min(float(config.numerics.threads), total_cpus / len(clients))
+    placement = CellPlacement(
+        clients=tuple(clients),
+        cpus_per_actor=math.floor(share * 1000) / 1000,
+        gpus_per_actor=round(gpus_per_client * len(clients[0]), 4),
+    )
+    _check_fits(placement, nodes)
+    return placement
+
+
+def _check_fits(placement: CellPlacement, nodes: Sequence[Resources]) -> None:
+    """Refuse what Ray would wait for without a word and without end."""
+    needed = {"CPU": placement.cpus_per_actor, "GPU": placement.gpus_per_actor}
+    if needed["GPU"] > 1 and needed["GPU"] != int(needed["GPU"]):
+        raise ResourceError(
+            f"an actor of {len(placement.clients[0])} clients asks for {needed['GPU']:g} GPUs; above one it must be a "
+            "whole number: lower --gpus-per-client or --clients-per-actor"
+        )
+    held = sum(_actors_on(node, needed) for node in nodes)
+    if held < len(placement.clients):
+        have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+        raise ResourceError(
+            f"a cell needs {placement}, but the cluster could hold only {held} of them with nothing else running "
+            f"(its nodes: {have}): lower --gpus-per-client, raise --clients-per-actor, or add nodes"
+        )
+
+
+def _actors_on(node: Resources, needed: Mapping[str, float]) -> int:
+    """How many actors an empty node holds. A fraction of a GPU lies on one GPU, so fractions fill GPUs one by one."""
+    counts = []
+    if needed["CPU"]:
+        counts.append(int(node.get("CPU", 0) / needed["CPU"] + 1e-6))
+    if gpu := needed["GPU"]:
+        gpus = node.get("GPU", 0)
+        counts.append(int(gpus) * int(1 / gpu + 1e-6) if gpu <= 1 else int(gpus / gpu))
+    return min(counts, default=0)

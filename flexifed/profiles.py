@@ -1,0 +1,57 @@
+"""Named settings of a whole experiment: from a proof that the line works, in seconds, to the paper's own protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from flexifed.config import ModelConfig, PartitionConfig, TrainingConfig
+
+ProfileName = Literal["smoke", "quick", "thin", "authors", "paper"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Defaults for everything that decides a number, and the number of rounds."""
+
+    purpose: str
+    rounds: int
+    model: ModelConfig = field(default_factory=ModelConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+PROFILES: Mapping[str, Profile] = MappingProxyType(
+    {
+        "smoke": Profile(
+            purpose="seconds: does everything run at all",
+            rounds=2,
+            model=ModelConfig(width=0.03125),
+            partition=PartitionConfig(num_shards=200, windows_per_shard=5),
+            training=TrainingConfig(local_epochs=1),
+        ),
+        "quick": Profile(
+            purpose="minutes for the whole grid: proves the line, not the science",
+            rounds=6,
+            model=ModelConfig(width=0.0625),
+            partition=PartitionConfig(num_shards=50),
+            training=TrainingConfig(local_epochs=1),
+        ),
+        "thin": Profile(
+            purpose="thin models on real data, about an hour a row on a laptop: enough for the schemes to separate",
+            rounds=30,
+            model=ModelConfig(width=0.125),
+            partition=PartitionConfig(num_shards=50, windows_per_shard=1),
+            training=TrainingConfig(local_epochs=2),
+        ),
+        "authors": Profile(purpose="the published program's protocol: 8 clients, 20 shards, 502 rounds", rounds=502),
+        "paper": Profile(
+            purpose="the paper's appendix A.4: 40 clients, 40 shards",
+            rounds=502,
+            partition=PartitionConfig(num_clients=40, num_shards=40),
+        ),
+    }
+)
+assert tuple(PROFILES) == get_args(ProfileName)

@@ -1,0 +1,121 @@
+"""What a person sees while a grid runs: a live display in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from flexifed.orchestra.sweep import CellReport
+
+_LINE_EVERY_S = 10.0
+
+
+class GridProgress:
+    """Follows the cells of a grid; an `Observer`.
+
+    Args:
+        console: where to show it.
+        rounds: of every cell.
+        cells: names of the cells' files and what to call them.
+    """
+
+    def __init__(self, console: Console, rounds: int, cells: Mapping[str, str]) -> None:
+        self._console = console
+        self._rounds = rounds
+        self._labels = cells
+        self._started = time.monotonic()
+        self._played = 0
+        self._ended = 0
+        self._last_line: dict[str, float] = {}
+        self._bars: dict[str, TaskID] = {}
+        self._live = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._whole = self._live.add_task("all rounds", total=len(cells) * (rounds + 1), note="")
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show it for the length of a `with` block."""
+        if self._console.is_terminal:
+            with self._live:
+                yield
+        else:
+            yield
+
+    def cell_started(self, name: str) -> None:
+        """A cell has got its processes."""
+        if name not in self._bars:
+            self._bars[name] = self._live.add_task(self._labels[name], total=self._rounds + 1, note="starting")
+            self._last_line[name] = time.monotonic()
+
+    def round_played(self, report: CellReport) -> None:
+        """A round has ended, or a cell has failed."""
+        self.cell_started(report.name)
+        played = report.round_index + 1 if report.failure is None else self._rounds + 1
+        bar = self._bars[report.name]
+        self._played += played - int(self._live.tasks[self._live.task_ids.index(bar)].completed)
+        self._ended += report.finished
+        note = accuracy_text(report.accuracies)
+        self._live.update(bar, completed=played, note=note)
+        self._live.update(self._whole, completed=self._played, note=f"left: {self._time_left()}")
+        if report.finished:
+            self._live.update(bar, visible=False)
+        self._print_line(report, note)
+
+    def _print_line(self, report: CellReport, note: str) -> None:
+        now = time.monotonic()
+        label = self._labels[report.name]
+        if report.failure is not None:
+            self._console.print(
+                f"{label}: FAILED: {report.failure.strip().splitlines()[-1]}", style="red", markup=False
+            )
+        elif report.finished or (not self._console.is_terminal and now - self._last_line[report.name] >= _LINE_EVERY_S):
+            state = "done" if report.finished else f"round {report.round_index}/{self._rounds}"
+            ended = f"{self._ended}/{len(self._labels)} cells"
+            self._console.print(f"{label}: {state}  {note}  ({ended}, left: {self._time_left()})", highlight=False)
+            self._last_line[report.name] = now
+
+    def _time_left(self) -> str:
+        total = len(self._labels) * (self._rounds + 1)
+        elapsed = time.monotonic() - self._started
+        return duration(elapsed / max(1, self._played) * (total - self._played))
+
+
+def accuracy_text(accuracies: Mapping[str, float]) -> str:
+    """Accuracies by version, in percent.
+
+    >>> accuracy_text({"v1": 0.5, "v2": 0.625})
+    'V1 50.0 V2 62.5 %'
+    """
+    if not accuracies:
+        return ""
+    return " ".join(f"{version.upper()} {100 * value:.1f}" for version, value in accuracies.items()) + " %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them.
+
+    >>> [duration(seconds) for seconds in (4.2, 75, 8000)]
+    ['4 s', '1 min 15 s', '2 h 13 min']
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names, one a line, indented."""
+    return "\n".join(f"  {name}" for name in names)

@@ -1,0 +1,1 @@
+"""From rows to what a person reads. Needs pandas; no Ray, no torch."""

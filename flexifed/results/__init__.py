@@ -1,0 +1,1 @@
+"""Rows of results as Parquet files, and where they lie. No Ray, no torch: whoever reads results needs neither."""

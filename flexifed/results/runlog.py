@@ -1,0 +1,38 @@
+"""A cell's durable log, one line a round, and its TensorBoard events beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class RunLog:
+    """Appends to `<folder>/log.txt` and to an event file in the same folder.
+
+    Args:
+        folder: made if it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+        self._events = SummaryWriter(str(folder), flush_secs=30)
+
+    def write(self, message: str) -> None:
+        """Add a line with the time (UTC), and see it onto the disk."""
+        self._file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n")
+        os.fsync(self._file.fileno())
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add values to the event file, by tag, at a round."""
+        for tag, value in values.items():
+            self._events.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._events.close()
+        self._file.close()

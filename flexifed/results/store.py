@@ -1,0 +1,161 @@
+"""Where the results of an experiment lie, and how they get there whole.
+
+    <results_dir>/<experiment>/rounds/<cell>.parquet    one file for each cell and seed; read the folder with pandas
+    <results_dir>/<experiment>/runs/<cell>/             its log, its shards, its TensorBoard events
+
+A file is written beside its place, flushed to the disk, and renamed, so that whoever reads finds the old or the new one
+whole. Names of files under way begin with a dot, which readers of Parquet folders pass over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flexifed.errors import ResultsError
+from flexifed.results.schema import SCHEMA
+
+_METADATA_KEY = b"flexifed"
+_WRITE_SHARE = 0.05  # of the time may go into rewriting a file that grows with every round
+
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class ResultsFolder:
+    """The results of one experiment.
+
+    Args:
+        root: absolute; on a cluster, a folder that all nodes see.
+    """
+
+    root: Path
+
+    @property
+    def rounds(self) -> Path:
+        """The folder that `pandas.read_parquet` takes."""
+        return self.root / "rounds"
+
+    def rounds_file(self, cell: str) -> Path:
+        """The rows of one cell and seed."""
+        return self.rounds / f"{cell}.parquet"
+
+    def run_folder(self, cell: str) -> Path:
+        """Everything else of one cell and seed."""
+        return self.root / "runs" / cell
+
+    def prepare(self) -> None:
+        """Make the folders, and try whether they can be written.
+
+        Raises:
+            ResultsError: they can't.
+        """
+        try:
+            for folder in (self.rounds, self.root / "runs"):
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".probe-{os.getpid()}"
+                probe.write_bytes(b"")
+                probe.unlink()
+        except OSError as error:
+            raise ResultsError(
+                f"can't write results to {self.root}: {error.strerror or error}; choose another --results-dir"
+            ) from error
+
+    def read(self, cells: Sequence[str]) -> pd.DataFrame:
+        """The rows of some cells; those that have no file yet are left out.
+
+        Raises:
+            ResultsError: a file is damaged.
+        """
+        tables = [_read(path) for cell in cells if (path := self.rounds_file(cell)).exists()]
+        return (pa.concat_tables(tables) if tables else SCHEMA.empty_table()).to_pandas()
+
+    def last_round(self, cell: str) -> int | None:
+        """The last round that a cell has scores of, or None.
+
+        Raises:
+            ResultsError: the file is damaged.
+        """
+        path = self.rounds_file(cell)
+        if not path.exists():
+            return None
+        rounds = _read(path, columns=["round"])["round"]
+        return max(rounds.to_pylist(), default=None)
+
+
+class RoundsWriter:
+    """Rewrites a cell's file as its rows come in.
+
+    Args:
+        path: the file.
+        metadata: what goes into it beside the rows: config, versions.
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, object]) -> None:
+        self._path = path
+        self._metadata = dict(metadata)
+        self._rows: list[pa.Table] = []
+        self._write_after = 0.0
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Take the rows of a round, and write them now, or soon where writing has become slow."""
+        self._rows.append(pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA))
+        if time.monotonic() >= self._write_after:
+            self.flush()
+
+    def flush(self, **metadata: object) -> None:
+        """Write all rows, and what else is now known.
+
+        Raises:
+            ResultsError: the file can't be written.
+        """
+        started = time.monotonic()
+        self._metadata.update(metadata)
+        table = pa.concat_tables(self._rows).replace_schema_metadata({_METADATA_KEY: json.dumps(self._metadata)})
+        write_table(self._path, table)
+        finished = time.monotonic()
+        self._write_after = finished + (finished - started) / _WRITE_SHARE
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table beside its place, flush it, and rename it.
+
+    Raises:
+        ResultsError: the file can't be written.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise ResultsError(f"can't write {path}: {error.strerror or error}; make room or mend the folder") from error
+
+
+def read_metadata(path: Path) -> dict[str, object]:
+    """What was stored beside a file's rows: config, versions, and, once the run has ended, its final states' digests.
+
+    Raises:
+        ResultsError: the file is damaged.
+    """
+    metadata = _read(path, columns=["round"]).schema.metadata or {}
+    return dict(json.loads(metadata.get(_METADATA_KEY, b"{}")))
+
+
+def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        raise ResultsError(f"can't read {path}: {error}; move it away, and its cell is run again") from error

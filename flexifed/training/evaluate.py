@@ -1,0 +1,53 @@
+"""The score of a model on a client's test shard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from flexifed.config import TrainingConfig
+from flexifed.data.augment import ImagePipeline
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy in 0 to 1, and mean cross-entropy."""
+
+    accuracy: float
+    loss: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, config: TrainingConfig, pipeline: ImagePipeline
+) -> Score:
+    """Score a model, and leave it as it was.
+
+    With `config.scoring == "train"` the model is scored as the published program does it: dropout is active (it draws
+    from PyTorch's global generator: seed it around this call) and batch norm uses the statistics of the batch. Here the
+    running statistics that such a pass moves are put back, because a score must not change what a client holds; there
+    they stay moved, and are averaged, but never read.
+
+    Args:
+        model: on the device of the data.
+        images: uint8 (samples, channels, height, width).
+        labels: int64 (samples,).
+        config: scoring mode and batch size.
+        pipeline: normalises.
+    """
+    in_training_mode = config.scoring == "train"
+    before = [buffer.clone() for buffer in model.buffers()] if in_training_mode else []
+    model.train(in_training_mode)
+    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    total = torch.zeros((), dtype=torch.float64, device=images.device)
+    for inputs, targets in zip(images.split(config.eval_batch_size), labels.split(config.eval_batch_size), strict=True):
+        scores = model(pipeline.normalise(inputs))
+        correct += (scores.argmax(1) == targets).sum()
+        total += functional.cross_entropy(scores, targets, reduction="sum").double()
+    if in_training_mode:
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
+    return Score(accuracy=correct.item() / len(images), loss=total.item() / len(images))

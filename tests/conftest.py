@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--data-dir",
+        type=Path,
+        default=None,
+        help="folder with real data (cifar-10-batches-bin or cifar-10-batches-py); default: FLEXIFED_DATA_DIR",
+    )
+
+
+@pytest.fixture(scope="session")
+def data_dir(pytestconfig: pytest.Config) -> Path:
+    """A folder with real data. Tests that need one are skipped where none is named, and fail where it is wrong."""
+    named = pytestconfig.getoption("--data-dir") or os.environ.get("FLEXIFED_DATA_DIR")
+    if not named:
+        pytest.skip("needs real data: name their folder with --data-dir or in FLEXIFED_DATA_DIR")
+    return Path(named)

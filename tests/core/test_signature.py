@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from flexifed.core.signature import DeclaredLayer, signature
+from flexifed.errors import SignatureError
+from flexifed.models import build_model, model_signature
+
+
+class Declared(nn.Module):
+    """Registers its modules from the output to the input, and declares them the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+        self.norm = nn.BatchNorm2d(4)
+        self.stem = nn.Conv2d(3, 4, 3)
+
+    def declared_layers(self) -> list[DeclaredLayer]:
+        return [
+            DeclaredLayer((self.stem, self.norm)),
+            DeclaredLayer((self.head,), "classifier", (nn.ReLU(), nn.Flatten())),
+        ]
+
+
+class Declaring(nn.Module):
+    """Declares whatever `declare` says of its two linear layers."""
+
+    def __init__(self, declare: Callable[[nn.Linear, nn.Linear], list[DeclaredLayer]]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.declare = declare
+
+    def declared_layers(self) -> list[DeclaredLayer]:
+        return self.declare(self.first, self.second)
+
+
+class Counting(nn.Module):
+    """Puts something into its state dict that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+
+def between(module: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(4, 4, 3), module, nn.Conv2d(4, 4, 3))
+
+
+def kinds(model: nn.Module) -> list[str]:
+    return [layer.kind for layer in signature(model).layers]
+
+
+def roles(*modules: nn.Module) -> str:
+    return "".join(layer.role[0] for layer in signature(nn.Sequential(*modules)).layers)
+
+
+def test_declared_order_overrides_registration_order() -> None:
+    in_order = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    assert kinds(Declared()) == ["Conv2d + BatchNorm2d", "Linear"]
+    assert signature(Declared()) == signature(in_order)
+    assert signature(Declared()).names[1] == ("head.weight", "head.bias")
+
+
+def test_undeclared_models_are_read_in_registration_order() -> None:
+    model = nn.Module()
+    model.late, model.early = nn.Linear(4, 4), nn.Conv2d(4, 4, 1)
+    assert kinds(model) == ["Linear", "Conv2d"]
+
+
+def test_names_are_the_keys_of_the_state_dict() -> None:
+    model = between(nn.BatchNorm2d(4))
+    assert sorted(name for names in signature(model).names for name in names) == sorted(model.state_dict())
+    assert signature(model).state_keys == model.state_dict().keys()
+
+
+def test_number_of_parameters_is_the_models_own() -> None:
+    model = between(nn.BatchNorm2d(4))
+    assert signature(model).num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_non_persistent_buffers_do_not_count() -> None:
+    model = nn.Linear(2, 2)
+    before = signature(model).names
+    model.register_buffer("cache", torch.zeros(3), persistent=False)
+    assert signature(model).names == before
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)])
+def test_normalisation_joins_the_layer_before_it(norm: nn.Module) -> None:
+    assert kinds(between(norm)) == [f"Conv2d + {type(norm).__name__}", "Conv2d"]
+
+
+def test_normalisation_without_a_layer_right_before_it_is_a_layer() -> None:
+    leading = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+    after_activation = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))
+    assert kinds(leading) == ["BatchNorm2d", "Conv2d"]
+    assert kinds(after_activation) == ["Conv2d", "BatchNorm2d"]
+
+
+def test_what_stands_before_a_layer_counts_for_it_and_not_for_the_layer_below() -> None:
+    pooled, plain = signature(between(nn.MaxPool2d(2))), signature(between(nn.ReLU()))
+    assert pooled.layers[0] == plain.layers[0]
+    assert pooled.layers[1] != plain.layers[1]
+
+
+def test_what_stands_after_the_last_layer_counts_for_the_architecture_only() -> None:
+    bare, softmax = (nn.Sequential(nn.Linear(2, 2), *tail) for tail in ((), (nn.Softmax(1),)))
+    assert signature(bare).layers == signature(softmax).layers
+    assert signature(bare) != signature(softmax)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=2)),
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding=1)),
+        (nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, dilation=2)),
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, bias=False)),
+        (nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3)),
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, dtype=torch.float64)),
+        (nn.BatchNorm2d(4), nn.BatchNorm2d(4, eps=1e-3)),
+        (nn.BatchNorm2d(4), nn.BatchNorm2d(4, momentum=None)),
+        (nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+        (nn.GroupNorm(1, 4), nn.GroupNorm(2, 4)),
+        (nn.ReLU(), nn.Tanh()),
+        (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)),
+        (nn.MaxPool2d(2), nn.MaxPool2d(2, ceil_mode=True)),
+    ],
+    ids=repr,
+)
+def test_hyper_parameters_and_shapes_tell_layers_apart(one: nn.Module, other: nn.Module) -> None:
+    assert signature(between(one)) != signature(between(other))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (nn.ReLU(), nn.ReLU(inplace=True)),
+        (nn.LeakyReLU(0.1), nn.LeakyReLU(0.1, inplace=True)),
+        (nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)),
+        (nn.BatchNorm2d(4), nn.BatchNorm2d(4).eval()),
+        (nn.Dropout(), nn.Dropout(inplace=True)),
+    ],
+    ids=repr,
+)
+def test_what_does_not_change_the_function_does_not_count(one: nn.Module, other: nn.Module) -> None:
+    assert signature(between(one)) == signature(between(other))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (nn.AvgPool2d(2), nn.AvgPool2d(2, ceil_mode=True)),
+        (nn.AvgPool2d(3, padding=1), nn.AvgPool2d(3, padding=1, count_include_pad=False)),
+        (nn.Upsample(scale_factor=2, mode="bilinear"), nn.Upsample(None, 2, "bilinear", align_corners=True)),
+    ],
+    ids=["ceil_mode", "count_include_pad", "align_corners"],
+)
+def test_hyper_parameters_that_a_module_does_not_print_count_too(one: nn.Module, other: nn.Module) -> None:
+    assert signature(between(one)) != signature(between(other))
+
+
+def test_containers_before_a_declared_layer_count_with_what_they_hold() -> None:
+    one, other = (
+        Declaring(
+            lambda first, second, activation=activation: [
+                DeclaredLayer((first,)),
+                DeclaredLayer((second,), before=(nn.Sequential(activation),)),
+            ]
+        )
+        for activation in (nn.ReLU(), nn.Tanh())
+    )
+    assert signature(one) != signature(other)
+
+
+def test_words_before_a_declared_layer_count() -> None:
+    one, other = (
+        Declaring(lambda first, second, word=word: [DeclaredLayer((first, second), before=(word,))])
+        for word in ("added", "concatenated")
+    )
+    assert signature(one) != signature(other)
+
+
+def test_values_do_not_count() -> None:
+    torch.manual_seed(0)
+    assert signature(nn.Linear(3, 3)) == signature(nn.Linear(3, 3))
+
+
+def test_meta_models_have_the_signature_of_real_ones() -> None:
+    real = build_model("vgg13_bn", num_classes=10, width=0.05)
+    assert signature(real) == model_signature("vgg13_bn", num_classes=10, width=0.05)
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        ([nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)], "fcc"),
+        ([nn.Linear(4, 4), nn.Conv2d(3, 4, 3), nn.Linear(4, 2)], "ffc"),
+        ([nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Conv2d(4, 2, 1)], "fff"),
+        ([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)], "ffc"),
+        ([nn.Linear(4, 2)], "c"),
+    ],
+)
+def test_classifier_is_the_run_of_linear_layers_at_the_end(modules: list[nn.Module], expected: str) -> None:
+    assert roles(*modules) == expected
+
+
+def test_tied_tensors_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    with pytest.raises(SignatureError, match=r"'0\.weight' and '1\.weight' are one tied tensor; untie them"):
+        signature(model)
+
+
+@pytest.mark.parametrize(
+    "model", [nn.ReLU(), nn.Sequential(), nn.BatchNorm2d(2, affine=False, track_running_stats=False)]
+)
+def test_models_without_layers_are_refused(model: nn.Module) -> None:
+    with pytest.raises(SignatureError, match=f"{type(model).__name__} has no layer with parameters"):
+        signature(model)
+
+
+@pytest.mark.parametrize(
+    ("declare", "message"),
+    [
+        (lambda first, second: [DeclaredLayer((first,))], "to no declared layer: second.bias, second.weight"),
+        (
+            lambda first, second: [DeclaredLayer((first, second)), DeclaredLayer((first,))],
+            r"layer 1 \(Linear\) holds a tensor \(0\.weight\) that is not in .* or stands in another layer too",
+        ),
+        (lambda first, second: [DeclaredLayer((nn.Linear(2, 2),))], r"layer 0 \(Linear\) holds a tensor"),
+    ],
+    ids=["left out", "twice", "of another model"],
+)
+def test_declarations_that_do_not_fit_the_model_are_refused(declare, message: str) -> None:
+    with pytest.raises(SignatureError, match=message):
+        signature(Declaring(declare))
+
+
+def test_state_that_is_no_tensor_is_refused() -> None:
+    with pytest.raises(SignatureError, match="entry '_extra_state' is no tensor but a dict"):
+        signature(Counting())
+
+
+def test_digest_is_the_same_in_every_process() -> None:
+    program = "from flexifed.models import model_signature; print(model_signature('vgg11_bn', num_classes=10).digest)"
+    other = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+    )
+    assert other.stdout.strip() == model_signature("vgg11_bn", num_classes=10).digest
+
+
+def test_signature_survives_pickling() -> None:
+    one = model_signature("vgg11_bn", num_classes=10, width=0.1)
+    assert len(one.state_keys) == 8 * 7 + 3 * 2  # also fills the cache, which travels along
+    again = pickle.loads(pickle.dumps(one))
+    assert (again, again.layers, again.names, again.tail) == (one, one.layers, one.names, one.tail)
+    assert hash(again) == hash(one)
