@@ -155,7 +155,8 @@ def _dry_run(
 
 
 def _show_table(folder: ResultsFolder, options: GridOptions, runs: Sequence[CellRun], console: Console) -> None:
-    from flexifed.report.table import render, summarise
+    from flexifed.report.compare import paired_differences, render_differences
+    from flexifed.report.table import per_seed, render, summarise
 
     if not runs:
         return
@@ -163,6 +164,8 @@ def _show_table(folder: ResultsFolder, options: GridOptions, runs: Sequence[Cell
     summary = summarise(rows, options.rounds)
     for part in render(summary, profile=options.profile, rounds=options.rounds, seeds=options.seeds):
         console.print(part, highlight=False)
+    if len(options.seeds) > 1 and (differences := paired_differences(per_seed(rows, options.rounds))):
+        console.print(render_differences(differences, "Paired differences over versions and seeds"), highlight=False)
     console.print(f"Rows: pandas.read_parquet({str(folder.rounds)!r})", highlight=False, soft_wrap=True)
 
 

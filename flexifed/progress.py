@@ -77,12 +77,14 @@ class GridProgress:
         label = self._labels[report.name]
         if report.failure is not None:
             self._console.print(
-                f"{label}: FAILED: {report.failure.strip().splitlines()[-1]}", style="red", markup=False
+                f"{label}: FAILED: {report.failure.strip().splitlines()[-1]}", style="red", markup=False, soft_wrap=True
             )
         elif report.finished or (not self._console.is_terminal and now - self._last_line[report.name] >= _LINE_EVERY_S):
             state = "done" if report.finished else f"round {report.round_index}/{self._rounds}"
             ended = f"{self._ended}/{len(self._labels)} cells"
-            self._console.print(f"{label}: {state}  {note}  ({ended}, left: {self._time_left()})", highlight=False)
+            self._console.print(
+                f"{label}: {state}  {note}  ({ended}, left: {self._time_left()})", highlight=False, soft_wrap=True
+            )
             self._last_line[report.name] = now
 
     def _time_left(self) -> str:

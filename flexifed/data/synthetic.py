@@ -29,8 +29,7 @@ NUM_TRAIN, NUM_TEST, NUM_CLASSES, NUM_BACKGROUNDS = 50_000, 10_000, 10, 16
 SIDE, CHANNELS = 32, 3
 GRID = 8
 """Side of the coarse grid that patterns are interpolated from."""
-STEP_BITS = 2
-STEP = 1 << STEP_BITS
+STEP = SIDE // GRID
 """Pixels from one grid point to the next; 32 pixels go once round the grid."""
 MAX_SHIFT = 16
 """A class's pattern moves by 0 to `MAX_SHIFT - 1` pixels each way."""
@@ -146,12 +145,12 @@ def _smooth(coarse: NDArray[np.int8], side: int) -> NDArray[np.int16]:
     """
     grid = coarse.reshape(-1, CHANNELS, GRID, GRID).astype(np.int16)
     pixel = np.arange(side)
-    near = (pixel >> STEP_BITS) % GRID
+    near = pixel // STEP % GRID
     far = (near + 1) % GRID
     weight = (pixel % STEP).astype(np.int16)
     rows = grid[:, :, near, :] * (STEP - weight)[:, None] + grid[:, :, far, :] * weight[:, None]
-    both: NDArray[np.int16] = rows[:, :, :, near] * (STEP - weight) + rows[:, :, :, far] * weight
-    return both >> 2 * STEP_BITS
+    both = rows[:, :, :, near] * (STEP - weight) + rows[:, :, :, far] * weight
+    return (both // STEP**2).astype(np.int16, copy=False)
 
 
 def _windows(patterns: NDArray[np.int16]) -> NDArray[np.int16]:

@@ -26,14 +26,7 @@ def connected(address: str | None, *, num_cpus: int | None = None, num_gpus: int
     """
     try:
         if address is None:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            _start(num_cpus, num_gpus)
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -45,6 +38,25 @@ def connected(address: str | None, *, num_cpus: int | None = None, num_gpus: int
         yield
     finally:
         ray.shutdown()
+
+
+def _start(num_cpus: int | None, num_gpus: int | None) -> None:
+    """Start Ray on this machine. On a loaded one its agents may come up too late for it; then once more."""
+    for attempt in (1, 2):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        except (ConnectionError, RuntimeError):
+            if attempt == 2:
+                raise
+            ray.shutdown()
 
 
 def nodes() -> list[Resources]:

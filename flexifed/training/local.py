@@ -51,4 +51,5 @@ def train(
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(batch)
+    model.zero_grad(set_to_none=True)  # the gradients' memory is for whoever trains next
     return total.item() / (config.local_epochs * len(images))

@@ -1,0 +1,88 @@
+"""Schemes against each other: paired differences with confidence intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from rich.table import Table
+from scipy import stats
+
+from flexifed.report.table import VERSIONS
+
+COMPARISONS = (
+    ("clustered_fl", "standalone"),
+    ("max_common", "clustered_fl"),
+    ("max_common", "clustered_common"),
+    ("basic_common", "standalone"),
+)
+"""The comparisons that the paper's claims rest on: (scheme, against which)."""
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The mean of `scheme - against` in points of accuracy, over pairs that agree in all else.
+
+    `low` and `high` bound Student's interval of 95 % for the mean of n independent pairs; nan for one pair.
+    """
+
+    dataset: str
+    family: str
+    scheme: str
+    against: str
+    pairs: int
+    mean: float
+    low: float
+    high: float
+
+
+def paired_differences(
+    numbers: pd.DataFrame, comparisons: Sequence[tuple[str, str]] = COMPARISONS, *, by_seed: bool = False
+) -> list[PairedDifference]:
+    """Compare schemes on the same seed and version, so with the same shards and initial weights.
+
+    Args:
+        numbers: from `flexifed.report.table.per_seed`.
+        comparisons: (scheme, against which); those for which rows are missing are left out.
+        by_seed: one pair for each seed, the mean over its versions, instead of one for each seed and version. The
+            versions of one seed are trained together, so this is the more careful count.
+    """
+    versions = [version for version in VERSIONS if version in numbers]
+    found = []
+    for (dataset, family), cells in numbers.groupby(["dataset", "family"], sort=False):
+        by_scheme = {scheme: rows.set_index("seed")[versions] for scheme, rows in cells.groupby("scheme")}
+        for scheme, against in comparisons:
+            if scheme in by_scheme and against in by_scheme:
+                differences = (by_scheme[scheme] - by_scheme[against]).dropna()
+                values = differences.mean(axis=1).tolist() if by_seed else differences.to_numpy().ravel().tolist()
+                if values:
+                    found.append(PairedDifference(str(dataset), str(family), scheme, against, *_interval(values)))
+    return found
+
+
+def _interval(values: Sequence[float]) -> tuple[int, float, float, float]:
+    """Number of values, mean, and the bounds of its interval."""
+    count = len(values)
+    mean = sum(values) / count
+    if count < 2:
+        return count, mean, math.nan, math.nan
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(values))
+    return count, mean, mean - half, mean + half
+
+
+def render_differences(differences: Sequence[PairedDifference], title: str) -> Table:
+    """The differences as a table for a terminal."""
+    table = Table(title=title, title_justify="left")
+    for header in ("", "scheme", "against"):
+        table.add_column(header, no_wrap=True)
+    for header in ("points", "95 % interval", "n"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for one in differences:
+        interval = "" if math.isnan(one.low) else f"{one.low:+.1f} to {one.high:+.1f}"
+        row = (f"{one.dataset}/{one.family}", one.scheme, one.against, f"{one.mean:+.1f}", interval, str(one.pairs))
+        table.add_row(*row)
+    return table

@@ -1,0 +1,49 @@
+import math
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+from flexifed.report.compare import paired_differences
+
+
+def numbers(**by_scheme: list[tuple[float, float]]) -> pd.DataFrame:
+    """As from `per_seed`: for each scheme and seed the accuracies of two versions."""
+    return pd.DataFrame(
+        [
+            {"dataset": "cifar10", "family": "vgg", "scheme": scheme, "seed": seed, "v1": v1, "v2": v2}
+            for scheme, seeds in by_scheme.items()
+            for seed, (v1, v2) in enumerate(seeds)
+        ]
+    )
+
+
+def test_differences_are_paired_by_seed_and_version() -> None:
+    table = numbers(standalone=[(10, 20), (30, 40)], basic_common=[(11, 22), (33, 44)])
+    [one] = paired_differences(table)
+    assert (one.scheme, one.against, one.pairs, one.mean) == ("basic_common", "standalone", 4, 2.5)
+    interval = stats.ttest_1samp([1, 2, 3, 4], 0).confidence_interval(0.95)
+    assert (one.low, one.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_by_seed_a_pair_is_the_mean_over_versions() -> None:
+    table = numbers(standalone=[(10, 20), (30, 40)], basic_common=[(11, 22), (33, 44)])
+    [one] = paired_differences(table, by_seed=True)
+    interval = stats.ttest_1samp([1.5, 3.5], 0).confidence_interval(0.95)
+    assert (one.pairs, one.mean, one.low, one.high) == (2, 2.5, *pytest.approx((interval.low, interval.high)))
+
+
+def test_seeds_that_one_scheme_lacks_are_left_out() -> None:
+    [one] = paired_differences(numbers(standalone=[(10, 20)], basic_common=[(11, 22), (90, 90)]))
+    assert (one.pairs, one.mean) == (2, 1.5)
+
+
+def test_one_pair_has_no_interval() -> None:
+    [one] = paired_differences(numbers(standalone=[(10, 20)], basic_common=[(11, 22)]), by_seed=True)
+    assert one.mean == 1.5
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
+
+
+def test_a_scheme_without_rows_is_not_compared() -> None:
+    assert paired_differences(numbers(max_common=[(1, 2)], clustered_common=[])) == []
