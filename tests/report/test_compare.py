@@ -30,7 +30,8 @@ def test_by_seed_a_pair_is_the_mean_over_versions() -> None:
     table = numbers(standalone=[(10, 20), (30, 40)], basic_common=[(11, 22), (33, 44)])
     [one] = paired_differences(table, by_seed=True)
     interval = stats.ttest_1samp([1.5, 3.5], 0).confidence_interval(0.95)
-    assert (one.pairs, one.mean, one.low, one.high) == (2, 2.5, *pytest.approx((interval.low, interval.high)))
+    assert (one.pairs, one.mean) == (2, 2.5)
+    assert (one.low, one.high) == pytest.approx((interval.low, interval.high))
 
 
 def test_seeds_that_one_scheme_lacks_are_left_out() -> None:
