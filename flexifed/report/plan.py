@@ -1,0 +1,263 @@
+"""What a sharing plan means, in numbers: who averages which layers with whom, and what a client pays for it.
+
+Pure: a plan in, plain dataclasses out. `flexifed.report.plan_text` shows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexifed.core.schemes import Group, SharingPlan
+    from flexifed.core.signature import LayerSignature
+    from flexifed.core.trie import Node
+
+_WIDTHS = ("out_channels", "out_features", "embedding_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSummary:
+    """One layer of one version. `depth` counts from 0 at the input; `group` is None, and its members the version's own
+    client, where the layer is personal."""
+
+    depth: int
+    kind: str
+    role: str
+    num_parameters: int
+    group: int | None
+    versions: tuple[str, ...]
+    num_clients: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragedOver:
+    """So many of a version's parameters, and which share of them (0 to 1), are averaged over so many clients."""
+
+    num_clients: int
+    num_parameters: int
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionSummary:
+    """One architecture: what of it is averaged, and the bytes that one of its clients sends and gets in a round.
+
+    `averaged_over` has the largest groups first; `averaged_share` (0 to 1) is their sum. Parameters are trainable
+    values; bytes count averaged batch-norm buffers too.
+    """
+
+    version: str
+    model: str
+    clients: tuple[int, ...]
+    num_parameters: int
+    averaged_share: float
+    averaged_over: tuple[AveragedOver, ...]
+    bytes_up: int
+    bytes_down: int
+    layers: tuple[LayerSummary, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSummary:
+    """The clients that average one layer, and the bytes of it that each of them sends and gets in a round."""
+
+    group: int
+    kind: str
+    versions: tuple[str, ...]
+    clients: tuple[int, ...]
+    num_parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """The versions and the number of clients that a layer is averaged over."""
+
+    versions: tuple[str, ...]
+    num_clients: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Consecutive layers of one kind that are averaged in the same way: `first` to `last`, depths from 0.
+
+    `widths` are the output channels or features of the first and the last, where the layers have such. `averaged` has
+    one entry for each group of a layer, `personal` the versions that keep the layers to themselves.
+    """
+
+    first: int
+    last: int
+    kind: str
+    widths: tuple[str, ...]
+    averaged: tuple[Members, ...]
+    personal: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """A part of the prefix trie: the layers that these versions have in common, and how they go on from there."""
+
+    versions: tuple[str, ...]
+    segments: tuple[Segment, ...]
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSummary:
+    """A sharing plan for people and machines."""
+
+    scheme: str
+    weighting: str
+    batch_norm_buffers: str
+    classifier: str
+    num_clients: int
+    versions: tuple[VersionSummary, ...]
+    groups: tuple[GroupSummary, ...]
+    tree: tuple[Branch, ...]
+
+    @property
+    def bytes_all_clients(self) -> int:
+        """What all clients together send in a round, and as much again that they get."""
+        return sum(len(version.clients) * version.bytes_up for version in self.versions)
+
+
+def plan_summary(plan: SharingPlan, models: Sequence[str]) -> PlanSummary:
+    """Work out what a plan means.
+
+    Args:
+        plan: from `flexifed.core.schemes.sharing_plan`.
+        models: the name of each client's model, in client order. Versions are called `v1`, `v2`, ... in the order of
+            their first client.
+    """
+    return PlanSummary(
+        scheme=plan.scheme,
+        weighting=plan.weighting,
+        batch_norm_buffers=plan.batch_norm_buffers,
+        classifier=plan.classifier,
+        num_clients=plan.num_clients,
+        versions=tuple(
+            _version_summary(plan, index, models[clients[0]]) for index, clients in enumerate(plan.clients_of)
+        ),
+        groups=tuple(
+            GroupSummary(
+                group=group.index,
+                kind=group.layer.kind,
+                versions=_names(group.architectures),
+                clients=plan.members(group),
+                num_parameters=_num_parameters(group),
+                num_bytes=group.num_bytes,
+            )
+            for group in plan.groups
+        ),
+        tree=tuple(_branch(plan, root) for root in plan.trie.children(None)),
+    )
+
+
+def as_json(summary: PlanSummary) -> dict[str, Any]:
+    """A summary as what `json.dumps` takes. The tree is left out: layers and groups say it all."""
+    content = asdict(summary)
+    del content["tree"]
+    return content
+
+
+def _version_summary(plan: SharingPlan, architecture: int, model: str) -> VersionSummary:
+    clients = plan.clients_of[architecture]
+    signature = plan.architectures[architecture]
+    layers, averaged = [], dict[int, int]()
+    for depth, (layer, index) in enumerate(zip(signature.layers, plan.group_of[architecture], strict=True)):
+        group = None if index is None else plan.groups[index]
+        layers.append(
+            LayerSummary(
+                depth=depth,
+                kind=layer.kind,
+                role=layer.role,
+                num_parameters=layer.num_parameters,
+                group=index,
+                versions=_names(group.architectures if group else [architecture]),
+                num_clients=plan.num_members(group) if group else 1,
+            )
+        )
+        if group:
+            members = plan.num_members(group)
+            averaged[members] = averaged.get(members, 0) + _num_parameters(group)
+    total = max(1, signature.num_parameters)
+    num_bytes = plan.bytes_per_round(clients[0])
+    return VersionSummary(
+        version=_name(architecture),
+        model=model,
+        clients=clients,
+        num_parameters=signature.num_parameters,
+        averaged_share=sum(averaged.values()) / total,
+        averaged_over=tuple(
+            AveragedOver(num_clients=members, num_parameters=count, share=count / total)
+            for members, count in sorted(averaged.items(), reverse=True)
+        ),
+        bytes_up=num_bytes,
+        bytes_down=num_bytes,
+        layers=tuple(layers),
+    )
+
+
+def _branch(plan: SharingPlan, node: Node) -> Branch:
+    """Follow the trie from a node until the versions part, and then each part."""
+    versions, segments = node.architectures, [_segment(plan, node)]
+    while len(above := plan.trie.children(node)) == 1 and above[0].architectures == versions:
+        node = above[0]
+        segment, below = _segment(plan, node), segments[-1]
+        if (segment.kind, segment.averaged, segment.personal) == (below.kind, below.averaged, below.personal):
+            segments[-1] = Segment(
+                first=below.first,
+                last=segment.last,
+                kind=below.kind,
+                widths=(*below.widths[:1], *segment.widths[-1:]),
+                averaged=below.averaged,
+                personal=below.personal,
+            )
+        else:
+            segments.append(segment)
+    return Branch(
+        versions=_names(versions),
+        segments=tuple(segments),
+        branches=tuple(_branch(plan, child) for child in above),
+    )
+
+
+def _segment(plan: SharingPlan, node: Node) -> Segment:
+    """The layer of one node, as its versions see it."""
+    indices = [plan.group_of[architecture][node.depth] for architecture in node.architectures]
+    groups = [plan.groups[index] for index in dict.fromkeys(indices) if index is not None]
+    personal = [one for one, index in zip(node.architectures, indices, strict=True) if index is None]
+    return Segment(
+        first=node.depth,
+        last=node.depth,
+        kind=_short_kind(node.layer),
+        widths=_width(node.layer),
+        averaged=tuple(
+            Members(versions=_names(group.architectures), num_clients=plan.num_members(group)) for group in groups
+        ),
+        personal=_names(personal),
+    )
+
+
+def _short_kind(layer: LayerSignature) -> str:
+    """`conv` for `Conv2d + BatchNorm2d`: the module that comes first, in lower case and without its dimensions."""
+    first = layer.kind.split(" + ")[0].rsplit(".", 1)[-1].lower()
+    return "conv" if first.startswith("conv") else first
+
+
+def _width(layer: LayerSignature) -> tuple[str, ...]:
+    return tuple(value for name, value in layer.hyperparameters if name in _WIDTHS)[:1]
+
+
+def _num_parameters(group: Group) -> int:
+    return sum(spec.num_elements for spec in group.specs if not spec.buffer)
+
+
+def _name(architecture: int) -> str:
+    return f"v{architecture + 1}"
+
+
+def _names(architectures: Iterable[int]) -> tuple[str, ...]:
+    return tuple(_name(one) for one in architectures)
