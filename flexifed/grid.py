@@ -55,7 +55,7 @@ class GridOptions:
     seeds: tuple[int, ...] = (0,)
     """Run every cell once under each of these seeds."""
     rounds: int = PROFILES["quick"].rounds
-    """Rounds of training. More of them later go on where the numbers of fewer end."""
+    """Rounds of training. The first numbers of a longer run are those of a shorter one."""
     data: Literal["auto", "real", "synthetic"] = "auto"
     """auto: real data where they are found, else a synthetic stand-in; it says which."""
     data_dir: Path = Path("data")

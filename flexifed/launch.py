@@ -38,18 +38,26 @@ def run_experiment(
         Exit status: 0; 1 if cells failed; 2 for a line or data or a cluster that won't do; 130 after Ctrl-C.
     """
     console = Console()
-    return guarded(lambda: _run(name, cells, parse_options(argv, prog=prog, description=description), console))
+    return guarded(
+        lambda: _run(name, cells, parse_options(argv, prog=prog, description=description), console),
+        when_stopped=": the same command skips the finished cells and runs the others from their first round",
+    )
 
 
-def guarded(action: Callable[[], None]) -> int:
-    """Run a command, and turn what a user can mend into one short message and an exit status."""
+def guarded(action: Callable[[], None], when_stopped: str = "") -> int:
+    """Run a command, and turn what a user can mend into one short message and an exit status.
+
+    Args:
+        action: the command.
+        when_stopped: what to add to the message after Ctrl-C.
+    """
     try:
         action()
     except FlexifedError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print("stopped: the same command goes on with the cells that are not finished", file=sys.stderr)
+        print(f"stopped{when_stopped}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -66,7 +74,7 @@ def _run(name: str, grid: Sequence[CellName], options: GridOptions, console: Con
         for dataset in dict.fromkeys(cell.dataset for cell in cells)
     }
     for dataset, info in infos.items():
-        console.print(f"data: {dataset}: {_describe_data(info, options.data_dir)}", highlight=False)
+        console.print(f"data: {dataset}: {_describe_data(info, options.data_dir)}", highlight=False, soft_wrap=True)
     if options.dry_run:
         _dry_run(options, cells, infos, folder.root, console)
         return
@@ -112,16 +120,21 @@ def _run_cells(
     """Run what is not finished yet, and return what failed and why."""
     from flexifed.orchestra.placement import place_cell
     from flexifed.orchestra.sweep import PlacedRun, run_grid
-    from flexifed.progress import GridProgress
+    from flexifed.progress import GridProgress, counted
     from flexifed.results.store import ResultsFolder
 
     placed = [PlacedRun(run, place_cell(run.config, _placement(options), nodes)) for run in runs]
     unfinished = [cell for cell in placed if not _is_finished(ResultsFolder(cell.run.results), cell.run)]
     if skipped := len(placed) - len(unfinished):
-        console.print(f"{skipped} of {len(placed)} cells are finished already", highlight=False)
+        console.print(f"{skipped} of {counted(len(placed), 'cell')} finished already", highlight=False)
     if not unfinished:
         return {}
-    console.print(f"running {len(unfinished)} cells of {options.rounds} rounds; a cell is {unfinished[0].placement}")
+    console.print(
+        f"running {counted(len(unfinished), 'cell')} of {counted(options.rounds, 'round')}; "
+        f"a cell is {unfinished[0].placement}",
+        highlight=False,
+        soft_wrap=True,
+    )
     labels = {cell.run.name: _label(cell.run) for cell in unfinished}
     progress = GridProgress(console, options.rounds, labels)
     with progress.shown():
@@ -147,11 +160,18 @@ def _dry_run(
     unfinished = [run for run in runs if not _is_finished(ResultsFolder(run.results), run)]
     for run in runs:
         state = "to run" if run in unfinished else "finished"
-        console.print(f"  {_label(run):<44} {state}, {run.rounds} rounds, run {run.run_id}", highlight=False)
+        console.print(
+            f"  {_label(run):<44} {state}, {run.rounds} rounds, run {run.run_id}", highlight=False, soft_wrap=True
+        )
     at_once = min(concurrent_cells(placement, machine), options.max_concurrent or len(runs))
-    console.print(f"resources: a cell is {placement} of {options.device}; {at_once} at a time on this machine")
+    console.print(
+        f"resources: a cell is {placement}, on {runs[0].config.device}; {at_once} at a time here", soft_wrap=True
+    )
     seconds = sum(cell_seconds(run, placement, machine, at_once) for run in unfinished) / at_once
-    console.print(f"time: about {duration(seconds)} on this machine, from a few steps timed now; nothing was started")
+    console.print(
+        f"time: about {duration(seconds)} on this machine, from a few steps timed now; nothing was started",
+        soft_wrap=True,
+    )
 
 
 def _show_table(folder: ResultsFolder, options: GridOptions, runs: Sequence[CellRun], console: Console) -> None:
@@ -165,7 +185,9 @@ def _show_table(folder: ResultsFolder, options: GridOptions, runs: Sequence[Cell
     for part in render(summary, profile=options.profile, rounds=options.rounds, seeds=options.seeds):
         console.print(part, highlight=False)
     if len(options.seeds) > 1 and (differences := paired_differences(per_seed(rows, options.rounds))):
-        console.print(render_differences(differences, "Paired differences over versions and seeds"), highlight=False)
+        console.print(render_differences(differences, "Paired differences, a pair for each version and seed"))
+        by_seed = paired_differences(per_seed(rows, options.rounds), by_seed=True)
+        console.print(render_differences(by_seed, "The same, a pair for each seed (versions are trained together)"))
     console.print(f"Rows: pandas.read_parquet({str(folder.rounds)!r})", highlight=False, soft_wrap=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -118,6 +118,10 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names, one a line, indented."""
-    return "\n".join(f"  {name}" for name in names)
+def counted(count: int, what: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "cell"), counted(5, "cell")
+    ('1 cell', '5 cells')
+    """
+    return f"{count} {what}" + ("" if count == 1 else "s")

@@ -62,7 +62,9 @@ class CellSession:
         self.shards = make_shards(run.config, run.info)
         folder = ResultsFolder(run.results)
         self._log = RunLog(folder.run_folder(run.name))
-        self._writer = RoundsWriter(folder.rounds_file(run.name), _metadata(run, placement))
+        self._writer = RoundsWriter(
+            folder.rounds_file(run.name), _metadata(run, placement), longer_than=folder.last_round(run.name)
+        )
         self._federation: Federation | None = None
         _write_shards(folder.run_folder(run.name) / "shards.parquet", self.shards)
         self._log.write(f"begin {run.name}: {run.rounds} rounds on {run.info.source} data, {placement}")

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from flexifed.config import CellConfig
+from flexifed.config import NumericsConfig, TrainingConfig
 from flexifed.data.augment import ImagePipeline
 from flexifed.models import build_model
 from flexifed.orchestra.cell import CellRun
@@ -40,7 +40,14 @@ def cell_seconds(run: CellRun, placement: CellPlacement, machine: Resources, at_
     num_test = run.info.num_test // config.partition.num_shards
     work = 0.0
     for client in range(config.partition.num_clients):
-        train_s, eval_s = _seconds_per_sample(config.model_name(client), config, run.info.num_classes)
+        train_s, eval_s = _seconds_per_sample(
+            config.model_name(client),
+            config.model.width,
+            run.info.num_classes,
+            run.info.in_channels,
+            config.device,
+            config.numerics,
+        )
         work += num_train * config.training.local_epochs * train_s + num_test * eval_s
     if config.device == "cuda":
         workers = machine.get("GPU", 1)
@@ -50,30 +57,23 @@ def cell_seconds(run: CellRun, placement: CellPlacement, machine: Resources, at_
 
 
 @lru_cache(maxsize=64)
-def _seconds_per_sample(name: str, config: CellConfig, num_classes: int) -> tuple[float, float]:
-    """Seconds to train on a sample, and to score one, on one process that has the device to itself."""
-    device = torch.device(config.device)
-    model = build_model(name, num_classes=num_classes, width=config.model.width, device=device)
-    pipeline = ImagePipeline((0.5,) * 3, (0.25,) * 3, device, config.numerics.channels_last)
-    count = _SAMPLES if device.type == "cpu" else config.training.batch_size
-    images = torch.zeros(count, 3, 32, 32, dtype=torch.uint8, device=device)
-    labels = torch.zeros(count, dtype=torch.int64, device=device)
-    one_epoch = type(config.training)(batch_size=count)
-    with numeric_settings(config.numerics):
-        seconds = []
-        for _ in range(2):  # the first pass warms up
+def _seconds_per_sample(
+    name: str, width: float, num_classes: int, in_channels: int, device: str, numerics: NumericsConfig
+) -> tuple[float, float]:
+    """Seconds to train on a sample, and to score one, in one process that has the device to itself."""
+    where = torch.device(device)
+    model = build_model(name, num_classes=num_classes, in_channels=in_channels, width=width, device=where)
+    pipeline = ImagePipeline((0.5,) * in_channels, (0.25,) * in_channels, where, numerics.channels_last)
+    images = torch.zeros(_SAMPLES, in_channels, 32, 32, dtype=torch.uint8, device=where)
+    labels = torch.zeros(_SAMPLES, dtype=torch.int64, device=where)
+    one_step = TrainingConfig(local_epochs=1, batch_size=_SAMPLES)
+    streams = {"batches": torch_generator(0, "batches"), "augmentation": torch_generator(0, "augmentation")}
+    train_s = eval_s = 0.0
+    with numeric_settings(numerics):
+        for _ in range(2):  # the first step warms up
             started = time.perf_counter()
-            train(
-                model,
-                images,
-                labels,
-                config=one_epoch,
-                pipeline=pipeline,
-                batches=torch_generator(0, "batches"),
-                augmentation=torch_generator(0, "augmentation"),
-            )
+            train(model, images, labels, config=one_step, pipeline=pipeline, **streams)
             trained = time.perf_counter()
-            evaluate(model, images, labels, config=one_epoch, pipeline=pipeline)
-            seconds.append(((trained - started) / one_epoch.local_epochs, time.perf_counter() - trained))
-    train_s, eval_s = seconds[-1]
-    return train_s / count, eval_s / count
+            evaluate(model, images, labels, config=one_step, pipeline=pipeline)
+            train_s, eval_s = trained - started, time.perf_counter() - trained
+    return train_s / _SAMPLES, eval_s / _SAMPLES

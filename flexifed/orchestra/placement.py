@@ -53,7 +53,9 @@ class CellPlacement:
     def __str__(self) -> str:
         most = max(len(clients) for clients in self.clients)
         gpus = f" and {self.gpus_per_actor:g} GPU" if self.gpus_per_actor else ""
-        return f"{len(self.clients)} actors of up to {most} clients, each {self.cpus_per_actor:g} CPU{gpus}"
+        actors = "1 actor" if len(self.clients) == 1 else f"{len(self.clients)} actors"
+        clients = "1 client" if most == 1 else f"up to {most} clients"
+        return f"{actors} of {clients}, each {self.cpus_per_actor:g} CPU{gpus}"
 
 
 def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Resources]) -> CellPlacement:

@@ -17,18 +17,19 @@ def render(summary: PlanSummary, *, title: str) -> list[RenderableType]:
 
     Args:
         summary: from `plan_summary`.
-        title: what the plan is of, as the tree's root.
+        title: what the plan is of.
     """
-    tree = Tree(title, highlight=False)
+    tree = Tree("", hide_root=True, highlight=False)
     for branch in summary.tree:
         _grow(tree, branch)
     together = decimal(summary.bytes_all_clients)
     caption = (
-        f"All {summary.num_clients} clients together send {together} in a round, and get as much. "
+        f"In a round a client sends, and gets, what the last column says; all {summary.num_clients} clients together "
+        f"send {together}. "
         f"Mean: {summary.weighting}. Batch-norm buffers: {summary.batch_norm_buffers}. "
         f"Classifier: {summary.classifier}."
     )
-    return [tree, "", _table(summary.versions), caption]
+    return [title, tree, "", _table(summary.versions), caption]
 
 
 def percent(share: float) -> str:
@@ -85,23 +86,18 @@ def _grow(parent: Tree, branch: Branch) -> None:
 
 def _table(versions: Sequence[VersionSummary]) -> Table:
     table = Table()
-    table.add_column("", no_wrap=True)
+    table.add_column("clients", no_wrap=True)
     table.add_column("model", no_wrap=True)
-    for name in ("clients", "parameters", "averaged", "over\nclients", "sends, gets\na round"):
+    for name in ("parameters", "averaged", "over how\nmany clients", "sends\nand gets"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in versions:
-        parts = one.averaged_over
-        shares = [percent(part.share) for part in parts] or ["0 %"]
-        if len(parts) > 1:
-            shares = [percent(one.averaged_share), *(f"of it {share}" for share in shares)]
-        over = [str(part.num_clients) for part in parts] or ["-"]
+        over = [f"{percent(part.share)} over {part.num_clients}" for part in one.averaged_over]
         table.add_row(
-            one.version.upper(),
+            f"{len(one.clients)} × {one.version.upper()}",
             one.model,
-            str(len(one.clients)),
             f"{one.num_parameters:,}",
-            "\n".join(shares),
-            "\n".join([""] * (len(parts) > 1) + over),
+            percent(one.averaged_share),
+            "\n".join(over or ["-"]),
             decimal(one.bytes_up),
         )
     return table

@@ -97,10 +97,13 @@ class RoundsWriter:
     Args:
         path: the file.
         metadata: what goes into it beside the rows: config, versions.
+        longer_than: a file that is there already has rows up to this round; it stays until there are more.
     """
 
-    def __init__(self, path: Path, metadata: Mapping[str, object]) -> None:
+    def __init__(self, path: Path, metadata: Mapping[str, object], longer_than: int | None = None) -> None:
         self._path = path
+        self._longer_than = -1 if longer_than is None else longer_than
+        self._rounds = 0
         self._metadata = dict(metadata)
         self._rows: list[pa.Table] = []
         self._write_after = 0.0
@@ -108,7 +111,8 @@ class RoundsWriter:
     def append(self, rows: Sequence[Row]) -> None:
         """Take the rows of a round, and write them now, or soon where writing has become slow."""
         self._rows.append(pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA))
-        if time.monotonic() >= self._write_after:
+        self._rounds += 1
+        if self._rounds > self._longer_than and time.monotonic() >= self._write_after:
             self.flush()
 
     def flush(self, **metadata: object) -> None:

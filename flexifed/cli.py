@@ -1,0 +1,207 @@
+"""The `flexifed` command: look at sharing plans, models, data and results without running anything.
+
+torch, Ray and pandas are imported by the commands that need them, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from flexifed.config import (
+    FAMILIES,
+    BatchNormBuffers,
+    CellConfig,
+    ClassifierSharing,
+    FamilyName,
+    ModelConfig,
+    PartitionConfig,
+    SchemeName,
+    SharingConfig,
+    Weighting,
+)
+from flexifed.errors import DataError
+from flexifed.launch import guarded
+
+if TYPE_CHECKING:
+    from flexifed.report.plan import PlanSummary
+
+_POSITIONAL: Any = tyro.conf.Positional
+_NUM_CLASSES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Show which layers a scheme averages over which clients, and what that costs a client."""
+
+    family: FamilyName
+    """The clients' models; client k has version k modulo the number of versions."""
+    scheme: SchemeName
+    """Which layers are averaged."""
+    num_clients: int = PartitionConfig().num_clients
+    """Clients."""
+    num_classes: int = _NUM_CLASSES
+    """Size of the models' output."""
+    width: float = ModelConfig().width
+    """Factor on all channels; the depth, and so what models share, stays."""
+    in_channels: int = 3
+    """Channels of the models' input."""
+    weighting: Weighting = SharingConfig().weighting
+    """Whether clients count alike or by their number of training samples."""
+    batch_norm_buffers: BatchNormBuffers = SharingConfig().batch_norm_buffers
+    """Whether running statistics are averaged, or stay with the client."""
+    classifier: ClassifierSharing = SharingConfig().classifier
+    """Classifier layers: shared where the prefix reaches them, never, or always, across versions too."""
+    json: bool = False
+    """Print it for machines. Depths count from 0 at the input."""
+
+    def run(self, console: Console) -> None:
+        """Print the plan."""
+        from flexifed.report.plan import as_json
+        from flexifed.report.plan_text import render
+
+        summary = self._summary()
+        if self.json:
+            settings = {"family": self.family, "width": self.width}
+            settings |= {"num_classes": self.num_classes, "in_channels": self.in_channels}
+            text = json.dumps(settings | as_json(summary), indent=2)
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            return
+        title = f"{self.scheme} of {self.family}, {self.num_clients} clients, width {self.width:g}"
+        for part in render(summary, title=title):
+            console.print(part, highlight=False)
+
+    def _summary(self) -> PlanSummary:
+        config = CellConfig(  # which client has which model is its rule; data set and shards have no part in a plan
+            dataset="cifar10",
+            family=self.family,
+            scheme=self.scheme,
+            model=ModelConfig(width=self.width),
+            partition=PartitionConfig(num_clients=self.num_clients, num_shards=max(1, self.num_clients)),
+            sharing=SharingConfig(
+                weighting=self.weighting, batch_norm_buffers=self.batch_norm_buffers, classifier=self.classifier
+            ),
+        )
+        from flexifed.core.schemes import sharing_plan
+        from flexifed.models import model_signature
+        from flexifed.report.plan import plan_summary
+
+        shape = {"num_classes": self.num_classes, "in_channels": self.in_channels}
+        signatures = {name: model_signature(name, width=self.width, **shape) for name in config.versions}
+        models = [config.model_name(client) for client in range(self.num_clients)]
+        plan = sharing_plan(
+            [signatures[name] for name in models],
+            self.scheme,
+            weighting=self.weighting,
+            batch_norm_buffers=self.batch_norm_buffers,
+            classifier=self.classifier,
+        )
+        return plan_summary(plan, models)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """List the model families, their versions and how many parameters each has."""
+
+    def run(self, console: Console) -> None:
+        """Print the list."""
+        from flexifed.models import model_signature
+
+        table = Table(title=f"full width, {_NUM_CLASSES} classes", title_justify="left")
+        for name in ("family", "version", "model"):
+            table.add_column(name)
+        for name in ("layers", "parameters"):
+            table.add_column(name, justify="right")
+        for family, models in FAMILIES.items():
+            for index, model in enumerate(models):
+                signature = model_signature(model, num_classes=_NUM_CLASSES)
+                row = (f"V{index + 1}", model, str(len(signature.layers)), f"{signature.num_parameters:,}")
+                table.add_row("" if index else family, *row, end_section=index == len(models) - 1)
+        console.print(table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Verify which data sets are there, and say how to get those that are not."""
+
+    data_dir: Path = field(default_factory=lambda: Path(os.environ.get("FLEXIFED_DATA_DIR") or "data"))
+    """Where data sets lie. Default: $FLEXIFED_DATA_DIR, or ./data."""
+    download: bool = False
+    """Get what is missing from its publisher."""
+
+    def run(self, console: Console) -> None:
+        """Print a paragraph for each data set.
+
+        Raises:
+            DataError: data are damaged, or can't be downloaded.
+        """
+        from flexifed.data import SOURCES, find_dataset
+
+        data_dir = self.data_dir.expanduser()
+        for name, source in SOURCES.items():
+            if self.download:
+                find_dataset(name, data="real", data_dir=data_dir, download=True)
+            try:
+                info = source.find(data_dir)
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from error
+            if info is None:
+                text = f"{name}: not in {data_dir}; runs use a synthetic stand-in. {source.remedy(data_dir)}"
+            else:
+                samples = f"{info.num_train:,} training and {info.num_test:,} test samples, {info.num_classes} classes"
+                text = f"{name}: {info.source}, {info.layout} version in {info.location}: {samples}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Print the tables of an experiment from its results, one for each set of settings that were run."""
+
+    results_dir: Annotated[Path, _POSITIONAL] = Path("results")
+    """The --results-dir of the runs."""
+    experiment: str = "table1"
+    """The experiment's name: a folder in the results."""
+    pick: Literal["last", "best", "final"] = "last"
+    """Which rounds a number is of. last: mean of the last tenth of them, at most 50. best: the version's best. final:
+    the very last score."""
+    profile: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Only runs under this profile. Default: all, a table each."""
+
+    def run(self, console: Console) -> None:
+        """Print the tables."""
+        from flexifed.report.runs import report
+        from flexifed.results.store import ResultsFolder
+
+        folder = ResultsFolder((self.results_dir.expanduser() / self.experiment).absolute())
+        for part in report(folder, pick=self.pick, profile=self.profile):
+            console.print(part, highlight=False, markup=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the line; None reads the process's own.
+
+    Returns:
+        Exit status: 0, or 2 for what the user can mend.
+
+    Raises:
+        SystemExit: the line can't be read (status 2), or `--help` was asked for (status 0).
+    """
+    command: Plan | Models | Data | Report = tyro.cli(
+        Plan | Models | Data | Report,
+        prog="flexifed",
+        description="Look at FlexiFed's sharing plans, models, data and results. experiments/ holds what runs.",
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return guarded(lambda: command.run(Console()))

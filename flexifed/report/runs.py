@@ -1,0 +1,216 @@
+"""What lies in a results folder: which cells, how far they have got, and which of them may stand in one table.
+
+A table is true only of cells that ran under the same settings on the same data for the same rounds. So cells are sorted
+into editions, by what their files say about themselves; each edition gets its own table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from rich.table import Table
+
+from flexifed.config import NumericsConfig, SharingConfig
+from flexifed.errors import ResultsError
+from flexifed.profiles import PROFILES
+from flexifed.report.compare import paired_differences, render_differences
+from flexifed.report.table import Pick, per_seed, render, summarise
+from flexifed.results.store import ResultsFolder, read_metadata
+
+_OF_THE_CELL = ("dataset", "family", "scheme", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredCell:
+    """One file: a cell under one seed.
+
+    Attributes:
+        name: of the file, without its ending.
+        cell: `dataset/family/scheme`.
+        seed: its seed.
+        last_round: the last round it has scores of.
+        rounds: of training, that it was asked for.
+        profile: the name it was run under.
+        data_source: `real`, `real-partial` or `synthetic`.
+        fingerprint: of the data; empty where the file does not say.
+        settings: its config without data set, family, scheme and seed, flat: `training.batch_size`.
+    """
+
+    name: str
+    cell: str
+    seed: int
+    last_round: int
+    rounds: int
+    profile: str
+    data_source: str
+    fingerprint: str
+    settings: Mapping[str, object]
+
+    @property
+    def dataset(self) -> str:
+        """Its data set."""
+        return self.cell.split("/")[0]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the score after its last round is there."""
+        return self.last_round >= self.rounds
+
+    @property
+    def progress(self) -> str:
+        """How far it has got, in words."""
+        return f"{self.cell} seed {self.seed}: round {self.last_round} of {self.rounds}"
+
+
+@dataclass(frozen=True)
+class Edition:
+    """Cells that may stand in one table. `fingerprint` is of their data, where other cells differ in nothing else."""
+
+    cells: tuple[StoredCell, ...]
+    fingerprint: str = ""
+
+    @property
+    def finished(self) -> tuple[StoredCell, ...]:
+        """The cells that have all their scores."""
+        return tuple(cell for cell in self.cells if cell.is_finished)
+
+    @property
+    def unfinished(self) -> tuple[StoredCell, ...]:
+        """The others."""
+        return tuple(cell for cell in self.cells if not cell.is_finished)
+
+    @property
+    def title(self) -> str:
+        """What tells it from other editions: profile, rounds, data, and settings that are not the profile's."""
+        one = self.cells[0]
+        device = one.settings.get("device")
+        data = f"{one.data_source} data" + (f" ({self.fingerprint})" if self.fingerprint else "")
+        words = [f"profile {one.profile}", f"{one.rounds} rounds", data]
+        words += [str(device)] if device else []
+        changed = [f"{name}={value}" for name, value in changed_settings(one).items()]
+        return ", ".join(words) + (f"; not the profile's: {', '.join(changed)}" if changed else "")
+
+
+def stored_cells(folder: ResultsFolder) -> list[StoredCell]:
+    """Every cell that has a file, in the order of their names.
+
+    Raises:
+        ResultsError: a file is damaged.
+    """
+    paths = sorted(path for path in folder.rounds.glob("*.parquet") if not path.name.startswith("."))
+    return [one for path in paths if (one := _stored_cell(folder, path)) is not None]
+
+
+def editions(cells: Sequence[StoredCell]) -> list[Edition]:
+    """Sort cells by all that has to be the same in one table: profile, rounds, data and settings."""
+    fingerprints: dict[tuple[str, ...], set[str]] = {}
+    for one in cells:
+        fingerprints.setdefault((*_common_key(one), one.dataset), set()).add(one.fingerprint)
+    found: dict[tuple[str, ...], list[StoredCell]] = {}
+    for one in cells:
+        key = _common_key(one)
+        # Each data set has its own fingerprint; only one that comes in two contents can't stand in one table.
+        several = len(fingerprints[*key, one.dataset]) > 1
+        found.setdefault((*key, one.fingerprint if several else ""), []).append(one)
+    return [Edition(tuple(members), fingerprint) for (*_, fingerprint), members in sorted(found.items())]
+
+
+def changed_settings(cell: StoredCell) -> dict[str, object]:
+    """The settings that are not its profile's defaults; empty for a profile that is not known here."""
+    profile = PROFILES.get(cell.profile)
+    if profile is None:
+        return {}
+    defaults = _flat({name: asdict(getattr(profile, name)) for name in ("model", "partition", "training")})
+    defaults |= _flat({"sharing": asdict(SharingConfig()), "numerics": asdict(NumericsConfig())})
+    return {name: value for name, value in cell.settings.items() if name in defaults and value != defaults[name]}
+
+
+def report(folder: ResultsFolder, *, pick: Pick = "last", profile: str | None = None) -> Iterator[Table | str]:
+    """The tables of a results folder, one edition after another, each with what it is and what is not finished.
+
+    Args:
+        folder: of one experiment.
+        pick: which rounds a number is of; see `flexifed.report.table.per_seed`.
+        profile: only cells that ran under this profile; None for all.
+
+    Raises:
+        ResultsError: nothing is there, or nothing of this profile, or a file is damaged.
+    """
+    cells = stored_cells(folder)
+    if not cells:
+        raise ResultsError(_nothing_there(folder))
+    chosen = [one for one in cells if profile in (None, one.profile)]
+    if not chosen:
+        there = ", ".join(sorted({one.profile for one in cells}))
+        raise ResultsError(f"no results of profile {profile!r} in {folder.root}; there are some of: {there}")
+    for edition in editions(chosen):
+        yield ""
+        yield edition.title
+        yield from _edition_parts(folder, edition, pick)
+
+
+def _edition_parts(folder: ResultsFolder, edition: Edition, pick: Pick) -> Iterator[Table | str]:
+    finished = edition.finished
+    if finished:
+        rounds, seeds = finished[0].rounds, sorted({one.seed for one in finished})
+        rows = folder.read([one.name for one in finished])
+        summary = summarise(rows, rounds, pick)
+        yield from render(summary, profile=finished[0].profile, rounds=rounds, seeds=seeds, pick=pick)
+        if len(seeds) > 1 and (differences := paired_differences(per_seed(rows, rounds, pick))):
+            yield render_differences(differences, "Paired differences over versions and seeds")
+        counts = ((cast(tuple[str, ...], cell), count) for cell, count in summary.seeds.items())
+        fewer = [f"{'/'.join(cell)} ({count})" for cell, count in counts if count < len(seeds)]
+        if fewer:
+            yield f"Cells with fewer seeds than {len(seeds)}: {', '.join(fewer)}."
+    else:
+        yield "No cell is finished."
+    if edition.unfinished:
+        yield "\n".join(["Unfinished, left out of the table:", *(f"  {one.progress}" for one in edition.unfinished)])
+
+
+def _stored_cell(folder: ResultsFolder, path: Path) -> StoredCell | None:
+    rows = folder.read([path.stem])
+    if rows.empty:
+        return None
+    first, last_round = rows.iloc[0], int(rows["round"].max())
+    metadata = cast(dict[str, Any], read_metadata(path))
+    config = {name: value for name, value in metadata.get("config", {}).items() if name not in _OF_THE_CELL}
+    return StoredCell(
+        name=path.stem,
+        cell=f"{first['dataset']}/{first['family']}/{first['scheme']}",
+        seed=int(first["seed"]),
+        last_round=last_round,
+        rounds=int(metadata.get("rounds", last_round)),
+        profile=str(first["profile"]),
+        data_source=str(first["data_source"]),
+        fingerprint=str(metadata.get("data", {}).get("fingerprint", "")),
+        settings=_flat(config),
+    )
+
+
+def _common_key(cell: StoredCell) -> tuple[str, ...]:
+    settings = json.dumps(dict(cell.settings), sort_keys=True)
+    return (cell.profile, f"{cell.rounds:09}", cell.data_source, settings)
+
+
+def _flat(nested: Mapping[str, object]) -> dict[str, object]:
+    """`{"model": {"width": 1.0}}` as `{"model.width": 1.0}`."""
+    flat: dict[str, object] = {}
+    for name, value in nested.items():
+        inner = value if isinstance(value, Mapping) else None
+        flat |= {name: value} if inner is None else {f"{name}.{key}": one for key, one in inner.items()}
+    return flat
+
+
+def _nothing_there(folder: ResultsFolder) -> str:
+    above = folder.root.parent
+    others = sorted(one.parent.name for one in above.glob("*/rounds") if any(one.glob("*.parquet")))
+    has = f"; {above} has results of: {', '.join(others)} (choose with --experiment)" if others else ""
+    return (
+        f"no results in {folder.rounds}{has}; give the --results-dir of a run, or make some: python "
+        f"experiments/{folder.root.name}.py --results-dir {above}"
+    )

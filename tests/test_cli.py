@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.filesize import decimal
+
+from flexifed.cli import main
+from flexifed.config import FAMILIES, SCHEMES, CellConfig, TrainingConfig
+from flexifed.core.schemes import SharingPlan, sharing_plan
+from flexifed.models import build_model
+from flexifed.profiles import PROFILES
+from flexifed.report.plan import Branch, Segment, plan_summary
+from flexifed.report.plan_text import percent, segment_text
+from flexifed.results.store import ResultsFolder, RoundsWriter
+
+WIDTH = 0.0625
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+def thin_plan(scheme: str, num_clients: int = 8, **options: Any) -> tuple[SharingPlan, list[str]]:
+    names = [FAMILIES["vgg"][client % 4] for client in range(num_clients)]
+    built = {name: build_model(name, num_classes=10, width=WIDTH, device="meta") for name in set(names)}
+    return sharing_plan([built[name] for name in names], scheme, **options), names
+
+
+def run_plan(capsys: pytest.CaptureFixture[str], scheme: str, *options: str) -> str:
+    assert main(["plan", "--family", "vgg", "--scheme", scheme, "--width", str(WIDTH), *options]) == 0
+    return capsys.readouterr().out
+
+
+# plan
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("options", [[], ["--batch-norm-buffers", "local"], ["--classifier", "always"]])
+def test_json_says_what_the_plan_says(capsys: pytest.CaptureFixture[str], scheme: str, options: list[str]) -> None:
+    given = {"batch_norm_buffers": "local"} if "local" in options else {"classifier": "always"} if options else {}
+    plan, names = thin_plan(scheme, **given)
+    content = json.loads(run_plan(capsys, scheme, "--json", *options))
+    assert [one["model"] for one in content["versions"]] == list(FAMILIES["vgg"])
+    assert content["scheme"] == scheme
+    for one in content["versions"]:
+        for client in one["clients"]:
+            parameters = dict(build_model(names[client], num_classes=10, width=WIDTH, device="meta").named_parameters())
+            total = sum(parameter.numel() for parameter in parameters.values())
+            averaged = [name for shared in plan.shared_names(client).values() for name in shared if name in parameters]
+            share = sum(parameters[name].numel() for name in averaged) / total
+            assert one["num_parameters"] == total
+            assert one["averaged_share"] == pytest.approx(share)
+            assert sum(part["share"] for part in one["averaged_over"]) == pytest.approx(share)
+            assert one["bytes_up"] == one["bytes_down"] == plan.bytes_per_round(client)
+    for group, shown in zip(plan.groups, content["groups"], strict=True):
+        assert shown["group"] == group.index
+        assert shown["clients"] == list(plan.members(group))
+        assert shown["num_bytes"] == group.num_bytes
+    for row, one in zip(plan.group_of, content["versions"], strict=True):
+        assert [layer["group"] for layer in one["layers"]] == list(row)
+        for depth, layer in enumerate(one["layers"]):
+            assert layer["depth"] == depth
+            members = content["groups"][layer["group"]]["clients"] if layer["group"] is not None else [None]
+            assert layer["num_clients"] == len(members)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_text_shows_shares_and_bytes(capsys: pytest.CaptureFixture[str], scheme: str) -> None:
+    text = run_plan(capsys, scheme)
+    plan, names = thin_plan(scheme)
+    summary = plan_summary(plan, names)
+    for one in summary.versions:
+        [row] = [line for line in text.splitlines() if one.model in line]
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        first = one.averaged_over[0] if one.averaged_over else None
+        over = f"{percent(first.share)} over {first.num_clients}" if first else "-"
+        expected = [f"2 × {one.version.upper()}", one.model, f"{one.num_parameters:,}", percent(one.averaged_share)]
+        assert cells == [*expected, over, decimal(plan.bytes_per_round(one.clients[0]))]
+    together = sum(plan.bytes_per_round(client) for client in range(8))
+    assert f"all 8 clients together send {decimal(together)}" in text
+
+
+def test_tree_of_max_common(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line.strip("│├└─ ") for line in run_plan(capsys, "max_common").splitlines()]
+    start = lines.index("V1 V2 V3 V4")
+    assert lines[start : start + 17] == [
+        "V1 V2 V3 V4",
+        "layer 1 · conv 4 · averaged over V1 V2 V3 V4 (8 clients)",
+        "V1",
+        "layers 2-8 · conv 8..32 · averaged over V1 (2 clients)",
+        "layers 9-11 · linear 256..10 · averaged over V1 (2 clients)",
+        "V2 V3 V4",
+        "layers 2-6 · conv 4..16 · averaged over V2 V3 V4 (6 clients)",
+        "V2",
+        "layers 7-10 · conv 32 · averaged over V2 (2 clients)",
+        "layers 11-13 · linear 256..10 · averaged over V2 (2 clients)",
+        "V3 V4",
+        "layer 7 · conv 16 · averaged over V3 V4 (4 clients)",
+        "V3",
+        "layers 8-13 · conv 32 · averaged over V3 (2 clients)",
+        "layers 14-16 · linear 256..10 · averaged over V3 (2 clients)",
+        "V4",
+        "layers 8-16 · conv 16..32 · averaged over V4 (2 clients)",
+    ]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("num_clients", [1, 3, 7, 8])
+def test_tree_holds_every_layer_once_with_its_members(scheme: str, num_clients: int) -> None:
+    plan, names = thin_plan(scheme, num_clients)
+    seen: dict[tuple[int, int], set[int]] = {}
+    for segment, versions in segments(plan_summary(plan, names).tree):
+        for depth in range(segment.first, segment.last + 1):
+            for architecture in versions:
+                [members] = [
+                    set(one.versions) for one in segment.averaged if f"v{architecture + 1}" in one.versions
+                ] or [set()]
+                assert (not members) == (f"v{architecture + 1}" in segment.personal)
+                assert (architecture, depth) not in seen
+                seen[architecture, depth] = {int(name[1:]) - 1 for name in members}
+    assert seen == {
+        (architecture, depth): set() if index is None else set(plan.groups[index].architectures)
+        for architecture, row in enumerate(plan.group_of)
+        for depth, index in enumerate(row)
+    }
+
+
+def segments(branches: Sequence[Branch]) -> Iterator[tuple[Segment, list[int]]]:
+    for branch in branches:
+        for segment in branch.segments:
+            yield segment, [int(name[1:]) - 1 for name in branch.versions]
+        yield from segments(branch.branches)
+
+
+def test_tree_says_who_keeps_what_others_average() -> None:
+    plan, names = thin_plan("clustered_common", 7)
+    texts = [segment_text(segment) for segment, _ in segments(plan_summary(plan, names).tree)]
+    assert "layers 2-6 · conv 4..16 · averaged within each of V2 V3 (2 clients each); personal in V4" in texts
+    assert "layer 7 · conv 16 · averaged over V3 (2 clients); personal in V4" in texts
+    plan, names = thin_plan("clustered_fl", 9)
+    texts = [segment_text(segment) for segment, _ in segments(plan_summary(plan, names).tree)]
+    assert texts[0].endswith(
+        "over V1 (3 clients) and over V2 (2 clients) and over V3 (2 clients) and over V4 (2 clients)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--family", "resnext", "vgg_plain"),
+        ("--scheme", "max", "clustered_common"),
+        ("--classifier", "sometimes", "never"),
+        ("--num-clients", "few", "few"),
+    ],
+)
+def test_an_unknown_choice_ends_with_status_2_and_the_choices(
+    capsys: pytest.CaptureFixture[str], option: str, value: str, said: str
+) -> None:
+    line = {"--family": "vgg", "--scheme": "max_common", option: value}
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *(word for pair in line.items() for word in pair)])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--num-clients", "-2"), ("--num-clients", "0"), ("--num-classes", "-1"), ("--width", "nan"), ("--width", "-1"),
+     ("--in-channels", "0")],
+)  # fmt: skip
+def test_a_number_out_of_range_ends_with_status_2(capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
+    assert main(["plan", "--family", "vgg", "--scheme", "max_common", option, value]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert option.removeprefix("--").replace("-", "_") in said
+    assert "must be" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("line", [["--help"], ["plan", "--help"], ["report", "--help"]])
+def test_help_imports_none_of_the_slow_packages(line: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from flexifed.cli import main\n"
+        "try:\n"
+        f"    main({line!r})\n"
+        "except SystemExit as ended:\n"
+        "    assert ended.code == 0\n"
+        "slow = sorted({'torch', 'ray', 'pandas', 'pyarrow', 'numpy'} & set(sys.modules))\n"
+        "assert not slow, slow\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "usage: flexifed" in ended.stdout
+
+
+# models, data
+
+
+def test_models_lists_every_version_with_its_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for models in FAMILIES.values():
+        for name in models:
+            count = sum(one.numel() for one in build_model(name, num_classes=10, device="meta").parameters())
+            assert any(name in line.split() and f"{count:,}" in line for line in lines)
+
+
+def test_data_says_how_to_get_what_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["data", "--data-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert f"cifar10: not in {tmp_path}" in said
+    assert "--download" in said
+
+
+def test_damaged_data_end_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-batches-bin").mkdir()
+    assert main(["data", "--data-dir", str(tmp_path)]) == 2
+    assert "cifar10: CIFAR-10 in" in capsys.readouterr().err
+
+
+def test_data_describes_real_data(capsys: pytest.CaptureFixture[str], data_dir: Path) -> None:
+    assert main(["data", "--data-dir", str(data_dir)]) == 0
+    assert "cifar10: real, " in capsys.readouterr().out
+
+
+# report
+
+
+def store(
+    results: Path,
+    scheme: str,
+    *,
+    profile: str = "quick",
+    seed: int = 0,
+    rounds: int = 4,
+    played: int | None = None,
+    source: str = "synthetic",
+    fingerprint: str = "data-1",
+    accuracy: float = 0.5,
+    **settings: Any,
+) -> None:
+    """A cell's file. Accuracy rises by 0.01 a round, and by 0.001 a version."""
+    named = PROFILES[profile]
+    defaults = {"model": named.model, "partition": named.partition, "training": named.training}
+    config = CellConfig(
+        dataset="cifar10",
+        family="vgg",
+        scheme=scheme,
+        seed=seed,
+        **{**defaults, **settings},  # type: ignore[arg-type]
+    )
+    run_id = config.run_id(fingerprint)
+    writer = RoundsWriter(
+        ResultsFolder(results / "table1").rounds_file(f"cifar10-vgg-{scheme}-seed{seed}-{run_id}-{rounds}"),
+        {"rounds": rounds, "profile": profile, "config": asdict(config), "data": {"fingerprint": fingerprint}},
+    )
+    for round_index in range(rounds + 1 if played is None else played):
+        writer.append(
+            [
+                {
+                    "run_id": run_id, "dataset": "cifar10", "data_source": source, "family": "vgg", "scheme": scheme,
+                    "seed": seed, "profile": profile, "round": round_index, "client": client,
+                    "version": config.version(client), "model": config.model_name(client),
+                    "accuracy": accuracy + 0.01 * round_index + 0.001 * (client % 4), "loss": 1.0, "num_train": 10,
+                    "num_test": 10, "bytes_up": 0, "bytes_down": 0, "eval_s": 0.1, "round_s": 0.1, "device": "cpu",
+                    "actor": 0,
+                }
+                for client in range(8)
+            ]
+        )  # fmt: skip
+    writer.flush()
+
+
+def run_report(capsys: pytest.CaptureFixture[str], results: Path, *options: str) -> str:
+    assert main(["report", str(results), *options]) == 0
+    return capsys.readouterr().out
+
+
+def row(text: str, scheme: str) -> list[str]:
+    [line] = [line for line in text.splitlines() if line.startswith(f"│ {scheme} ")]
+    return [cell.strip() for cell in line.strip("│").split("│")][1:]
+
+
+def test_report_prints_the_table_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    store(tmp_path, "standalone", accuracy=0.5)
+    store(tmp_path, "max_common", accuracy=0.6)
+    text = run_report(capsys, tmp_path)
+    assert "profile quick, 4 rounds, synthetic data, cpu\n" in text
+    assert row(text, "standalone") == ["54.0", "54.1", "54.2", "54.3"]
+    assert row(text, "max_common") == ["64.0", "64.1", "64.2", "64.3"]
+    assert "SYNTHETIC DATA" in text
+    assert "Unfinished" not in text
+
+
+def test_report_picks_rounds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    store(tmp_path, "standalone", rounds=20)
+    assert row(run_report(capsys, tmp_path, "--pick", "last"), "standalone")[0] == "69.5"
+    assert row(run_report(capsys, tmp_path, "--pick", "final"), "standalone")[0] == "70.0"
+    assert row(run_report(capsys, tmp_path, "--pick", "best"), "standalone")[0] == "70.0"
+
+
+def test_report_names_unfinished_cells(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    store(tmp_path, "standalone")
+    store(tmp_path, "max_common", played=3)
+    text = run_report(capsys, tmp_path)
+    assert "cifar10/vgg/max_common seed 0: round 2 of 4" in text
+    assert not any(line.startswith("│ max_common") for line in text.splitlines())
+
+
+def test_report_of_unfinished_cells_only(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    store(tmp_path, "max_common", played=1)
+    text = run_report(capsys, tmp_path)
+    assert "No cell is finished." in text
+    assert "round 0 of 4" in text
+
+
+def test_report_never_mixes_what_differs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    store(tmp_path, "standalone", accuracy=0.10)
+    store(tmp_path, "standalone", accuracy=0.20, rounds=5)
+    store(tmp_path, "standalone", accuracy=0.30, profile="smoke")
+    store(tmp_path, "standalone", accuracy=0.40, source="real", fingerprint="data-2")
+    store(tmp_path, "standalone", accuracy=0.50, training=TrainingConfig(local_epochs=1, learning_rate=0.1))
+    store(tmp_path, "standalone", accuracy=0.60, fingerprint="data-3")
+    text = run_report(capsys, tmp_path)
+    tables = [part.splitlines() for part in text.split("profile ")[1:]]
+    assert {lines[0]: row("\n".join(lines), "standalone")[0].split()[0] for lines in tables} == {
+        "quick, 4 rounds, synthetic data (data-1), cpu": "14.0",
+        "quick, 5 rounds, synthetic data, cpu": "25.0",
+        "smoke, 4 rounds, synthetic data, cpu": "34.0",
+        "quick, 4 rounds, real data, cpu": "44.0",
+        "quick, 4 rounds, synthetic data, cpu; not the profile's: training.learning_rate=0.1": "54.0",
+        "quick, 4 rounds, synthetic data (data-3), cpu": "64.0",
+    }
+
+
+def test_report_of_one_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    store(tmp_path, "standalone")
+    store(tmp_path, "standalone", profile="smoke")
+    text = run_report(capsys, tmp_path, "--profile", "smoke")
+    assert "profile smoke" in text
+    assert "profile quick" not in text
+    assert main(["report", str(tmp_path), "--profile", "thin"]) == 2
+    assert "there are some of: quick, smoke" in capsys.readouterr().err
+
+
+def test_report_over_seeds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for seed in (0, 1):
+        store(tmp_path, "standalone", seed=seed, accuracy=0.5 + 0.02 * seed)
+    store(tmp_path, "clustered_fl", seed=1, accuracy=0.6)
+    text = run_report(capsys, tmp_path)
+    assert row(text, "standalone")[0] == "55.0±1.4"
+    assert row(text, "clustered_fl")[0] == "64.0"
+    assert "Cells with fewer seeds than 2: cifar10/vgg/clustered_fl (1)." in text
+    assert "+8.0" in text
+
+
+def test_no_results_say_what_to_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "nowhere") in said
+    assert "experiments/table1.py --results-dir" in said
+    store(tmp_path, "standalone")
+    assert main(["report", str(tmp_path), "--experiment", "figure9"]) == 2
+    assert "has results of: table1" in capsys.readouterr().err
+
+
+def test_damaged_results_end_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rounds = ResultsFolder(tmp_path / "table1").rounds
+    rounds.mkdir(parents=True)
+    (rounds / "cell.parquet").write_bytes(b"no parquet")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "can't read" in capsys.readouterr().err
