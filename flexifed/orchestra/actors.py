@@ -14,7 +14,7 @@ from flexifed.core.aggregate import GroupState
 from flexifed.data import DatasetInfo
 from flexifed.errors import FlexifedError, ResourceError
 from flexifed.federation.client import ClientShards
-from flexifed.federation.host import ClientHost, HostRound
+from flexifed.federation.host import ClientHost, HostRound, cell_plan
 from flexifed.orchestra.placement import CellPlacement
 from flexifed.orchestra.wire import (
     PackedGroups,
@@ -44,15 +44,13 @@ class ClientActor:
                 raise ResourceError(f"clients {list(clients)} were to run on a GPU, but their process sees none")
         self._host = ClientHost(config, info, clients, shards)
 
-    def play_round(self, round_index: int, shared: PackedGroups | None, *, train: bool) -> PackedHostRound:
-        """See `ClientHost.play_round`."""
-        return pack_host_round(
-            self._hosted.play_round(round_index, None if shared is None else unpack_groups(shared), train=train)
-        )
+    def play_round(self, round_index: int, train: bool, aggregated: bool, *parts: PackedGroups) -> PackedHostRound:
+        """See `ClientHost.play_round`; the global state comes in parts, which Ray hands over by reference."""
+        return pack_host_round(self._hosted.play_round(round_index, _joined(aggregated, parts), train=train))
 
-    def state_sha256(self, shared: PackedGroups | None) -> dict[int, str]:
+    def state_sha256(self, aggregated: bool, *parts: PackedGroups) -> dict[int, str]:
         """See `ClientHost.state_sha256`."""
-        return self._hosted.state_sha256(None if shared is None else unpack_groups(shared))
+        return self._hosted.state_sha256(_joined(aggregated, parts))
 
     @property
     def _hosted(self) -> ClientHost:
@@ -85,6 +83,10 @@ class ActorHosts:
         self, config: CellConfig, info: DatasetInfo, placement: CellPlacement, shards: Sequence[ClientShards]
     ) -> None:
         """Give the actors a cell's clients."""
+        self._plan = cell_plan(config, info)
+        self._architectures = [
+            {self._plan.architecture_of[client] for client in clients} for clients in placement.clients
+        ]
         _get(
             [
                 actor.begin.remote(config, info, clients, shards[clients.start : clients.stop])
@@ -94,21 +96,50 @@ class ActorHosts:
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
         """Let all clients play a round; results in client order, whoever finishes first."""
-        sent = ray.put(None if shared is None else pack_groups(shared))
-        played = _get([actor.play_round.remote(round_index, sent, train=train) for actor in self._actors])
+        aggregated = shared is not None
+        played = _get(
+            [
+                actor.play_round.remote(round_index, train, aggregated, *parts)
+                for actor, parts in zip(self._actors, self._parts(shared), strict=True)
+            ]
+        )
         return [unpack_host_round(one) for one in played]
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
         """The digest of what each client holds, by client."""
-        sent = ray.put(None if shared is None else pack_groups(shared))
-        parts = _get([actor.state_sha256.remote(sent) for actor in self._actors])
-        return {client: digest for part in parts for client, digest in part.items()}
+        aggregated = shared is not None
+        digests = _get(
+            [
+                actor.state_sha256.remote(aggregated, *parts)
+                for actor, parts in zip(self._actors, self._parts(shared), strict=True)
+            ]
+        )
+        return {client: digest for part in digests for client, digest in part.items()}
+
+    def _parts(self, shared: GroupState | None) -> list[list[Any]]:
+        """For each actor, references to the groups of its clients and to no others.
+
+        Groups over the same architectures travel as one object, put once and shared by all actors of a node.
+        """
+        by_members: dict[tuple[int, ...], GroupState] = {}
+        for index, tensors in (shared or {}).items():
+            by_members.setdefault(self._plan.groups[index].architectures, {})[index] = tensors
+        stored = {members: ray.put(pack_groups(part)) for members, part in by_members.items()}
+        return [
+            [reference for members, reference in stored.items() if not held.isdisjoint(members)]
+            for held in self._architectures
+        ]
 
     def shut_down(self) -> None:
         """End the actors' processes."""
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
+
+
+def _joined(aggregated: bool, parts: Sequence[PackedGroups]) -> GroupState | None:
+    """The global state, from its parts; None before the first aggregation."""
+    return {index: tensors for part in parts for index, tensors in unpack_groups(part).items()} if aggregated else None
 
 
 def _get(references: list[Any]) -> list[Any]:
