@@ -26,6 +26,8 @@ BatchNormBuffers = Literal["average", "local"]
 ClassifierSharing = Literal["prefix", "never", "always"]
 
 _LARGEST = sys.float_info.max
+_LARGEST_INTEGER = 2**63 - 1  # of a Parquet column
+_WIDEST = 64.0
 
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 SCHEMES: tuple[str, ...] = get_args(SchemeName)
@@ -45,11 +47,10 @@ class ModelConfig:
     width: float = 1.0
     """Factor on all channels; the depth, and so what models share, stays."""
     init: Literal["own", "shared"] = "own"
-    """`own`: every client draws its own weights, as the authors do; `shared`: all draw from one stream, so that common
-    layers start equal."""
+    """`own`: each client draws its own weights, as the authors do. `shared`: common layers start equal."""
 
     def __post_init__(self) -> None:
-        _check_number(self, "width", above=0)
+        _check_number(self, "width", above=0, below=_WIDEST)
         _check_literal(self, "init", ("own", "shared"))
 
 
@@ -192,8 +193,8 @@ class CellConfig:
 
 def _check_integer(config: object, name: str, minimum: int) -> None:
     value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {minimum}")
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST_INTEGER:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {minimum} and below 2**63")
 
 
 def _check_number(

@@ -28,6 +28,7 @@ from flexifed.config import (
 from flexifed.errors import ConfigError, invalid_choice
 from flexifed.profiles import PROFILES, ProfileName
 
+_LARGEST = 2**31
 _FLAT: Any = tyro.conf.OmitArgPrefixes
 
 
@@ -48,8 +49,7 @@ class GridOptions:
     """What can be said about a run of a grid. Fields of the groups below are settings that decide numbers."""
 
     profile: ProfileName = "quick"
-    """Named defaults for the settings below; what you give yourself comes first. smoke: seconds. quick: minutes, proves
-    the line. thin: thin models, about an hour a row. authors: the published program's protocol. paper: 40 clients."""
+    """smoke: seconds. quick: minutes. thin: an hour a row. authors: the published program. paper: 40 clients."""
     only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DATASET/FAMILY/SCHEME")] = ()
     """Run only these cells; wildcards allowed, as in 'cifar10/*/max_common'. Repeatable."""
     seeds: tuple[int, ...] = (0,)
@@ -85,10 +85,11 @@ class GridOptions:
     def __post_init__(self) -> None:
         for name in ("rounds", "clients_per_actor", "max_concurrent"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1")
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds is {list(self.seeds)}; give at least one, all different, none below 0")
+            if value is not None and not 1 <= value < _LARGEST:
+                raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1 and below 2**31")
+        distinct = len(set(self.seeds)) == len(self.seeds) > 0
+        if not distinct or min(self.seeds) < 0 or max(self.seeds) >= 2**63:
+            raise ConfigError(f"seeds is {list(self.seeds)}; give at least one, all different, from 0 to 2**63 - 1")
 
     def cell_config(self, cell: CellName, seed: int, device: Device) -> CellConfig:
         """The config of one cell under one seed."""

@@ -68,14 +68,14 @@ def _run(name: str, grid: Sequence[CellName], options: GridOptions, console: Con
     from flexifed.orchestra import cluster
     from flexifed.results.store import ResultsFolder
 
-    folder = ResultsFolder((options.results_dir / name).absolute())
+    folder = ResultsFolder((options.results_dir.expanduser() / name).absolute())
     infos = {
         dataset: find_dataset(dataset, data=options.data, data_dir=options.data_dir, download=options.download)
         for dataset in dict.fromkeys(cell.dataset for cell in cells)
     }
     for dataset, info in infos.items():
         console.print(f"data: {dataset}: {_describe_data(info, options.data_dir)}", highlight=False, soft_wrap=True)
-    check_partition(options, cells, infos)
+    check_settings(options, cells, infos)
     if options.dry_run:
         _dry_run(options, cells, infos, folder.root, console)
         return
@@ -92,7 +92,7 @@ def _run(name: str, grid: Sequence[CellName], options: GridOptions, console: Con
         )
 
 
-def check_partition(options: GridOptions, cells: Sequence[CellName], infos: Mapping[DatasetName, DatasetInfo]) -> None:
+def check_settings(options: GridOptions, cells: Sequence[CellName], infos: Mapping[DatasetName, DatasetInfo]) -> None:
     """Find out before anything is started whether the settings fit the data and each other.
 
     Raises:
@@ -169,45 +169,53 @@ def _dry_run(
     console: Console,
 ) -> None:
     """Print what would run where, and about how long it would take, judged by this machine."""
-    from flexifed.orchestra.estimate import cell_seconds, concurrent_cells, this_machine
+    from flexifed.orchestra import cluster
+    from flexifed.orchestra.estimate import START_S, cell_seconds, concurrent_cells, this_machine
     from flexifed.orchestra.placement import place_cell
     from flexifed.progress import duration
     from flexifed.results.store import ResultsFolder
 
-    machine = this_machine()
-    runs = make_runs(options, cells, infos, results, _device(options, machine.get("GPU", 0) > 0))
-    placement = place_cell(runs[0].config, _placement(options), [machine])
+    if options.address is None:
+        nodes, where = [this_machine()], "this machine"
+    else:  # joining a cluster starts nothing
+        with cluster.connected(options.address):
+            nodes, where = cluster.nodes(), f"the cluster at {options.address}"
+    runs = make_runs(options, cells, infos, results, _device(options, cluster.has_gpus(nodes)))
+    placement = place_cell(runs[0].config, _placement(options), nodes)
     unfinished = [run for run in runs if not _is_finished(ResultsFolder(run.results), run)]
     for run in runs:
         state = "to run" if run in unfinished else "finished"
         console.print(
             f"  {_label(run):<44} {state}, {run.rounds} rounds, run {run.run_id}", highlight=False, soft_wrap=True
         )
-    at_once = min(concurrent_cells(placement, machine), options.max_concurrent or len(runs))
+    at_once = min(concurrent_cells(placement, nodes), options.max_concurrent or len(runs))
     console.print(
-        f"resources: a cell is {placement}, on {runs[0].config.device}; {at_once} at a time here", soft_wrap=True
+        f"resources: a cell is {placement}, on {runs[0].config.device}; {at_once} at a time on {where}", soft_wrap=True
     )
-    seconds = sum(cell_seconds(run, placement, machine, at_once) for run in unfinished) / at_once
+    seconds = sum(cell_seconds(run, placement, nodes, at_once) for run in unfinished) / at_once + START_S
     console.print(
-        f"time: about {duration(seconds)} on this machine, from a few steps timed now; nothing was started",
+        f"time: about {duration(seconds)}, from a few steps timed here and now; nothing was started",
         soft_wrap=True,
     )
 
 
 def _show_table(folder: ResultsFolder, options: GridOptions, runs: Sequence[CellRun], console: Console) -> None:
-    from flexifed.report.compare import paired_differences, render_differences
+    from flexifed.report.compare import PAIRED, PAIRED_BY_SEED, paired_differences, render_differences
+    from flexifed.report.runs import changed_settings, stored_cell
     from flexifed.report.table import per_seed, render, summarise
 
     if not runs:
         return
     rows = folder.read([run.name for run in runs])
     summary = summarise(rows, options.rounds)
-    for part in render(summary, profile=options.profile, rounds=options.rounds, seeds=options.seeds):
+    first = stored_cell(folder, folder.rounds_file(runs[0].name))
+    changed = changed_settings(first) if first else {}
+    for part in render(summary, profile=options.profile, rounds=options.rounds, seeds=options.seeds, changed=changed):
         console.print(part, highlight=False)
     if len(options.seeds) > 1 and (differences := paired_differences(per_seed(rows, options.rounds))):
-        console.print(render_differences(differences, "Paired differences, a pair for each version and seed"))
+        console.print(render_differences(differences, PAIRED))
         by_seed = paired_differences(per_seed(rows, options.rounds), by_seed=True)
-        console.print(render_differences(by_seed, "The same, a pair for each seed (versions are trained together)"))
+        console.print(render_differences(by_seed, PAIRED_BY_SEED))
     console.print(f"Rows: pandas.read_parquet({str(folder.rounds)!r})", highlight=False, soft_wrap=True)
 
 

@@ -34,10 +34,11 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         ),
         "quick": Profile(
             purpose="minutes for the whole grid: proves the line, not the science",
+            # Small shards and batches, so that models are well above chance after a few rounds.
             rounds=6,
             model=ModelConfig(width=0.0625),
-            partition=PartitionConfig(num_shards=50),
-            training=TrainingConfig(local_epochs=1),
+            partition=PartitionConfig(num_shards=125, windows_per_shard=1),
+            training=TrainingConfig(local_epochs=1, batch_size=16, learning_rate=0.02, augment=False),
         ),
         "thin": Profile(
             purpose="thin models on real data, about an hour a row on a laptop: enough for the schemes to separate",

@@ -27,7 +27,7 @@ class GridProgress:
         self._console = console
         self._rounds = rounds
         self._labels = cells
-        self._started = time.monotonic()
+        self._first_round: float | None = None
         self._played = 0
         self._ended = 0
         self._last_line: dict[str, float] = {}
@@ -65,6 +65,8 @@ class GridProgress:
         bar = self._bars[report.name]
         self._played += played - int(self._live.tasks[self._live.task_ids.index(bar)].completed)
         self._ended += report.finished
+        if self._first_round is None:
+            self._first_round = time.monotonic()
         note = accuracy_text(report.accuracies)
         self._live.update(bar, completed=played, note=note)
         self._live.update(self._whole, completed=self._played, note=f"left: {self._time_left()}")
@@ -88,9 +90,12 @@ class GridProgress:
             self._last_line[report.name] = now
 
     def _time_left(self) -> str:
+        """From the rounds after the first, whose time is mostly that of starting processes."""
+        if self._first_round is None or self._played < 2:
+            return "?"
         total = len(self._labels) * (self._rounds + 1)
-        elapsed = time.monotonic() - self._started
-        return duration(elapsed / max(1, self._played) * (total - self._played))
+        each = (time.monotonic() - self._first_round) / (self._played - 1)
+        return duration(each * (total - self._played))
 
 
 def accuracy_text(accuracies: Mapping[str, float]) -> str:

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from rich.filesize import decimal
 
 from flexifed.cli import main
-from flexifed.config import FAMILIES, SCHEMES, CellConfig, TrainingConfig
+from flexifed.config import FAMILIES, SCHEMES, CellConfig
 from flexifed.core.schemes import SharingPlan, sharing_plan
 from flexifed.models import build_model
 from flexifed.profiles import PROFILES
@@ -329,7 +329,7 @@ def test_report_never_mixes_what_differs(capsys: pytest.CaptureFixture[str], tmp
     store(tmp_path, "standalone", accuracy=0.20, rounds=5)
     store(tmp_path, "standalone", accuracy=0.30, profile="smoke")
     store(tmp_path, "standalone", accuracy=0.40, source="real", fingerprint="data-2")
-    store(tmp_path, "standalone", accuracy=0.50, training=TrainingConfig(local_epochs=1, learning_rate=0.1))
+    store(tmp_path, "standalone", accuracy=0.50, training=replace(PROFILES["quick"].training, learning_rate=0.1))
     store(tmp_path, "standalone", accuracy=0.60, fingerprint="data-3")
     text = run_report(capsys, tmp_path)
     tables = [part.splitlines() for part in text.split("profile ")[1:]]
@@ -360,7 +360,7 @@ def test_report_over_seeds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     text = run_report(capsys, tmp_path)
     assert row(text, "standalone")[0] == "55.0±1.4"
     assert row(text, "clustered_fl")[0] == "64.0"
-    assert "Cells with fewer seeds than 2: cifar10/vgg/clustered_fl (1)." in text
+    assert "Fewer seeds: cifar10/vgg/clustered_fl 1 of 2." in text
     assert "+8.0" in text
 
 

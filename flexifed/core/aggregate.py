@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from flexifed.core.schemes import SharingPlan
@@ -119,8 +120,8 @@ def aggregate(
         reduce_block: size of the blocks that are summed first; it can change the last bit, nothing else.
 
     Returns:
-        New state dicts, in client order. Averaged tensors are new, and one tensor is shared by all members of its
-        group; personal tensors are the very ones of the input.
+        New state dicts, in client order. Averaged tensors are new, each client's its own; personal tensors are the very
+        ones of the input.
 
     Raises:
         ConfigError: a wrong number of states or weights, a weight that is negative or not finite, a group without
@@ -138,8 +139,8 @@ def aggregate(
     numbers = check_weights(plan, weights)
     if len(states) != plan.num_clients:
         raise ConfigError(f"the plan is for {plan.num_clients} clients, but {len(states)} states were given")
-    if reduce_block < 1:
-        raise ConfigError(f"reduce_block is {reduce_block}; it must be at least 1")
+    if not isinstance(reduce_block, int) or reduce_block < 1:
+        raise ConfigError(f"reduce_block is {reduce_block!r}; it must be a whole number of at least 1")
     means = combine_blocks(
         plan,
         (
@@ -147,7 +148,11 @@ def aggregate(
             for block in blocks_of(range(plan.num_clients), reduce_block)
         ),
     )
-    return [apply_group_state(plan, client, state, means) for client, state in enumerate(states)]
+    return [
+        apply_group_state(plan, client, state, {index: tuple(one.clone() for one in means[index]) for index in mine})
+        for client, state in enumerate(states)
+        for mine in [plan.shared_names(client)]
+    ]
 
 
 def apply_group_state(plan: SharingPlan, client: int, state: State, means: GroupState) -> dict[str, torch.Tensor]:
@@ -176,8 +181,8 @@ def check_weights(plan: SharingPlan, weights: Sequence[float] | None) -> list[fl
     if len(weights) != plan.num_clients:
         raise ConfigError(f"the plan is for {plan.num_clients} clients, but {len(weights)} weights were given")
     for client, weight in enumerate(weights):
-        if not 0 <= weight < float("inf"):
-            raise ConfigError(f"the weight of client {client} is {weight}; weights are finite and not negative")
+        if not isinstance(weight, int | float | np.number) or not 0 <= weight < math.inf:
+            raise ConfigError(f"the weight of client {client} is {weight!r}; weights are finite and not negative")
     return [float(weight) for weight in weights]
 
 

@@ -254,6 +254,10 @@ def _distinct(
     distinct: list[ModelSignature] = []
     signatures: list[ModelSignature] = []
     for model in models:
+        if not isinstance(model, nn.Module | ModelSignature):
+            raise ConfigError(
+                f"client {len(signatures)} has {model!r}; give a torch.nn.Module or its signature for each"
+            )
         one = model if isinstance(model, ModelSignature) else signature(model)
         signatures.append(same.setdefault((one.digest, one.names), one))
         if architectures.setdefault(one.digest, len(distinct)) == len(distinct):

@@ -254,7 +254,10 @@ def _hyperparameters(module: nn.Module) -> Iterator[tuple[str, str]]:
         if name.startswith("_") or name in _NOT_HYPERPARAMETERS:
             continue
         if callable(value) and hasattr(value, "__qualname__"):
-            yield name, f"{value.__module__}.{value.__qualname__}"
+            # Lambdas all have one name; their code tells them apart.
+            code = getattr(value, "__code__", None)
+            content = repr((code.co_code, code.co_consts, code.co_names)) if code else ""
+            yield name, f"{value.__module__}.{value.__qualname__} {content}"
         elif _is_plain(value):
             yield name, repr(value)
 

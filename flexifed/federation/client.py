@@ -20,7 +20,7 @@ from flexifed.core.schemes import SharingPlan
 from flexifed.data import Dataset
 from flexifed.data.augment import ImagePipeline
 from flexifed.data.partition import window
-from flexifed.errors import ClientError
+from flexifed.errors import ClientError, FlexifedError
 from flexifed.models import build_model
 from flexifed.seeding import Purpose, derive_seed, torch_generator
 from flexifed.training.evaluate import evaluate
@@ -218,5 +218,6 @@ class Client:
         try:
             yield
         except Exception as error:
-            reason = str(error) if isinstance(error, ArithmeticError) else traceback.format_exc()
+            foreseen = isinstance(error, ArithmeticError | FlexifedError)
+            reason = str(error) if foreseen else traceback.format_exc()
             raise ClientError(self.index, round_index, stage, reason) from error

@@ -17,7 +17,7 @@ from flexifed.data.augment import ImagePipeline
 from flexifed.errors import ConfigError
 from flexifed.federation.client import Client, ClientRound, ClientShards
 from flexifed.models import build_model, model_signature
-from flexifed.training.numerics import numeric_settings
+from flexifed.training.numerics import device_name, numeric_settings
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,10 @@ class ClientHost:
                 if contributions:
                     blocks.append(sum_block(contributions))
         return HostRound(tuple(measured), tuple(blocks), time.perf_counter() - started)
+
+    def device_name(self) -> str:
+        """What the clients compute on."""
+        return device_name(torch.device(self._config.device))
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
         """The digest of what each client holds, by client."""

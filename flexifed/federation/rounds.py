@@ -31,6 +31,10 @@ class Hosts(Protocol):
         """The digest of what each client holds, by client."""
         ...
 
+    def device_names(self) -> list[str]:
+        """What each host computes on."""
+        ...
+
 
 class LocalHosts:
     """All clients in this process."""
@@ -55,6 +59,10 @@ class LocalHosts:
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
         """The digest of what each client holds, by client."""
         return {client: digest for host in self._hosts for client, digest in host.state_sha256(shared).items()}
+
+    def device_names(self) -> list[str]:
+        """What each host computes on."""
+        return [host.device_name() for host in self._hosts]
 
 
 @dataclass(frozen=True)

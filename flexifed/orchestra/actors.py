@@ -52,6 +52,10 @@ class ClientActor:
         """See `ClientHost.state_sha256`."""
         return self._hosted.state_sha256(_joined(aggregated, parts))
 
+    def device_name(self) -> str:
+        """See `ClientHost.device_name`."""
+        return self._hosted.device_name()
+
     @property
     def _hosted(self) -> ClientHost:
         if self._host is None:
@@ -115,6 +119,10 @@ class ActorHosts:
             ]
         )
         return {client: digest for part in digests for client, digest in part.items()}
+
+    def device_names(self) -> list[str]:
+        """What each process computes on."""
+        return _get([actor.device_name.remote() for actor in self._actors])
 
     def _parts(self, shared: GroupState | None) -> list[list[Any]]:
         """For each actor, references to the groups of its clients and to no others.

@@ -46,7 +46,8 @@ class CellRun:
     def name(self) -> str:
         """Under which its files are kept: words for people, and the run id."""
         config = self.config
-        return f"{config.dataset}-{config.family}-{config.scheme}-seed{config.seed}-{self.run_id}"
+        source = self.info.source
+        return f"{config.dataset}-{source}-{config.family}-{config.scheme}-seed{config.seed}-{self.run_id}"
 
 
 class CellSession:
@@ -72,16 +73,19 @@ class CellSession:
     def start(self, hosts: Hosts) -> None:
         """Begin to play, on hosts that hold this cell's clients."""
         self._federation = Federation(self.run.config, self.run.info, hosts)
+        self._writer.note(computed_on=sorted(set(hosts.device_names())))
 
     def play_round(self) -> RoundResult:
         """Play the next round, and write what it measured."""
         assert self._federation is not None
         train = self._federation.next_round < self.run.rounds
         result = self._federation.play_round(train=train)
-        self._writer.append([*_rows(self.run, self.shards, result)])
+        if not train:
+            self._writer.note(state_sha256=self._federation.state_sha256())
+        self._writer.append(_rows(self.run, self.shards, result))
         self._log_round(result)
         if not train:
-            self._writer.flush(state_sha256=self._federation.state_sha256())
+            self._writer.flush()
             self._log.write("end")
         return result
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +12,8 @@ import ray
 
 from flexifed.errors import ResourceError
 from flexifed.orchestra.placement import Resources
+
+_ANSWER_S = 5.0
 
 
 @contextmanager
@@ -24,16 +28,10 @@ def connected(address: str | None, *, num_cpus: int | None = None, num_gpus: int
     Raises:
         ResourceError: nothing answers at the address, or Ray does not come up.
     """
-    try:
-        if address is None:
-            _start(num_cpus, num_gpus)
-        else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray raises bare Exceptions here
-        where = f"no Ray cluster answers at {address!r}" if address else "Ray does not start on this machine"
-        raise ResourceError(
-            f"{where} ({error}); check --address and RAY_ADDRESS, or leave both out to start Ray here"
-        ) from error
+    if address is None:
+        _start(num_cpus, num_gpus)
+    else:
+        _join(address)
     try:
         yield
     finally:
@@ -53,10 +51,26 @@ def _start(num_cpus: int | None, num_gpus: int | None) -> None:
                 logging_level=logging.ERROR,
             )
             return
-        except Exception:  # likewise
-            if attempt == 2:
-                raise
+        except Exception as error:  # Ray raises bare Exceptions here
             ray.shutdown()
+            if attempt == 2:
+                raise ResourceError(
+                    f"Ray does not start on this machine ({error}); the machine may be too loaded or /tmp full: mend "
+                    "that, or start Ray yourself by `ray start --head` and use --address auto"
+                ) from error
+
+
+def _join(address: str) -> None:
+    """Join a cluster. Ray itself would try a dead address for minutes."""
+    try:
+        if match := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
+            socket.create_connection((match[1], int(match[2])), timeout=_ANSWER_S).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # likewise
+        raise ResourceError(
+            f"no Ray cluster answers at {address!r} ({error}); check --address and RAY_ADDRESS, "
+            "or leave both out to start Ray here"
+        ) from error
 
 
 def nodes() -> list[Resources]:

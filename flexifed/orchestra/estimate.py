@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -18,6 +19,7 @@ from flexifed.training.evaluate import evaluate
 from flexifed.training.local import train
 from flexifed.training.numerics import numeric_settings
 
+START_S = 15.0  # Ray, and the first processes that import torch; seen on 2 cores
 _SAMPLES = 16
 
 
@@ -26,14 +28,14 @@ def this_machine() -> Resources:
     return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
 
 
-def concurrent_cells(placement: CellPlacement, machine: Resources) -> int:
-    """How many cells the machine holds at a time, at least 1."""
+def concurrent_cells(placement: CellPlacement, nodes: Sequence[Resources]) -> int:
+    """How many cells the nodes hold at a time, at least 1."""
     actors = len(placement.clients)
     wanted = {"CPU": placement.cpus_per_actor * actors, "GPU": placement.gpus_per_actor * actors}
-    return max(1, int(min(machine.get(kind, 0) / amount for kind, amount in wanted.items() if amount) + 1e-6))
+    return max(1, int(min(_total(nodes, kind) / amount for kind, amount in wanted.items() if amount) + 1e-6))
 
 
-def cell_seconds(run: CellRun, placement: CellPlacement, machine: Resources, at_once: int) -> float:
+def cell_seconds(run: CellRun, placement: CellPlacement, nodes: Sequence[Resources], at_once: int) -> float:
     """Seconds of one cell with `at_once` of them running: the clients' work over the CPUs or GPUs that do it."""
     config = run.config
     num_train = run.info.num_train // config.partition.num_shards // config.partition.windows_per_shard
@@ -50,10 +52,14 @@ def cell_seconds(run: CellRun, placement: CellPlacement, machine: Resources, at_
         )
         work += num_train * config.training.local_epochs * train_s + num_test * eval_s
     if config.device == "cuda":
-        workers = machine.get("GPU", 1)
+        workers = _total(nodes, "GPU")
     else:
-        workers = min(machine["CPU"] / config.numerics.threads, len(placement.clients) * at_once)
+        workers = min(_total(nodes, "CPU") / config.numerics.threads, len(placement.clients) * at_once)
     return run.rounds * work * at_once / max(1.0, workers)
+
+
+def _total(nodes: Sequence[Resources], kind: str) -> float:
+    return sum(node.get(kind, 0) for node in nodes)
 
 
 @lru_cache(maxsize=64)

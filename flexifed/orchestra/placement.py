@@ -117,9 +117,15 @@ def _refuse(placement: CellPlacement, nodes: Sequence[Resources]) -> NoReturn:
     """Say what Ray would wait for without a word and without end."""
     held = _held(placement, nodes)
     have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+    if placement.gpus_per_actor and not any(node.get("GPU", 0) for node in nodes):
+        remedy = "no node has a GPU, so leave --gpus-per-client out and use --device cpu, or add nodes that have one"
+    elif placement.gpus_per_actor:
+        remedy = "lower --gpus-per-client or --clients-per-actor, or add nodes"
+    else:
+        remedy = "raise --clients-per-actor, or add nodes"
     raise ResourceError(
         f"a cell needs {placement}, but the cluster could hold only {held} of them with nothing else running "
-        f"(its nodes: {have}): lower --gpus-per-client, raise --clients-per-actor, or add nodes"
+        f"(its nodes: {have}): {remedy}"
     )
 
 

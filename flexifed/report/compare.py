@@ -21,6 +21,8 @@ COMPARISONS = (
 """The comparisons that the paper's claims rest on: (scheme, against which)."""
 
 CONFIDENCE = 0.95
+PAIRED = "Paired differences, a pair for each version and seed"
+PAIRED_BY_SEED = "The same, a pair for each seed (its versions are trained together)"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class PairedDifference:
 
     dataset: str
     family: str
+    data_source: str
     scheme: str
     against: str
     pairs: int
@@ -53,14 +56,16 @@ def paired_differences(
     """
     versions = [version for version in VERSIONS if version in numbers]
     found = []
-    for (dataset, family), cells in numbers.groupby(["dataset", "family"], sort=False):
+    for (dataset, family, source), cells in numbers.groupby(["dataset", "family", "data_source"], sort=False):
         by_scheme = {scheme: rows.set_index("seed")[versions] for scheme, rows in cells.groupby("scheme")}
         for scheme, against in comparisons:
             if scheme in by_scheme and against in by_scheme:
                 differences = (by_scheme[scheme] - by_scheme[against]).dropna()
                 values = differences.mean(axis=1).tolist() if by_seed else differences.to_numpy().ravel().tolist()
                 if values:
-                    found.append(PairedDifference(str(dataset), str(family), scheme, against, *_interval(values)))
+                    found.append(
+                        PairedDifference(str(dataset), str(family), str(source), scheme, against, *_interval(values))
+                    )
     return found
 
 
@@ -83,6 +88,7 @@ def render_differences(differences: Sequence[PairedDifference], title: str) -> T
         table.add_column(header, justify="right", no_wrap=True)
     for one in differences:
         interval = "" if math.isnan(one.low) else f"{one.low:+.1f} to {one.high:+.1f}"
-        row = (f"{one.dataset}/{one.family}", one.scheme, one.against, f"{one.mean:+.1f}", interval, str(one.pairs))
+        where = f"{one.dataset}/{one.family}" + ("" if one.data_source == "real" else f" {one.data_source.upper()}")
+        row = (where, one.scheme, one.against, f"{one.mean:+.1f}", interval, str(one.pairs))
         table.add_row(*row)
     return table

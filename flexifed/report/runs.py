@@ -17,7 +17,7 @@ from rich.table import Table
 from flexifed.config import NumericsConfig, SharingConfig
 from flexifed.errors import ResultsError
 from flexifed.profiles import PROFILES
-from flexifed.report.compare import paired_differences, render_differences
+from flexifed.report.compare import PAIRED, paired_differences, render_differences
 from flexifed.report.table import Pick, per_seed, render, summarise
 from flexifed.results.store import ResultsFolder, read_metadata
 
@@ -102,7 +102,7 @@ def stored_cells(folder: ResultsFolder) -> list[StoredCell]:
         ResultsError: a file is damaged.
     """
     paths = sorted(path for path in folder.rounds.glob("*.parquet") if not path.name.startswith("."))
-    return [one for path in paths if (one := _stored_cell(folder, path)) is not None]
+    return [one for path in paths if (one := stored_cell(folder, path)) is not None]
 
 
 def editions(cells: Sequence[StoredCell]) -> list[Edition]:
@@ -161,18 +161,19 @@ def _edition_parts(folder: ResultsFolder, edition: Edition, pick: Pick) -> Itera
         summary = summarise(rows, rounds, pick)
         yield from render(summary, profile=finished[0].profile, rounds=rounds, seeds=seeds, pick=pick)
         if len(seeds) > 1 and (differences := paired_differences(per_seed(rows, rounds, pick))):
-            yield render_differences(differences, "Paired differences over versions and seeds")
-        counts = ((cast(tuple[str, ...], cell), count) for cell, count in summary.seeds.items())
-        fewer = [f"{'/'.join(cell)} ({count})" for cell, count in counts if count < len(seeds)]
-        if fewer:
-            yield f"Cells with fewer seeds than {len(seeds)}: {', '.join(fewer)}."
+            yield render_differences(differences, PAIRED)
     else:
         yield "No cell is finished."
     if edition.unfinished:
         yield "\n".join(["Unfinished, left out of the table:", *(f"  {one.progress}" for one in edition.unfinished)])
 
 
-def _stored_cell(folder: ResultsFolder, path: Path) -> StoredCell | None:
+def stored_cell(folder: ResultsFolder, path: Path) -> StoredCell | None:
+    """What a file says about itself; None where it has no rows.
+
+    Raises:
+        ResultsError: the file is damaged.
+    """
     rows = folder.read([path.stem])
     if rows.empty:
         return None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pandas as pd
@@ -98,11 +99,25 @@ def summarise(rows: pd.DataFrame, rounds: int, pick: Pick = "last") -> Summary:
 
 
 def render(
-    summary: Summary, *, profile: str, rounds: int, seeds: Sequence[int], pick: Pick = "last"
+    summary: Summary,
+    *,
+    profile: str,
+    rounds: int,
+    seeds: Sequence[int],
+    pick: Pick = "last",
+    changed: Mapping[str, object] = MappingProxyType({}),
 ) -> list[Table | str]:
     """Table 1 for a terminal of 80 columns: a table for each data set and family, and a line that says what it is.
 
     The paper's numbers stand in brackets beside those from real data. Beside synthetic data they would mean nothing.
+
+    Args:
+        summary: the numbers.
+        profile: the name of the settings.
+        rounds: of training.
+        seeds: those that were asked for; cells with fewer are named.
+        pick: which rounds a number is of.
+        changed: settings that are not the profile's.
     """
     paper = paper_table().to_dict("index")
     parts: list[Table | str] = []
@@ -122,7 +137,8 @@ def render(
             label = scheme if len(sources) == 1 else f"{scheme}, {source}"
             table.add_row(label, *(_number(summary, key, version, beside) for version in summary.mean.columns))
         parts.append(table)
-    parts.append(_caption(summary, profile=profile, rounds=rounds, seeds=seeds, pick=pick))
+    settings = profile + "".join(f", {name}={value}" for name, value in changed.items())
+    parts.append(_caption(summary, settings=settings, rounds=rounds, seeds=seeds, pick=pick))
     return parts
 
 
@@ -134,7 +150,7 @@ def _number(summary: Summary, key: tuple[str, str, str], version: str, paper: Ma
     return text if paper is None else text + ("\n" if several else " ") + f"({paper[version]:.1f})"
 
 
-def _caption(summary: Summary, *, profile: str, rounds: int, seeds: Sequence[int], pick: Pick) -> str:
+def _caption(summary: Summary, *, settings: str, rounds: int, seeds: Sequence[int], pick: Pick) -> str:
     count = counted_rounds(rounds)
     what = {
         "last": f"mean of the last {count} scored rounds" if count > 1 else "last scored round",
@@ -145,7 +161,7 @@ def _caption(summary: Summary, *, profile: str, rounds: int, seeds: Sequence[int
     spread = f", mean ± standard deviation over {len(seeds)} seeds" if several else ""
     sources = ", ".join(sorted(set(summary.sources)))
     lines = [
-        f"Data: {sources}. Profile: {profile}. Rounds: {rounds}. Seeds: {' '.join(map(str, seeds))}.",
+        f"Data: {sources}. Profile: {settings}. Rounds: {rounds}. Seeds: {' '.join(map(str, seeds))}.",
         f"Accuracy on the clients' test shards: {what}{spread}.",
     ]
     fewer = {

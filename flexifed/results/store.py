@@ -115,14 +115,17 @@ class RoundsWriter:
         if self._rounds > self._longer_than and time.monotonic() >= self._write_after:
             self.flush()
 
-    def flush(self, **metadata: object) -> None:
-        """Write all rows, and what else is now known.
+    def note(self, **metadata: object) -> None:
+        """Add to what goes into the file beside the rows."""
+        self._metadata.update(metadata)
+
+    def flush(self) -> None:
+        """Write all rows.
 
         Raises:
             ResultsError: the file can't be written.
         """
         started = time.monotonic()
-        self._metadata.update(metadata)
         table = pa.concat_tables(self._rows).replace_schema_metadata({_METADATA_KEY: json.dumps(self._metadata)})
         write_table(self._path, table)
         finished = time.monotonic()

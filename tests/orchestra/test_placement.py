@@ -120,7 +120,7 @@ def test_actors_that_would_cut_a_block_are_refused() -> None:
             cell(device="cuda"),
             [{"CPU": 16, "GPU": 3}],  # a fraction lies on one GPU: one of 0.6 on each
             {"gpus_per_client": 0.6},
-            ["0.6 GPU", "hold only 3", "16 CPU, 3 GPU", "raise --clients-per-actor"],
+            ["0.6 GPU", "hold only 3", "16 CPU, 3 GPU", "lower --gpus-per-client or --clients-per-actor"],
         ),
         (cell(device="cuda"), [{"CPU": 8, "GPU": 8}], {"gpus_per_client": 2}, ["2 GPU", "hold only 4"]),
         (

@@ -11,7 +11,15 @@ def numbers(**by_scheme: list[tuple[float, float]]) -> pd.DataFrame:
     """As from `per_seed`: for each scheme and seed the accuracies of two versions."""
     return pd.DataFrame(
         [
-            {"dataset": "cifar10", "family": "vgg", "scheme": scheme, "seed": seed, "v1": v1, "v2": v2}
+            {
+                "dataset": "cifar10",
+                "family": "vgg",
+                "data_source": "real",
+                "scheme": scheme,
+                "seed": seed,
+                "v1": v1,
+                "v2": v2,
+            }
             for scheme, seeds in by_scheme.items()
             for seed, (v1, v2) in enumerate(seeds)
         ]

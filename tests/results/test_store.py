@@ -255,7 +255,8 @@ def test_metadata_come_back_and_what_is_known_at_the_end_joins_them(folder: Resu
     writer = RoundsWriter(folder.rounds_file("one"), metadata)
     writer.append([row(0)])
     assert read_metadata(folder.rounds_file("one")) == metadata
-    writer.flush(state_sha256=("ab", "cd"))
+    writer.note(state_sha256=("ab", "cd"))
+    writer.flush()
     assert read_metadata(folder.rounds_file("one")) == metadata | {"state_sha256": ["ab", "cd"]}
     raw = pq.read_schema(folder.rounds_file("one")).metadata[b"flexifed"]
     assert json.loads(raw)["config"]["seed"] == 3
