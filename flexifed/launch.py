@@ -75,6 +75,7 @@ def _run(name: str, grid: Sequence[CellName], options: GridOptions, console: Con
     }
     for dataset, info in infos.items():
         console.print(f"data: {dataset}: {_describe_data(info, options.data_dir)}", highlight=False, soft_wrap=True)
+    check_partition(options, cells, infos)
     if options.dry_run:
         _dry_run(options, cells, infos, folder.root, console)
         return
@@ -89,6 +90,25 @@ def _run(name: str, grid: Sequence[CellName], options: GridOptions, console: Con
             f"{len(failures)} of {len(runs)} cells failed; each folder in {folder.root / 'runs'} has the cell's log:\n"
             + "\n".join(f"  {cell}: {reason.strip()}" for cell, reason in failures.items())
         )
+
+
+def check_partition(options: GridOptions, cells: Sequence[CellName], infos: Mapping[DatasetName, DatasetInfo]) -> None:
+    """Find out before anything is started whether the settings fit the data and each other.
+
+    Raises:
+        ConfigError: clients can't be dealt out to actors, or a round's part of a shard would be empty.
+        DataError: more shards than samples.
+    """
+    from flexifed.data.partition import window
+    from flexifed.federation.host import assign_clients
+    from flexifed.federation.rounds import make_shards
+
+    placement = _placement(options)
+    if placement.clients_per_actor is not None:
+        assign_clients(options.partition.num_clients, placement.clients_per_actor, options.sharing.reduce_block)
+    for cell in {cell.dataset: cell for cell in cells}.values():
+        shards = make_shards(options.cell_config(cell, options.seeds[0], "cpu"), infos[cell.dataset])
+        window(shards[0].train, 0, options.partition.windows_per_shard)
 
 
 def make_runs(

@@ -145,11 +145,7 @@ class Client:
             train_started, started = time.time(), time.perf_counter()
             train_loss = self._train(round_index)
             train_s = time.perf_counter() - started
-            if not math.isfinite(train_loss):
-                raise ArithmeticError(
-                    f"the training loss is {train_loss}; lower --learning-rate (now "
-                    f"{self._config.training.learning_rate:g})"
-                )
+            self._check_finite(train_loss)
         trained = replace(
             measured,
             train_loss=train_loss,
@@ -202,6 +198,15 @@ class Client:
                 batches=torch_generator(seed, "batches", self.index, round_index),
                 augmentation=torch_generator(seed, "augmentation", self.index, round_index),
             )
+
+    def _check_finite(self, train_loss: float) -> None:
+        """Refuse what would spread to all who share a layer. The last step can spoil weights after a sound loss."""
+        remedy = f"lower --learning-rate (now {self._config.training.learning_rate:g})"
+        if not math.isfinite(train_loss):
+            raise ArithmeticError(f"the training loss is {train_loss}; {remedy}")
+        for name, tensor in self._workspace.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise ArithmeticError(f"{name} is no longer finite after training; {remedy}")
 
     def _take_out(self) -> GroupState:
         """Keep the personal tensors, give out the shared ones: copies, since the workspace goes to the next client."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from flexifed.config import CellConfig
 from flexifed.errors import ConfigError, ResourceError
@@ -85,31 +86,41 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
         wanted = 1 if gpus_per_client else math.ceil(num_clients / max(1, int(total_cpus) // config.numerics.threads))
         per_actor = block * math.ceil(wanted / block)
     clients = assign_clients(num_clients, per_actor, config.sharing.reduce_block)
-    share = min(float(config.numerics.threads), total_cpus / len(clients))
-    placement = CellPlacement(
-        clients=tuple(clients),
-        cpus_per_actor=math.floor(share * 1000) / 1000,
-        gpus_per_actor=round(gpus_per_client * len(clients[0]), 4),
-    )
-    _check_fits(placement, nodes)
-    return placement
-
-
-def _check_fits(placement: CellPlacement, nodes: Sequence[Resources]) -> None:
-    """Refuse what Ray would wait for without a word and without end."""
-    needed = {"CPU": placement.cpus_per_actor, "GPU": placement.gpus_per_actor}
-    if needed["GPU"] > 1 and needed["GPU"] != int(needed["GPU"]):
+    gpus_per_actor = round(gpus_per_client * len(clients[0]), 4)
+    if gpus_per_actor > 1 and gpus_per_actor != int(gpus_per_actor):
         raise ResourceError(
-            f"an actor of {len(placement.clients[0])} clients asks for {needed['GPU']:g} GPUs; above one it must be a "
+            f"an actor of {len(clients[0])} clients asks for {gpus_per_actor:g} GPUs; above one it must be a "
             "whole number: lower --gpus-per-client or --clients-per-actor"
         )
-    held = sum(_actors_on(node, needed) for node in nodes)
-    if held < len(placement.clients):
-        have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
-        raise ResourceError(
-            f"a cell needs {placement}, but the cluster could hold only {held} of them with nothing else running "
-            f"(its nodes: {have}): lower --gpus-per-client, raise --clients-per-actor, or add nodes"
-        )
+    shares = _cpu_shares(len(clients), config.numerics.threads, nodes)
+    placements = [
+        CellPlacement(clients=tuple(clients), cpus_per_actor=share, gpus_per_actor=gpus_per_actor) for share in shares
+    ]
+    fitting = next((one for one in placements if _held(one, nodes) >= len(clients)), None)
+    return fitting or _refuse(placements[-1], nodes)
+
+
+def _cpu_shares(num_actors: int, threads: int, nodes: Sequence[Resources]) -> list[float]:
+    """CPUs that an actor may ask for, largest first: one for each thread, or a node's CPUs shared by some actors."""
+    parts = {node.get("CPU", 0) / count for node in nodes for count in range(1, num_actors + 1)}
+    shares = {math.floor(min(threads, part) * 1000) / 1000 for part in parts}
+    return sorted((share for share in shares if share > 0), reverse=True) or [0.0]
+
+
+def _held(placement: CellPlacement, nodes: Sequence[Resources]) -> int:
+    """How many actors like these the nodes hold with nothing else on them."""
+    needed = {"CPU": placement.cpus_per_actor, "GPU": placement.gpus_per_actor}
+    return sum(_actors_on(node, needed) for node in nodes)
+
+
+def _refuse(placement: CellPlacement, nodes: Sequence[Resources]) -> NoReturn:
+    """Say what Ray would wait for without a word and without end."""
+    held = _held(placement, nodes)
+    have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+    raise ResourceError(
+        f"a cell needs {placement}, but the cluster could hold only {held} of them with nothing else running "
+        f"(its nodes: {have}): lower --gpus-per-client, raise --clients-per-actor, or add nodes"
+    )
 
 
 def _actors_on(node: Resources, needed: Mapping[str, float]) -> int:

@@ -58,7 +58,7 @@ def pack_tensors(tensors: Iterable[torch.Tensor]) -> PackedTensors:
     tensors = list(tensors)
     layout = tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
     starts, size = _starts(layout)
-    buffer = np.empty(size, dtype=np.uint8)
+    buffer = np.empty(max(size, 1), dtype=np.uint8)  # torch refuses views into a buffer of no bytes
     for tensor, view in zip(tensors, _views(buffer, layout, starts), strict=True):
         view.copy_(tensor)
     return PackedTensors(buffer, layout)

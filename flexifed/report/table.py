@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
+from rich.markup import escape
 from rich.table import Table
 
 from flexifed.config import SCHEMES
@@ -102,31 +104,34 @@ def render(
 
     The paper's numbers stand in brackets beside those from real data. Beside synthetic data they would mean nothing.
     """
-    paper = paper_table()
+    paper = paper_table().to_dict("index")
     parts: list[Table | str] = []
-    for dataset, family in dict.fromkeys((key[0], key[1]) for key in summary.mean.index):
-        source = summary.sources.loc[(dataset, family)].iloc[0]
-        compare = source == "real"
-        title = f"{dataset} / {family}" + ("" if source == "real" else f"  [{source.upper()} DATA]".replace("[", r"\["))
-        table = Table(title=title, title_justify="left", title_style="bold")
-        table.add_column("accuracy, %" + ("\n(paper)" if compare else ""), no_wrap=True)
+    for dataset, family in dict.fromkeys((str(key[0]), str(key[1])) for key in summary.mean.index):
+        cells = {
+            scheme: (dataset, family, scheme) for scheme in SCHEMES if (dataset, family, scheme) in summary.mean.index
+        }
+        sources = {str(summary.sources.loc[key]) for key in cells.values()}
+        named = "" if sources == {"real"} else escape(f"  [{' AND '.join(sorted(sources)).upper()} DATA]")
+        table = Table(title=f"{dataset} / {family}{named}", title_justify="left", title_style="bold")
+        table.add_column("accuracy, %" + ("\n(paper)" if "real" in sources else ""), no_wrap=True)
         for version in summary.mean.columns:
             table.add_column(version.upper(), justify="right", no_wrap=True)
-        for scheme in (scheme for scheme in SCHEMES if (dataset, family, scheme) in summary.mean.index):
-            key = (dataset, family, scheme)
-            numbers = [
-                _number(summary.mean.loc[key, version], summary.spread.loc[key, version])
-                + (f" ({paper.loc[key, version]:.1f})" if compare and key in paper.index else "")
-                for version in summary.mean.columns
-            ]
-            table.add_row(scheme, *numbers)
+        for scheme, key in cells.items():
+            source = str(summary.sources.loc[key])
+            beside = paper.get(key) if source == "real" else None
+            label = scheme if len(sources) == 1 else f"{scheme}, {source}"
+            table.add_row(label, *(_number(summary, key, version, beside) for version in summary.mean.columns))
         parts.append(table)
     parts.append(_caption(summary, profile=profile, rounds=rounds, seeds=seeds, pick=pick))
     return parts
 
 
-def _number(mean: float, spread: float) -> str:
-    return f"{mean:.1f}" + ("" if pd.isna(spread) else f"±{spread:.1f}")
+def _number(summary: Summary, key: tuple[str, str, str], version: str, paper: Mapping[Any, float] | None) -> str:
+    """Mean, spread where there are several seeds, and the paper's number: below, where a line has no room for three."""
+    mean, spread = (float(numbers.to_dict("index")[key][version]) for numbers in (summary.mean, summary.spread))
+    several = not math.isnan(spread)
+    text = f"{mean:.1f}±{spread:.1f}" if several else f"{mean:.1f}"
+    return text if paper is None else text + ("\n" if several else " ") + f"({paper[version]:.1f})"
 
 
 def _caption(summary: Summary, *, profile: str, rounds: int, seeds: Sequence[int], pick: Pick) -> str:
@@ -143,6 +148,11 @@ def _caption(summary: Summary, *, profile: str, rounds: int, seeds: Sequence[int
         f"Data: {sources}. Profile: {profile}. Rounds: {rounds}. Seeds: {' '.join(map(str, seeds))}.",
         f"Accuracy on the clients' test shards: {what}{spread}.",
     ]
+    fewer = {
+        "/".join(key): count for key, count in zip(summary.mean.index, summary.seeds, strict=True) if count < len(seeds)
+    }
+    if fewer:
+        lines.append("Fewer seeds: " + ", ".join(f"{cell} {n} of {len(seeds)}" for cell, n in fewer.items()) + ".")
     if "real" in sources.split(", "):
         lines.append("In brackets: the paper's Table 1, from its full protocol (profiles authors and paper).")
     if "synthetic" in sources:

@@ -1,0 +1,439 @@
+"""One contract for rounds, in process and on real Ray; below it, what only one of the two can show."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import flexifed
+from flexifed.config import SCHEMES, CellConfig, ModelConfig, PartitionConfig, SharingConfig, TrainingConfig
+from flexifed.core.aggregate import BlockSum, GroupState, shared_tensors, sum_block
+from flexifed.core.schemes import SharingPlan
+from flexifed.data import synthetic
+from flexifed.errors import ClientError, ConfigError
+from flexifed.federation.client import Client, ClientRound, ClientShards
+from flexifed.federation.host import HostRound, assign_clients, cell_plan
+from flexifed.federation.rounds import Federation, Hosts, LocalHosts, RoundResult, make_shards
+from flexifed.orchestra import cluster
+from flexifed.orchestra.actors import ActorHosts
+from flexifed.orchestra.placement import CellPlacement, PlacementOptions, place_cell
+from flexifed.orchestra.wire import (
+    pack_groups,
+    pack_host_round,
+    pack_tensors,
+    unpack_groups,
+    unpack_host_round,
+    unpack_tensors,
+)
+
+INFO = synthetic.info()
+NUM_CLIENTS = 8
+Backend = Callable[[CellConfig, Sequence[ClientShards], int], Hosts]
+"""Hosts for a config, its shards, and a number of clients in each."""
+Run = Callable[..., tuple[list[RoundResult], tuple[str, ...]]]
+"""Two rounds of a config with so many clients in a host, and the one that is only scored; then the states' digests."""
+
+
+def cell(scheme: str = "max_common", **changes: Any) -> CellConfig:
+    """Eight clients of tiny models, with one batch of 25 images each."""
+    partition = PartitionConfig(num_clients=NUM_CLIENTS, num_shards=400, windows_per_shard=5)
+    config = CellConfig(dataset="cifar10", family="vgg", scheme=scheme, model=ModelConfig(width=0.03))
+    return replace(config, **{"partition": partition, "training": TrainingConfig(local_epochs=1), **changes})
+
+
+class SomeActors(ActorHosts):
+    """The first of another's actors, so that a test of fewer starts no further processes."""
+
+    def __init__(self, whole: ActorHosts, count: int) -> None:
+        self._actors = whole._actors[:count]
+
+
+@pytest.fixture(scope="module")
+def eight_actors() -> Iterator[ActorHosts]:
+    """One actor a client, an eighth of a pretended GPU each."""
+    with cluster.connected(None, num_cpus=8, num_gpus=1):
+        placement = place_cell(cell(), PlacementOptions(gpus_per_client=0.125, clients_per_actor=1), cluster.nodes())
+        group = ray.util.placement_group([bundle for bundle in placement.bundles if bundle])
+        ray.get(group.ready())
+        hosts = ActorHosts(group)
+        yield hosts
+        hosts.shut_down()
+
+
+def in_process(config: CellConfig, shards: Sequence[ClientShards], clients_per_host: int) -> Hosts:
+    return LocalHosts(config, INFO, shards, clients_per_host)
+
+
+def on_ray(actors: ActorHosts, config: CellConfig, shards: Sequence[ClientShards], clients_per_actor: int) -> Hosts:
+    clients = tuple(assign_clients(NUM_CLIENTS, clients_per_actor, config.sharing.reduce_block))
+    hosts = SomeActors(actors, len(clients))
+    hosts.begin(config, INFO, CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0), shards)
+    return hosts
+
+
+@pytest.fixture(params=["in_process", "ray"], scope="module")
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "in_process":
+        return in_process
+    return partial(on_ray, request.getfixturevalue("eight_actors"))
+
+
+@pytest.fixture(scope="module")
+def run(backend: Backend) -> Run:
+    """Runs on a backend; tests that look at the same run share it."""
+    return cache(partial(play, backend))
+
+
+def start(config: CellConfig, backend: Backend = in_process, clients_per_host: int = NUM_CLIENTS) -> Federation:
+    return Federation(config, INFO, backend(config, make_shards(config, INFO), clients_per_host))
+
+
+def play(
+    backend: Backend, config: CellConfig, clients_per_host: int, rounds: int = 2
+) -> tuple[list[RoundResult], tuple[str, ...]]:
+    """So many rounds of training, and the one that is only scored; then the digests of the final states."""
+    federation = start(config, backend, clients_per_host)
+    return [federation.play_round(train=index < rounds) for index in range(rounds + 1)], federation.state_sha256()
+
+
+@cache
+def reference(config: CellConfig, rounds: int = 2) -> tuple[list[RoundResult], tuple[str, ...]]:
+    """The same, with one host in this process holding all clients."""
+    return play(in_process, config, NUM_CLIENTS, rounds)
+
+
+def measured(results: Iterable[RoundResult]) -> list[list[ClientRound]]:
+    """What rounds measured, without how long it took."""
+    return [[replace(one, eval_s=0, train_s=None, train_started=None) for one in result.clients] for result in results]
+
+
+def assert_like_the_reference(run: Run, config: CellConfig, clients_per_host: int) -> None:
+    results, digests = run(config, clients_per_host)
+    expected_results, expected_digests = reference(config)
+    assert digests == expected_digests
+    assert measured(results) == measured(expected_results)
+    hosts = tuple(client // clients_per_host for client in range(NUM_CLIENTS))
+    assert [result.host_of for result in results] == [hosts] * 3
+
+
+# ------------------------------------------------------------------------------------------- in process and on Ray
+
+
+@pytest.mark.parametrize("clients_per_host", [8, 4, 2, 1])
+def test_bits_do_not_depend_on_where_clients_live(run: Run, clients_per_host: int) -> None:
+    assert_like_the_reference(run, cell("max_common"), clients_per_host)
+
+
+@pytest.mark.parametrize("clients_per_host", [4, 2])
+def test_bits_do_not_depend_on_where_whole_blocks_live(run: Run, clients_per_host: int) -> None:
+    assert_like_the_reference(run, cell(sharing=SharingConfig(reduce_block=2)), clients_per_host)
+
+
+def test_a_host_hands_back_one_sum_for_each_of_its_blocks(backend: Backend) -> None:
+    config = cell(sharing=SharingConfig(reduce_block=2))
+    played = backend(config, make_shards(config, INFO), 4).play_round(0, None, train=True)
+    assert [len(host.blocks) for host in played] == [2, 2]
+
+
+SHARES_WHOLE_MODELS = {
+    "standalone": False,
+    "clustered_fl": True,
+    "basic_common": False,
+    "clustered_common": True,
+    "max_common": True,
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_under_any_scheme_bits_agree_and_a_version_is_equal_where_its_whole_model_is_shared(
+    run: Run, scheme: str
+) -> None:
+    assert_like_the_reference(run, cell(scheme), 3)
+    _, digests = run(cell(scheme), 3)
+    assert [digests[client] == digests[client + 4] for client in range(4)] == [SHARES_WHOLE_MODELS[scheme]] * 4
+    assert len(set(digests)) == (4 if SHARES_WHOLE_MODELS[scheme] else 8)
+
+
+@pytest.mark.parametrize("scheme", ["standalone", "basic_common", "max_common"])
+def test_bytes_are_what_the_scheme_makes_a_client_send_and_get(run: Run, scheme: str) -> None:
+    plan = cell_plan(cell(scheme), INFO)
+    (first, second, last), _ = run(cell(scheme), 3)
+    shared = [plan.bytes_per_round(client) for client in range(NUM_CLIENTS)]
+    assert any(shared) == (scheme != "standalone")
+    assert [one.bytes_down for one in first.clients] == [0] * NUM_CLIENTS
+    assert [one.bytes_down for one in second.clients] == [one.bytes_down for one in last.clients] == shared
+    assert [one.bytes_up for one in first.clients] == [one.bytes_up for one in second.clients] == shared
+    assert [one.bytes_up for one in last.clients] == [0] * NUM_CLIENTS
+
+
+def test_all_rounds_but_the_last_have_training_fields(run: Run) -> None:
+    (first, second, last), _ = run(cell(), 3)
+    assert [result.round_index for result in (first, second, last)] == [0, 1, 2]
+    assert {(one.train_loss, one.train_s, one.train_started) for one in last.clients} == {(None, None, None)}
+    for one in (*first.clients, *second.clients):
+        assert one.train_loss is not None
+        assert one.train_s is not None
+        assert one.train_started is not None
+        assert one.train_loss > 0 < one.train_s
+
+
+def test_a_short_run_is_the_head_of_a_longer_one(run: Run) -> None:
+    short, digests = run(cell(), 3)
+    longer, later_digests = reference(cell(), rounds=3)
+    assert measured(short[:2]) == measured(longer[:2])
+    scores = [[(one.accuracy, one.loss, one.bytes_down) for one in result.clients] for result in (short[2], longer[2])]
+    assert scores[0] == scores[1]
+    assert digests != later_digests
+
+
+def uneven_shards(config: CellConfig) -> list[ClientShards]:
+    """Client k has 10 (k + 1) training samples."""
+    return [
+        ClientShards(one.train[: 10 * (client + 1)], one.test) for client, one in enumerate(make_shards(config, INFO))
+    ]
+
+
+@pytest.mark.parametrize("reduce_block", [1, 4])
+def test_weighting_by_samples_is_carried_to_the_driver(backend: Backend, reduce_block: int) -> None:
+    config = cell(sharing=SharingConfig(weighting="samples", reduce_block=reduce_block))
+    shards = uneven_shards(config)
+    here = Federation(config, INFO, LocalHosts(config, INFO, shards))
+    there = Federation(config, INFO, backend(config, shards, 4))
+    for federation in (here, there):
+        federation.play_round()
+    assert there.state_sha256() == here.state_sha256()
+
+
+def test_a_clients_error_reaches_the_caller_as_it_was_raised(backend: Backend) -> None:
+    config = replace(cell(), training=TrainingConfig(local_epochs=1, batch_size=8, learning_rate=1e30))
+    federation = start(config, backend)
+    with pytest.raises(ClientError) as caught:
+        federation.play_round()
+    assert type(caught.value) is ClientError
+    assert str(caught.value) == (
+        "client 0, round 0, training: the training loss is nan; lower --learning-rate (now 1e+30)"
+    )
+    assert federation.next_round == 0
+
+
+# --------------------------------------------------------------------------------------------------- in process alone
+
+
+def clients_of(hosts: LocalHosts) -> list[Client]:
+    return [client for host in hosts._hosts for client in host._clients]
+
+
+def test_hosts_that_would_cut_a_block_are_refused_with_the_remedy() -> None:
+    config = cell(sharing=SharingConfig(reduce_block=4))
+    with pytest.raises(ConfigError) as caught:
+        LocalHosts(config, INFO, make_shards(config, INFO), clients_per_host=6)
+    assert str(caught.value) == (
+        "clients_per_actor is 6, no multiple of reduce_block (4); a block of clients lives in one process: "
+        "use 8 clients an actor"
+    )
+
+
+def test_one_host_may_end_within_a_block() -> None:
+    config = cell(sharing=SharingConfig(reduce_block=3))
+    played = LocalHosts(config, INFO, make_shards(config, INFO)).play_round(0, None, train=True)
+    assert [len(host.blocks) for host in played] == [3]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "weighting"), [("max_common", "uniform"), *((scheme, "samples") for scheme in SCHEMES)]
+)
+def test_a_round_is_the_pure_aggregate_of_the_trained_states(scheme: str, weighting: str) -> None:
+    config = cell(scheme, sharing=SharingConfig(weighting=weighting, reduce_block=2))
+    shards = uneven_shards(config)
+    hosts = LocalHosts(config, INFO, shards, clients_per_host=2)
+    federation = Federation(config, INFO, hosts)
+    federation.play_round()
+    # Neighbours have different versions, so each client of a host has a workspace of its own, still as it was trained.
+    trained = [client._workspace.state_dict() for client in clients_of(hosts)]
+    weights = [float(len(one.train)) for one in shards] if weighting == "samples" else None
+    expected = flexifed.aggregate(federation.plan, trained, weights, reduce_block=2)
+    for client, state in zip(clients_of(hosts), expected, strict=True):
+        held = client.state(federation.shared)
+        assert held.keys() == state.keys()
+        assert [name for name in state if not torch.equal(held[name], state[name])] == []
+
+
+class OneOfEachSize:
+    """Hosts of four clients each, whose shared values are so far apart in size that any other order has another sum."""
+
+    values = (1e30, -1e30, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+
+    def __init__(self, plan: SharingPlan) -> None:
+        self.plan = plan
+
+    def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
+        return [
+            HostRound((), tuple(sum_block([(self.contribution(client), 1.0)]) for client in clients), 0.0)
+            for clients in assign_clients(NUM_CLIENTS, 4, 1)
+        ]
+
+    def contribution(self, client: int) -> GroupState:
+        return {
+            index: tuple(torch.full(spec.shape, self.values[client]) for spec in self.plan.groups[index].specs)
+            for index in self.plan.shared_names(client)
+        }
+
+    def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
+        raise NotImplementedError
+
+
+def test_sums_are_taken_in_client_order() -> None:
+    plan = cell_plan(cell("basic_common"), INFO)
+    federation = Federation(cell("basic_common"), INFO, OneOfEachSize(plan))
+    federation.play_round()
+    assert federation.shared is not None
+    assert {value for tensor in federation.shared[0] for value in tensor.flatten().tolist()} == {6 / 8}
+
+
+def test_members_of_a_group_hold_equal_tensors_and_personal_layers_differ() -> None:
+    config = cell("basic_common")
+    hosts = LocalHosts(config, INFO, make_shards(config, INFO))
+    federation = Federation(config, INFO, hosts)
+    federation.play_round()
+    states = [dict(client.state(federation.shared)) for client in clients_of(hosts)]
+    plan = federation.plan
+    assert [plan.members(group) for group in plan.groups] == [tuple(range(NUM_CLIENTS))]
+    shared = [shared_tensors(plan, client, state)[0] for client, state in enumerate(states)]
+    assert all(torch.equal(*pair) for one in shared[1:] for pair in zip(shared[0], one, strict=True))
+    personal = states[0].keys() - {name for names in plan.shared_names(0).values() for name in names}
+    weights = {name for name in personal if name.endswith("weight")}
+    assert len(weights) == 17, "seven convolutions, each with its batch norm, and three linear layers"
+    assert [name for name in weights if torch.equal(states[0][name], states[4][name])] == []
+
+
+@pytest.mark.parametrize(("init", "equal"), [("shared", True), ("own", False)])
+def test_common_layers_start_equal_only_where_all_draw_from_one_stream(init: str, equal: bool) -> None:
+    config = cell(model=ModelConfig(width=0.03, init=init))
+    hosts = LocalHosts(config, INFO, make_shards(config, INFO))
+    plan = Federation(config, INFO, hosts).plan
+    states = [dict(client.state(None)) for client in clients_of(hosts)]
+    for group in plan.groups:
+        first, *others = [shared_tensors(plan, client, states[client])[group.index] for client in plan.members(group)]
+        weight = next(index for index, spec in enumerate(group.specs) if len(spec.shape) > 1)
+        assert {torch.equal(first[weight], other[weight]) for other in others} == {equal}
+
+
+def test_another_seed_draws_other_weights_and_other_shards() -> None:
+    one, other = cell(), cell(seed=1)
+    assert not set(start(one).state_sha256()) & set(start(other).state_sha256())
+    assert not np.array_equal(make_shards(one, INFO)[0].train, make_shards(other, INFO)[0].train)
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> float:
+        raise LookupError("no such kernel")
+
+    monkeypatch.setattr("flexifed.federation.client.train", broken)
+    with pytest.raises(ClientError, match=r"client 0, round 0, training: Traceback[\s\S]*LookupError: no such kernel"):
+        start(cell()).play_round()
+
+
+# ------------------------------------------------------------------------------------------------------- on Ray alone
+
+
+def test_eight_clients_share_one_gpu_and_train_at_the_same_time(eight_actors: ActorHosts) -> None:
+    def assigned(_: Any) -> tuple[int, list[int | str], float]:  # nested, so that it travels by value
+        return os.getpid(), ray.get_gpu_ids(), ray.get_runtime_context().get_assigned_resources()["GPU"]
+
+    config = cell(training=TrainingConfig(local_epochs=10))
+    federation = start(config, partial(on_ray, eight_actors), 1)
+    federation.play_round()  # the first one imports what training needs
+    trained = federation.play_round().clients
+    places = ray.get([actor.__ray_call__.remote(assigned) for actor in eight_actors._actors])
+    assert len({pid for pid, _, _ in places}) == NUM_CLIENTS
+    assert {(len(gpus), str(gpus[0]), share) for _, gpus, share in places} == {(1, "0", 0.125)}
+    spans = [(one.train_started or 0.0, (one.train_started or 0.0) + (one.train_s or 0.0)) for one in trained]
+    together = [sum(start < other_end and other < end for other, other_end in spans) for start, end in spans]
+    assert max(together) > 1, f"no client trains while another does: {spans}"
+
+
+# ------------------------------------------------------------------------------------------------------------ the wire
+
+DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.complex64,
+    torch.complex128,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    """Any bits (so NaN with any payload, too) in any type, of any small shape, in either memory format."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 4), max_size=5))
+    size = torch.Size(shape).numel() * dtype.itemsize
+    raw = np.random.default_rng(draw(st.integers(0, 2**32))).integers(0, 256, size, dtype=np.uint8)
+    if dtype == torch.bool:
+        raw &= 1
+    tensor = torch.empty(size, dtype=torch.uint8).copy_(torch.from_numpy(raw)).view(dtype).view(shape)
+    if len(shape) == 4 and draw(st.booleans()):
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor.transpose(0, -1) if len(shape) > 1 and draw(st.booleans()) else tensor
+
+
+@given(st.lists(tensors(), max_size=6))
+@settings(max_examples=200, deadline=None)
+def test_packing_keeps_type_shape_and_every_bit(sent: list[torch.Tensor]) -> None:
+    assume(not sent or any(one.numel() for one in sent))
+    packed = pack_tensors(sent)
+    packed.buffer.flags.writeable = False  # as it is when it comes out of Ray's shared memory
+    arrived = unpack_tensors(packed)
+    assert [(one.dtype, one.shape, bits(one)) for one in arrived] == [(one.dtype, one.shape, bits(one)) for one in sent]
+
+
+def test_packing_takes_a_message_of_empty_tensors_alone() -> None:
+    (arrived,) = unpack_tensors(pack_tensors([torch.empty(3, 0)]))
+    assert (arrived.dtype, arrived.shape) == (torch.float32, (3, 0))
+
+
+@given(st.dictionaries(st.integers(0, 50), st.lists(tensors(), max_size=3).map(tuple), max_size=4), st.data())
+@settings(max_examples=60, deadline=None)
+def test_groups_and_block_sums_arrive_as_they_were_sent(
+    state: dict[int, tuple[torch.Tensor, ...]], data: st.DataObject
+) -> None:
+    assume(not any(state.values()) or any(one.numel() for group in state.values() for one in group))
+    arrived = unpack_groups(pack_groups(state))
+    assert list(arrived) == list(state)
+    assert [[bits(one) for one in group] for group in arrived.values()] == [
+        [bits(one) for one in group] for group in state.values()
+    ]
+    weights, flags = st.floats(0, 1e6), st.booleans()
+    block = {index: BlockSum(group, data.draw(weights), data.draw(flags)) for index, group in state.items()}
+    played = unpack_host_round(pack_host_round(HostRound((), ({}, block), 1.5)))
+    empty, same = played.blocks
+    assert (empty, played.busy_s, list(same)) == ({}, 1.5, list(block))
+    assert [(one.weight, one.weighted) for one in same.values()] == [
+        (one.weight, one.weighted) for one in block.values()
+    ]
+    assert [[bits(one) for one in sums.tensors] for sums in same.values()] == [
+        [bits(one) for one in sums.tensors] for sums in block.values()
+    ]

@@ -1,0 +1,245 @@
+"""How a cell's clients are spread over actors, and what a cluster could never hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from flexifed.config import CellConfig, Device, NumericsConfig, PartitionConfig, SharingConfig
+from flexifed.errors import ConfigError, ResourceError
+from flexifed.orchestra.placement import CellPlacement, PlacementOptions, place_cell
+
+Nodes = list[dict[str, float]]
+
+
+def cell(num_clients: int = 8, *, device: Device = "cpu", threads: int = 1, reduce_block: int = 1) -> CellConfig:
+    return CellConfig(
+        dataset="cifar10",
+        family="vgg",
+        scheme="max_common",
+        device=device,
+        partition=PartitionConfig(num_clients=num_clients, num_shards=num_clients),
+        numerics=NumericsConfig(threads=threads),
+        sharing=SharingConfig(reduce_block=reduce_block),
+    )
+
+
+def place(config: CellConfig, nodes: Nodes, **options: Any) -> CellPlacement:
+    return place_cell(config, PlacementOptions(**options), nodes)
+
+
+def shape(placement: CellPlacement) -> tuple[list[int], float, float]:
+    """Clients of each actor, and what an actor asks for."""
+    return [len(clients) for clients in placement.clients], placement.cpus_per_actor, placement.gpus_per_actor
+
+
+@pytest.mark.parametrize(
+    ("num_clients", "threads", "cpus", "expected"),
+    [
+        (8, 1, 2, ([4, 4], 1.0, 0.0)),
+        (40, 1, 2, ([20, 20], 1.0, 0.0)),
+        (400, 1, 2, ([200, 200], 1.0, 0.0)),
+        (8, 1, 3, ([3, 3, 2], 1.0, 0.0)),
+        (8, 1, 64, ([1] * 8, 1.0, 0.0)),
+        (8, 2, 4, ([4, 4], 2.0, 0.0)),
+        (8, 4, 2, ([8], 2.0, 0.0)),
+        (1, 1, 2, ([1], 1.0, 0.0)),
+    ],
+)
+def test_on_cpus_every_cpu_gets_one_actor(
+    num_clients: int, threads: int, cpus: int, expected: tuple[list[int], float, float]
+) -> None:
+    assert shape(place(cell(num_clients, threads=threads), [{"CPU": cpus}])) == expected
+
+
+def test_eight_clients_share_one_gpu_by_default() -> None:
+    placement = place(cell(device="cuda"), [{"CPU": 16, "GPU": 1}])
+    assert shape(placement) == ([1] * 8, 1.0, 0.125)
+    assert placement.bundles == [{}, *[{"CPU": 1.0, "GPU": 0.125}] * 8]
+    assert str(placement) == "8 actors of 1 client, each 1 CPU and 0.125 GPU"
+
+
+def test_actors_on_gpus_share_cpus_that_are_too_few() -> None:
+    assert shape(place(cell(device="cuda"), [{"CPU": 2, "GPU": 1}])) == ([1] * 8, 0.25, 0.125)
+
+
+def test_cpu_clients_can_be_given_a_share_of_a_gpu() -> None:
+    assert shape(place(cell(), [{"CPU": 8, "GPU": 1}], gpus_per_client=0.125)) == ([1] * 8, 1.0, 0.125)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"clients_per_actor": 3}, ([3, 3, 2], 1.0, 0.375)),
+        ({"clients_per_actor": 8}, ([8], 1.0, 1.0)),
+        ({"clients_per_actor": 100}, ([8], 1.0, 1.0)),
+        ({"gpus_per_client": 0.25}, ([1] * 8, 1.0, 0.25)),
+        ({"gpus_per_client": 0.25, "clients_per_actor": 8}, ([8], 1.0, 2.0)),
+    ],
+)
+def test_what_the_user_asks_for_comes_first(
+    options: dict[str, float], expected: tuple[list[int], float, float]
+) -> None:
+    assert shape(place(cell(device="cuda"), [{"CPU": 16, "GPU": 4}], **options)) == expected
+
+
+def test_actors_lie_on_several_nodes() -> None:
+    assert shape(place(cell(16), [{"CPU": 4}, {"CPU": 4}])) == ([2] * 8, 1.0, 0.0)
+    assert shape(place(cell(16, device="cuda"), [{"CPU": 8, "GPU": 1}] * 2)) == ([1] * 16, 1.0, 0.125)
+
+
+def test_blocks_decide_the_default_number_of_clients_in_an_actor() -> None:
+    assert shape(place(cell(8, reduce_block=3), [{"CPU": 2}])) == ([6, 2], 1.0, 0.0)
+    assert shape(place(cell(8, device="cuda", reduce_block=4), [{"CPU": 2, "GPU": 1}])) == ([4, 4], 1.0, 0.5)
+
+
+def test_actors_that_would_cut_a_block_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"clients_per_actor is 3, no multiple of reduce_block \(2\).*use 4 clients"):
+        place(cell(reduce_block=2), [{"CPU": 8}], clients_per_actor=3)
+
+
+@pytest.mark.parametrize(
+    ("config", "nodes", "options", "words"),
+    [
+        (
+            cell(device="cuda"),
+            [{"CPU": 4}],
+            {},
+            ["8 actors of 1 client, each 0.5 CPU and 0.125 GPU", "hold only 0", "4 CPU, 0 GPU", "add nodes"],
+        ),
+        (
+            cell(device="cuda"),
+            [{"CPU": 4, "GPU": 1}, {"CPU": 4}],
+            {"gpus_per_client": 0.5},
+            ["0.5 GPU", "hold only 2", "4 CPU, 1 GPU; 4 CPU, 0 GPU", "lower --gpus-per-client"],
+        ),
+        (
+            cell(device="cuda"),
+            [{"CPU": 16, "GPU": 3}],  # a fraction lies on one GPU: one of 0.6 on each
+            {"gpus_per_client": 0.6},
+            ["0.6 GPU", "hold only 3", "16 CPU, 3 GPU", "raise --clients-per-actor"],
+        ),
+        (cell(device="cuda"), [{"CPU": 8, "GPU": 8}], {"gpus_per_client": 2}, ["2 GPU", "hold only 4"]),
+        (
+            cell(device="cuda"),
+            [{"CPU": 8, "GPU": 8}],
+            {"gpus_per_client": 0.3, "clients_per_actor": 4},
+            ["an actor of 4 clients asks for 1.2 GPUs", "whole number", "--gpus-per-client or --clients-per-actor"],
+        ),
+        (
+            cell(device="cuda"),
+            [{"CPU": 8, "GPU": 1}],
+            {"gpus_per_client": 0},
+            ["device is 'cuda' but gpus_per_client is 0", "--device cpu"],
+        ),
+        (cell(), [{"CPU": 0}], {}, ["hold only 0", "0 CPU, 0 GPU"]),
+        (cell(), [], {}, ["hold only 0"]),
+    ],
+)
+def test_what_no_node_could_ever_hold_is_refused_with_numbers_and_remedy(
+    config: CellConfig, nodes: Nodes, options: dict[str, float], words: list[str]
+) -> None:
+    with pytest.raises(ResourceError) as caught:
+        place(config, nodes, **options)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("gpus_per_client", -0.5, "gpus_per_client is -0.5; it must be a number of at least 0"),
+        ("gpus_per_client", float("nan"), "gpus_per_client is nan; it must be a number of at least 0"),
+        ("gpus_per_client", float("inf"), "gpus_per_client is inf; it must be a number of at least 0"),
+        ("clients_per_actor", 0, "clients_per_actor is 0; it must be at least 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(option: str, value: float, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        PlacementOptions(**{option: value})
+    assert str(caught.value) == message
+
+
+NODES = st.lists(
+    st.fixed_dictionaries(
+        {"CPU": st.integers(1, 96).map(float) | st.sampled_from([0, 0.5, 3.25])},
+        optional={"GPU": st.integers(1, 8).map(float), "memory": st.just(1e9)},
+    ),
+    min_size=1,
+    max_size=4,
+)
+SHARES = st.sampled_from([0, 0.01, 0.1, 0.125, 1 / 6, 0.25, 0.3, 1 / 3, 0.6, 1, 2]) | st.floats(1e-3, 0.5)
+
+
+@given(
+    num_clients=st.integers(1, 60),
+    device=st.sampled_from(["cpu", "cuda"]),
+    threads=st.integers(1, 4),
+    reduce_block=st.sampled_from([1, 1, 2, 5]),
+    nodes=NODES,
+    gpus_per_client=st.none() | SHARES,
+    clients_per_actor=st.none() | st.integers(1, 40),
+)
+@settings(max_examples=300)
+def test_an_accepted_placement_covers_clients_once_in_whole_blocks_and_fits_node_by_node(
+    num_clients: int,
+    device: Device,
+    threads: int,
+    reduce_block: int,
+    nodes: Nodes,
+    gpus_per_client: float | None,
+    clients_per_actor: int | None,
+) -> None:
+    config = cell(num_clients, device=device, threads=threads, reduce_block=reduce_block)
+    try:
+        placement = place(config, nodes, gpus_per_client=gpus_per_client, clients_per_actor=clients_per_actor)
+    except (ResourceError, ConfigError) as error:
+        event(type(error).__name__)
+        return
+    event("accepted")
+    assert [client for clients in placement.clients for client in clients] == [*range(num_clients)]
+    assert all(clients.start % reduce_block == 0 for clients in placement.clients)
+    assert len(placement.bundles) == len(placement.clients) + 1
+    assert placement.cpus_per_actor <= threads
+    assert (placement.cpus_per_actor > 0) == any(node["CPU"] for node in nodes)
+    assert (placement.gpus_per_actor > 0) or device == "cpu"
+    assert packed(placement, nodes) == len(placement.clients)
+
+
+def packed(placement: CellPlacement, nodes: Nodes) -> int:
+    """How many actors fit when they are laid down one by one: CPUs anywhere on a node, a fraction of a GPU on one.
+
+    In ten-thousandths, as Ray counts.
+    """
+    cpu, gpu = (round(share * 10_000) for share in (placement.cpus_per_actor, placement.gpus_per_actor))
+    laid = 0
+    for node in nodes:
+        cpus, gpus = round(node["CPU"] * 10_000), [10_000] * int(node.get("GPU", 0))
+        for _ in range(len(placement.clients) - laid):
+            needed = gpu // 10_000 if gpu > 10_000 else 1
+            free = [index for index, left in enumerate(gpus) if left >= min(gpu, 10_000)][:needed]
+            if cpus < cpu or (gpu and len(free) < needed):
+                break
+            cpus -= cpu
+            for index in free:
+                gpus[index] -= min(gpu, 10_000)
+            laid += 1
+    return laid
+
+
+@pytest.mark.parametrize(
+    ("config", "nodes", "options"),
+    [
+        pytest.param(cell(16, device="cuda"), [{"CPU": 4, "GPU": 1}] * 3, {}, id="16 eighths of 3 GPUs, 12 CPUs"),
+        pytest.param(cell(8, device="cuda"), [{"CPU": 1, "GPU": 1}, {"CPU": 15}], {}, id="GPUs and CPUs lie apart"),
+        pytest.param(cell(8, threads=2), [{"CPU": 1}, {"CPU": 3}], {}, id="two threads, odd nodes"),
+        pytest.param(cell(4), [{"CPU": 1}] * 3, {"clients_per_actor": 1}, id="4 actors on 3 nodes"),
+    ],
+)
+def test_what_fits_with_a_smaller_share_of_cpus_is_not_refused(
+    config: CellConfig, nodes: Nodes, options: dict[str, int]
+) -> None:
+    placement = place(config, nodes, **options)
+    assert packed(placement, nodes) == len(placement.clients)

@@ -1,0 +1,320 @@
+"""Rows on the disk: what a file holds, that it is whole at any moment, and what a run is known by."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from flexifed.config import CellConfig, ModelConfig
+from flexifed.data import synthetic
+from flexifed.errors import ResultsError
+from flexifed.grid import CellName, GridOptions
+from flexifed.launch import make_runs
+from flexifed.orchestra.cell import CellRun
+from flexifed.results.schema import SCHEMA
+from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, write_table
+
+REQUIRED = [
+    "run_id",
+    "dataset",
+    "data_source",
+    "family",
+    "scheme",
+    "seed",
+    "profile",
+    "round",
+    "client",
+    "version",
+    "model",
+    "accuracy",
+    "loss",
+    "train_loss",
+    "num_train",
+    "num_test",
+    "bytes_up",
+    "bytes_down",
+    "train_s",
+    "eval_s",
+    "round_s",
+    "device",
+]
+CONFIG = CellConfig(dataset="cifar10", family="vgg", scheme="standalone")
+REST: dict[str, Any] = {"profile": "quick", "rounds": 6, "results": Path("results")}
+
+
+def row(round_index: int, client: int = 0, **changes: object) -> dict[str, object]:
+    values: dict[str, object] = {
+        "run_id": "0123456789abcdef",
+        "dataset": "cifar10",
+        "data_source": "synthetic",
+        "family": "vgg",
+        "scheme": "max_common",
+        "seed": 0,
+        "profile": "smoke",
+        "round": round_index,
+        "client": client,
+        "version": "v1",
+        "model": "vgg11_bn",
+        "accuracy": 0.5,
+        "loss": 1.25,
+        "train_loss": 2.5,
+        "num_train": 100,
+        "num_test": 20,
+        "bytes_up": 7,
+        "bytes_down": 7,
+        "train_s": 0.1,
+        "train_started": 1.7e9,
+        "eval_s": 0.01,
+        "round_s": 0.2,
+        "device": "cpu",
+        "actor": 0,
+    }
+    return values | changes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ResultsFolder:
+    results = ResultsFolder(tmp_path / "table1")
+    results.prepare()
+    return results
+
+
+def written(folder: ResultsFolder, cell: str, rounds: int) -> RoundsWriter:
+    """A writer of a cell whose file holds so many rounds of two clients."""
+    writer = RoundsWriter(folder.rounds_file(cell), {"run_id": cell})
+    for index in range(rounds):
+        writer.append([row(index, client) for client in range(2)])
+    writer.flush()
+    return writer
+
+
+# ----------------------------------------------------------------------------------------------------------- columns
+
+
+def test_a_file_has_the_columns_that_readers_rely_on_with_their_types(folder: ResultsFolder) -> None:
+    writer = RoundsWriter(folder.rounds_file("one"), {})
+    writer.append([row(0), row(1, train_loss=None, train_s=None, train_started=None)])
+    found = pq.read_schema(folder.rounds_file("one"))
+    assert found.equals(SCHEMA)
+    assert set(REQUIRED) <= set(found.names)
+    frame = pd.read_parquet(folder.rounds)
+    assert frame[REQUIRED].iloc[0].to_dict() == {name: row(0)[name] for name in REQUIRED}
+    assert list(frame["train_loss"].isna()) == [False, True]
+    kinds = frame.dtypes.map(lambda dtype: dtype.kind)
+    assert set(kinds[["accuracy", "loss", "train_loss", "train_s", "eval_s", "round_s"]]) == {"f"}
+    assert set(kinds[["seed", "round", "client", "num_train", "num_test", "bytes_up", "bytes_down"]]) == {"i"}
+
+
+def test_only_what_training_measures_may_be_missing() -> None:
+    assert {field.name for field in SCHEMA if field.nullable} == {"train_loss", "train_s", "train_started"}
+
+
+@pytest.mark.parametrize("name", ["accuracy", "run_id", "round"])
+def test_a_row_without_a_column_that_must_be_there_is_not_written(folder: ResultsFolder, name: str) -> None:
+    writer = RoundsWriter(folder.rounds_file("one"), {})
+    with pytest.raises(ValueError, match=name):
+        writer.append([row(0, **{name: None})])
+    assert not folder.rounds_file("one").exists()
+
+
+# ---------------------------------------------------------------------------------------------- whole at any moment
+
+
+def test_rows_of_all_cells_are_read_with_one_call_while_other_files_are_under_way(folder: ResultsFolder) -> None:
+    assert pd.read_parquet(folder.rounds).empty
+    written(folder, "one", rounds=3)
+    written(folder, "two", rounds=2)
+    (folder.rounds / ".two.parquet.123").write_bytes(b"PAR1 half a file")
+    (folder.rounds / ".three.parquet.123").write_bytes(b"")
+    rows = pd.read_parquet(folder.rounds)
+    assert sorted(rows["round"]) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert len(folder.read(["one", "two", "no such cell"])) == 10
+    assert len(folder.read(["two"])) == 4
+
+
+def test_every_append_that_writes_leaves_all_rows_so_far(folder: ResultsFolder) -> None:
+    writer = RoundsWriter(folder.rounds_file("one"), {})
+    for index in range(3):
+        writer.append([row(index)])
+        writer.flush()
+        assert list(pd.read_parquet(folder.rounds)["round"]) == [*range(index + 1)]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_slow_writing_is_spread_out_and_the_last_flush_holds_everything(
+    folder: ResultsFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+
+    def slow(path: Path, table: Any) -> None:
+        clock.now += 1
+        write_table(path, table)
+
+    monkeypatch.setattr("flexifed.results.store.time.monotonic", clock)
+    monkeypatch.setattr("flexifed.results.store.write_table", slow)
+    writer = RoundsWriter(folder.rounds_file("one"), {})
+    seen = []
+    for index in range(40):
+        writer.append([row(index)])
+        clock.now += 1
+        seen.append(folder.last_round("one"))
+    assert seen == [0] * 20 + [20] * 20, "a second of writing, then twenty of anything else"
+    writer.flush()
+    assert len(folder.read(["one"])) == 40
+
+
+def test_a_longer_file_stays_until_there_are_as_many_rounds(folder: ResultsFolder) -> None:
+    written(folder, "one", rounds=3)
+    writer = RoundsWriter(folder.rounds_file("one"), {}, longer_than=folder.last_round("one"))
+    lengths = []
+    for index in range(4):
+        writer.append([row(index)])
+        writer._write_after = 0
+        lengths.append(len(folder.read(["one"])))
+    assert lengths == [6, 6, 3, 4], "two clients until the new run has three rounds of its one"
+
+
+def failing(error: OSError) -> Any:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("step", ["os.replace", "os.fsync", "pyarrow.parquet.write_table"])
+def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(
+    folder: ResultsFolder, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    writer = written(folder, "one", rounds=2)
+    before = folder.rounds_file("one").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(step, failing(OSError(28, "No space left on device")))
+        with pytest.raises(ResultsError) as caught:
+            writer.flush()
+    assert str(caught.value) == (
+        f"can't write {folder.rounds_file('one')}: No space left on device; make room or mend the folder"
+    )
+    assert folder.rounds_file("one").read_bytes() == before
+    assert [path.name for path in folder.rounds.iterdir()] == ["one.parquet"]
+    writer.append([row(2)])
+    writer.flush()
+    assert folder.last_round("one") == 2
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(
+    folder: ResultsFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (steps.append("fsync"), fsync(file)))
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: (steps.append(Path(old).name[0] + " replaced"), rename(old, new))
+    )
+    write_table(folder.rounds_file("one"), SCHEMA.empty_table())
+    assert steps == ["fsync", ". replaced"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ResultsError) as caught:
+        ResultsFolder(tmp_path / "file" / "table1").prepare()
+    assert str(caught.value) == (
+        f"can't write results to {tmp_path / 'file' / 'table1'}: Not a directory; choose another --results-dir"
+    )
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1", b"not parquet at all"])
+@pytest.mark.parametrize("read", [ResultsFolder.last_round, lambda folder, cell: folder.read([cell])])
+def test_a_damaged_file_is_an_error_with_the_remedy(folder: ResultsFolder, damage: bytes, read: Any) -> None:
+    folder.rounds_file("one").write_bytes(damage)
+    with pytest.raises(ResultsError, match=r"can't read .*one\.parquet: .*; move it away, and its cell is run again"):
+        read(folder, "one")
+
+
+def test_a_cell_without_a_file_has_no_last_round(folder: ResultsFolder) -> None:
+    assert folder.last_round("one") is None
+
+
+def test_metadata_come_back_and_what_is_known_at_the_end_joins_them(folder: ResultsFolder) -> None:
+    metadata = {"config": {"seed": 3, "model": {"width": 0.5}}, "versions": {"torch": "x"}, "name": "Ünïcode"}
+    writer = RoundsWriter(folder.rounds_file("one"), metadata)
+    writer.append([row(0)])
+    assert read_metadata(folder.rounds_file("one")) == metadata
+    writer.flush(state_sha256=("ab", "cd"))
+    assert read_metadata(folder.rounds_file("one")) == metadata | {"state_sha256": ["ab", "cd"]}
+    raw = pq.read_schema(folder.rounds_file("one")).metadata[b"flexifed"]
+    assert json.loads(raw)["config"]["seed"] == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- run id
+
+
+def variations(config: Any) -> Iterator[tuple[str, Any]]:
+    """The config with one field changed, for every field of it and of the configs in it. Checks are passed over."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        inner = variations(value) if is_dataclass(value) else [("", f"not {value}")]
+        for name, changed in inner:
+            other = copy(config)
+            object.__setattr__(other, field.name, changed)
+            yield f"{field.name}.{name}".rstrip("."), other
+
+
+def test_every_field_of_the_config_is_in_the_run_id() -> None:
+    ids = {name: config.run_id("data") for name, config in variations(CONFIG)}
+    assert {"seed", "device", "model.width", "training.scoring", "sharing.reduce_block", "numerics.threads"} <= set(ids)
+    assert len({*ids.values(), CONFIG.run_id("data")}) == len(ids) + 1
+
+
+def test_the_data_are_in_the_run_id_and_nothing_else_about_them() -> None:
+    info = synthetic.info()
+    elsewhere = replace(info, location="/elsewhere", layout="python")
+    others = replace(info, fingerprint="other")
+    ids = [CellRun(config=CONFIG, info=one, **REST).run_id for one in (info, elsewhere, others)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_whole_numbers_and_floats_of_one_value_are_one_run() -> None:
+    one, same = (replace(CONFIG, model=ModelConfig(width=width)) for width in (1, 1.0))
+    assert one.run_id("data") == same.run_id("data")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"profile": "paper"},
+        {"rounds": 77},
+        {"results_dir": Path("elsewhere")},
+        {"data_dir": Path("elsewhere")},
+        {"address": "auto"},
+        {"gpus_per_client": 0.5},
+        {"clients_per_actor": 4},
+        {"max_concurrent": 1},
+        {"only": ("*/*/standalone",)},
+        {"seeds": (0, 1)},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_what_decides_no_number_is_not_in_the_run_id(option: dict[str, Any]) -> None:
+    name = CellName("cifar10", "vgg", "standalone")
+    plain, other = (
+        make_runs(options, [name], {"cifar10": synthetic.info()}, options.results_dir.absolute(), "cpu")[0]
+        for options in (GridOptions(), GridOptions(**option))
+    )
+    assert (plain.run_id, plain.name) == (other.run_id, other.name)
+    assert plain.run_id in plain.name

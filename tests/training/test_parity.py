@@ -1,0 +1,275 @@
+"""A federation of one client is plain PyTorch: the loops here are written out, image by image and step by step.
+
+Both sides draw from the same named generators; that is all they have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torchvision.transforms import functional as vision
+
+from flexifed.config import (
+    CellConfig,
+    ModelConfig,
+    NumericsConfig,
+    PartitionConfig,
+    TrainingConfig,
+)
+from flexifed.data import open_dataset, synthetic
+from flexifed.data.augment import ImagePipeline, random_crop_and_flip
+from flexifed.errors import ClientError
+from flexifed.federation.client import ClientShards
+from flexifed.federation.rounds import Federation, LocalHosts, make_shards
+from flexifed.models import build_model
+from flexifed.seeding import derive_seed, torch_generator
+from flexifed.training.evaluate import Score, evaluate
+from flexifed.training.numerics import numeric_settings, seeded_dropout
+
+INFO = synthetic.info()
+SEED = 3
+ROUNDS = 3
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def one_client(*, channels_last: bool = True, **training: object) -> CellConfig:
+    """A client with 50 samples a round, in batches of 16, 16, 16 and 2; the third round's window begins anew."""
+    return CellConfig(
+        dataset="cifar10",
+        family="vgg",
+        scheme="standalone",
+        seed=SEED,
+        model=ModelConfig(width=0.03),
+        partition=PartitionConfig(num_clients=1, num_shards=500, windows_per_shard=2),
+        training=TrainingConfig(**{"local_epochs": 2, "batch_size": 16, "learning_rate": 0.05, **training}),
+        numerics=NumericsConfig(channels_last=channels_last),
+    )
+
+
+def federated_weights(config: CellConfig) -> dict[str, torch.Tensor]:
+    """What the only client holds after `ROUNDS` rounds of a federation in this process."""
+    hosts = LocalHosts(config, INFO, make_shards(config, INFO))
+    federation = Federation(config, INFO, hosts)
+    for _ in range(ROUNDS):
+        federation.play_round()
+    return dict(hosts._hosts[0]._clients[0].state(federation.shared))
+
+
+def plain_weights(config: CellConfig, shard: ClientShards) -> dict[str, torch.Tensor]:
+    """The same training without any of the project's."""
+    options = config.training
+    memory_format = torch.channels_last if config.numerics.channels_last else torch.contiguous_format
+    model = build_model("vgg11_bn", num_classes=10, width=0.03, generator=torch_generator(SEED, "init", 0))
+    model = model.to(memory_format=memory_format)
+    loss_function = nn.CrossEntropyLoss()
+    images, labels = open_dataset(INFO).train.take(shard.train)
+    length = len(images) // config.partition.windows_per_shard
+    with torch.random.fork_rng():
+        for round_index in range(ROUNDS):
+            first = round_index * length % len(images)
+            window, targets = images[first : first + length], labels[first : first + length]
+            batches = torch_generator(SEED, "batches", 0, round_index)
+            augmentation = torch_generator(SEED, "augmentation", 0, round_index)
+            torch.manual_seed(derive_seed(SEED, "dropout", 0, round_index))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+            model.train()
+            for _ in range(options.local_epochs):
+                order = torch.randperm(length, generator=batches)
+                for start in range(0, length, options.batch_size):
+                    rows = order[start : start + options.batch_size]
+                    batch = window[rows]
+                    if options.augment:
+                        batch = cropped_and_flipped(batch, augmentation)
+                    inputs = torch.stack([normalised(image) for image in batch]).to(memory_format=memory_format)
+                    optimizer.zero_grad()
+                    loss_function(model(inputs), targets[rows]).backward()
+                    optimizer.step()
+    return model.state_dict()
+
+
+def cropped_and_flipped(images: torch.Tensor, generator: torch.Generator, padding: int = 4) -> torch.Tensor:
+    """Torchvision's crop, padding and flip, one image after another, with the pipeline's draws."""
+    count, _, height, width = images.shape
+    rows, columns = torch.randint(2 * padding + 1, (2, count, 1), generator=generator).squeeze(2).tolist()
+    flips = (torch.rand(count, 1, generator=generator) < 0.5).squeeze(1).tolist()
+    shifted = []
+    for image, row, column, flip in zip(images, rows, columns, flips, strict=True):
+        cut = vision.crop(vision.pad(image, [padding] * 4), row, column, height, width)
+        shifted.append(vision.hflip(cut) if flip else cut)
+    return torch.stack(shifted)
+
+
+def normalised(image: torch.Tensor) -> torch.Tensor:
+    """(pixel - mean) / std for each channel, with pixels counted from 0 to 255."""
+    return torch.stack(
+        [
+            (channel.float() - 255 * torch.tensor(mean)) / (255 * torch.tensor(std))
+            for channel, mean, std in zip(image, INFO.mean, INFO.std, strict=True)
+        ]
+    )
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that are not equal to the last bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("augment", [True, False])
+def test_one_client_trains_exactly_as_plain_pytorch_does(channels_last: bool, augment: bool) -> None:
+    config = one_client(channels_last=channels_last, augment=augment)
+    shard = make_shards(config, INFO)[0]
+    assert differing(federated_weights(config), plain_weights(config, shard)) == []
+
+
+def scored(scoring: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor, Score]:
+    """A model, test images and labels, and the score in batches of 24, 24 and 12."""
+    model = build_model("vgg11_bn", num_classes=10, width=0.03, generator=torch_generator(SEED, "init", 0))
+    images, labels = open_dataset(INFO).test.take(make_shards(one_client(), INFO)[0].test)
+    images, labels = images.repeat(3, 1, 1, 1), labels.repeat(3)
+    pipeline = ImagePipeline(INFO.mean, INFO.std, torch.device("cpu"), channels_last=False)
+    config = TrainingConfig(scoring=scoring, eval_batch_size=24)
+    with seeded_dropout(11, torch.device("cpu")):
+        score = evaluate(model, images, labels, config=config, pipeline=pipeline)
+    return model, images, labels, score
+
+
+@pytest.mark.parametrize("scoring", ["eval", "train"])
+def test_a_score_is_exactly_that_of_a_plain_loop_in_the_same_mode(scoring: str) -> None:
+    model, images, labels, score = scored(scoring)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train(scoring == "train")
+    loss_function = nn.CrossEntropyLoss(reduction="sum")
+    correct, loss = 0, 0.0
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(11)
+        for start in range(0, len(images), 24):
+            inputs = torch.stack([normalised(image) for image in images[start : start + 24]])
+            outputs, targets = model(inputs), labels[start : start + 24]
+            correct += int((outputs.argmax(1) == targets).sum())
+            loss += loss_function(outputs, targets).item()
+    assert score == Score(accuracy=correct / len(images), loss=loss / len(images))
+    moved = differing(before, model.state_dict())
+    assert bool(moved) == (scoring == "train"), "the plain loop moves running statistics in training mode alone"
+
+
+def test_scoring_modes_give_different_scores() -> None:
+    assert scored("eval")[-1].loss != scored("train")[-1].loss
+
+
+@pytest.mark.parametrize("scoring", ["eval", "train"])
+def test_scoring_leaves_every_tensor_as_it_was(scoring: str) -> None:
+    model = scored(scoring)[0]
+    fresh = build_model("vgg11_bn", num_classes=10, width=0.03, generator=torch_generator(SEED, "init", 0))
+    assert differing(model.state_dict(), fresh.state_dict()) == []
+
+
+@given(
+    count=st.integers(1, 40),
+    channels=st.integers(1, 3),
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    padding=st.integers(0, 5),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=60, deadline=None)
+def test_crop_and_flip_agree_pixel_by_pixel_with_torchvision(
+    count: int, channels: int, height: int, width: int, padding: int, seed: int
+) -> None:
+    pixels = torch.randint(256, (count, channels, height, width), generator=torch.Generator().manual_seed(seed))
+    images = pixels.to(torch.uint8)
+    ours = random_crop_and_flip(images, torch.Generator().manual_seed(seed), padding)
+    theirs = cropped_and_flipped(images, torch.Generator().manual_seed(seed), padding)
+    assert ours.dtype == torch.uint8
+    assert torch.equal(ours, theirs)
+
+
+def test_crop_and_flip_reach_every_offset_and_flip_half() -> None:
+    image = torch.arange(9).reshape(1, 1, 3, 3).to(torch.uint8) + 1
+    shifted = random_crop_and_flip(image.repeat(4000, 1, 1, 1), torch.Generator().manual_seed(0), padding=1)
+    seen = {tuple(one.flatten().tolist()) for one in shifted}
+    assert len(seen) == 2 * 3 * 3
+    assert (shifted[:, 0, 1, 1] != 0).all(), "the centre is never beyond the edge"
+
+
+def settings_now() -> tuple[int, bool, bool, list[int]]:
+    cudnn = torch.backends.cudnn
+    return torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark, torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("deterministic", "benchmark"), [(False, True), (True, False)])
+def test_numeric_settings_hold_inside_and_are_put_back(
+    fails: bool, deterministic: bool, benchmark: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+    before = settings_now()
+
+    def body() -> None:
+        with numeric_settings(NumericsConfig(threads=2)):
+            assert settings_now()[:3] == (2, True, False)
+            if fails:
+                raise KeyError("body")
+
+    raises_if(fails, body)
+    assert settings_now() == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_seeded_dropout_draws_from_its_seed_and_puts_the_generator_back(fails: bool) -> None:
+    torch.manual_seed(1)
+    before = settings_now()
+    drawn: list[torch.Tensor] = []
+
+    def body() -> None:
+        with seeded_dropout(5, torch.device("cpu")):
+            drawn.append(nn.functional.dropout(torch.ones(64), 0.5))
+            if fails:
+                raise KeyError("body")
+
+    for _ in range(2):
+        raises_if(fails, body)
+    assert torch.equal(*drawn)
+    assert settings_now() == before
+
+
+def raises_if(fails: bool, body: Callable[[], None]) -> None:
+    if fails:
+        with pytest.raises(KeyError, match="body"):
+            body()
+    else:
+        body()
+
+
+def play(config: CellConfig, rounds: int) -> Sequence[float]:
+    """Losses of the scored rounds, one client."""
+    federation = Federation(config, INFO, LocalHosts(config, INFO, make_shards(config, INFO)))
+    return [federation.play_round(train=index < rounds).clients[0].loss for index in range(rounds + 1)]
+
+
+def test_a_loss_that_is_not_finite_names_client_round_stage_and_remedy() -> None:
+    with pytest.raises(ClientError) as caught:
+        play(one_client(learning_rate=1e30), rounds=2)
+    error = caught.value
+    assert (error.client, error.round_index, error.stage, error.exit_status) == (0, 0, "training", 1)
+    assert str(error) == ("client 0, round 0, training: the training loss is nan; lower --learning-rate (now 1e+30)")
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_an_error() -> None:
+    one_step_a_round = one_client(learning_rate=1e30, local_epochs=1, batch_size=50)
+    with pytest.raises(ClientError, match=r"client 0, round 0, .*--learning-rate"):
+        play(one_step_a_round, rounds=1)
