@@ -74,6 +74,8 @@ class GridOptions:
     """Clients that take turns in one process. Default: 1 on a GPU; on CPUs, as many as give every CPU one process."""
     max_concurrent: int | None = None
     """At most so many cells at a time. Default: as many as fit."""
+    checkpoint_every: int | None = None
+    """Rounds between checkpoints. Default: by time, a minute or more, so that they cost under 3 % of it."""
     dry_run: bool = False
     """Print the cells, the resources and an estimate of the time; start nothing."""
     model: Annotated[ModelConfig, _FLAT] = field(default_factory=ModelConfig)
@@ -83,7 +85,7 @@ class GridOptions:
     numerics: Annotated[NumericsConfig, _FLAT] = field(default_factory=NumericsConfig)
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "clients_per_actor", "max_concurrent"):
+        for name in ("rounds", "clients_per_actor", "max_concurrent", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < _LARGEST:
                 raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1 and below 2**31")

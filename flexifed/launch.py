@@ -40,7 +40,7 @@ def run_experiment(
     console = Console()
     return guarded(
         lambda: _run(name, cells, parse_options(argv, prog=prog, description=description), console),
-        when_stopped=": the same command skips the finished cells and runs the others from their first round",
+        when_stopped=": the same command goes on, cell by cell, from the last checkpoints",
     )
 
 
@@ -128,6 +128,7 @@ def make_runs(
             profile=options.profile,
             rounds=options.rounds,
             results=results,
+            checkpoint_every=options.checkpoint_every,
         )
         for seed in options.seeds
         for cell in cells

@@ -161,6 +161,15 @@ class Client:
             return self._kept
         return apply_group_state(self._plan, self.index, self._kept, shared)
 
+    @property
+    def kept(self) -> State:
+        """What nobody sends it: all of its model before the first aggregation, its personal tensors after it."""
+        return self._kept
+
+    def restore(self, kept: State) -> None:
+        """Go on from what a client with this index kept."""
+        self._kept = {name: tensor.to(self._device) for name, tensor in kept.items()}
+
     def state_sha256(self, shared: GroupState | None) -> str:
         """SHA-256 over names, types, shapes and bytes of what the client holds, in the order of names."""
         digest = hashlib.sha256()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,9 +16,12 @@ from flexifed.core.schemes import SharingPlan, sharing_plan
 from flexifed.data import DatasetInfo, open_dataset
 from flexifed.data.augment import ImagePipeline
 from flexifed.errors import ConfigError
+from flexifed.federation.checkpoint import Checkpoint, read_tensors, write_tensors
 from flexifed.federation.client import Client, ClientRound, ClientShards
 from flexifed.models import build_model, model_signature
 from flexifed.training.numerics import device_name, numeric_settings
+
+_CLIENTS = "clients-"
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,24 @@ class ClientHost:
     def device_name(self) -> str:
         """What the clients compute on."""
         return device_name(torch.device(self._config.device))
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Write what the clients keep to themselves; returns the file's name and its SHA-256."""
+        name = f"{_CLIENTS}{self._clients[0].index:06d}.safetensors"
+        kept = {f"{one.index}/{key}": tensor for one in self._clients for key, tensor in one.kept.items()}
+        return {name: write_tensors(folder / name, kept)}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Let the clients go on from a checkpoint, in whichever processes they lived when it was written."""
+        kept: dict[int, dict[str, torch.Tensor]] = {client.index: {} for client in self._clients}
+        for name in checkpoint.files:
+            if name.startswith(_CLIENTS):
+                mine = read_tensors(checkpoint.folder / name, lambda key: int(key.split("/")[0]) in kept)
+                for key, tensor in mine.items():
+                    index, tensor_name = key.split("/", 1)
+                    kept[int(index)][tensor_name] = tensor
+        for client in self._clients:
+            client.restore(kept[client.index])
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
         """The digest of what each client holds, by client."""

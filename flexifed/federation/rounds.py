@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import GroupState, combine_blocks
 from flexifed.data import DatasetInfo
 from flexifed.data.partition import iid_shards
+from flexifed.federation.checkpoint import SHARED, Checkpoint, read_tensors, write_tensors
 from flexifed.federation.client import ClientRound, ClientShards
 from flexifed.federation.host import ClientHost, HostRound, assign_clients, cell_plan
 from flexifed.seeding import numpy_generator
@@ -33,6 +35,14 @@ class Hosts(Protocol):
 
     def device_names(self) -> list[str]:
         """What each host computes on."""
+        ...
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Let each host write what its clients keep; returns the files' names and digests."""
+        ...
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Let all clients go on from a checkpoint."""
         ...
 
 
@@ -63,6 +73,15 @@ class LocalHosts:
     def device_names(self) -> list[str]:
         """What each host computes on."""
         return [host.device_name() for host in self._hosts]
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Let each host write what its clients keep; returns the files' names and digests."""
+        return {name: digest for host in self._hosts for name, digest in host.save(folder).items()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Let all clients go on from a checkpoint."""
+        for host in self._hosts:
+            host.restore(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -107,6 +126,24 @@ class Federation:
         """The digest of what each client holds now, in client order."""
         digests = self._hosts.state_sha256(self.shared)
         return tuple(digests[client] for client in sorted(digests))
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Write everything that the rounds to come depend on; returns the files' names and digests."""
+        shared = self.shared or {}
+        named = {
+            f"{group}/{index}": tensor for group, tensors in shared.items() for index, tensor in enumerate(tensors)
+        }
+        return {**self._hosts.save(folder), SHARED: write_tensors(folder / SHARED, named)}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of this cell."""
+        named = read_tensors(checkpoint.folder / SHARED)
+        self.shared = {
+            group.index: tuple(named[f"{group.index}/{index}"] for index in range(len(group.tensors)))
+            for group in self.plan.groups
+        }
+        self.next_round = checkpoint.next_round
+        self._hosts.restore(checkpoint)
 
 
 def make_shards(config: CellConfig, info: DatasetInfo) -> list[ClientShards]:

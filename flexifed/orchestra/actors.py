@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ from flexifed.config import CellConfig
 from flexifed.core.aggregate import GroupState
 from flexifed.data import DatasetInfo
 from flexifed.errors import FlexifedError, ResourceError
+from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.client import ClientShards
 from flexifed.federation.host import ClientHost, HostRound, cell_plan
 from flexifed.orchestra.placement import CellPlacement
@@ -55,6 +57,14 @@ class ClientActor:
     def device_name(self) -> str:
         """See `ClientHost.device_name`."""
         return self._hosted.device_name()
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """See `ClientHost.save`."""
+        return self._hosted.save(folder)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """See `ClientHost.restore`."""
+        self._hosted.restore(checkpoint)
 
     @property
     def _hosted(self) -> ClientHost:
@@ -123,6 +133,15 @@ class ActorHosts:
     def device_names(self) -> list[str]:
         """What each process computes on."""
         return _get([actor.device_name.remote() for actor in self._actors])
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Let each process write what its clients keep; returns the files' names and digests."""
+        written = _get([actor.save.remote(folder) for actor in self._actors])
+        return {name: digest for part in written for name, digest in part.items()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Let all clients go on from a checkpoint."""
+        _get([actor.restore.remote(checkpoint) for actor in self._actors])
 
     def _parts(self, shared: GroupState | None) -> list[list[Any]]:
         """For each actor, references to the groups of its clients and to no others.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,11 +14,14 @@ import pyarrow as pa
 
 from flexifed.config import CellConfig
 from flexifed.data import DatasetInfo
+from flexifed.federation.checkpoint import Checkpoints
 from flexifed.federation.client import ClientShards
 from flexifed.federation.rounds import Federation, Hosts, RoundResult, make_shards
 from flexifed.results.runlog import RunLog
 from flexifed.results.store import ResultsFolder, RoundsWriter, write_table
 
+CHECKPOINT_EVERY_S = 60.0
+CHECKPOINT_SHARE = 0.03  # of the time may go into checkpoints
 _PACKAGES = ("flexifed", "torch", "torchvision", "ray", "numpy", "pyarrow")
 
 
@@ -29,6 +33,7 @@ class CellRun:
         profile: the name under which its rows are found; it decides nothing.
         rounds: rounds of training; one more is scored.
         results: absolute path of the experiment's results.
+        checkpoint_every: rounds between checkpoints; None: by time.
     """
 
     config: CellConfig
@@ -36,6 +41,7 @@ class CellRun:
     profile: str
     rounds: int
     results: Path
+    checkpoint_every: int | None = None
 
     @property
     def run_id(self) -> str:
@@ -63,21 +69,30 @@ class CellSession:
         self.shards = make_shards(run.config, run.info)
         folder = ResultsFolder(run.results)
         self._log = RunLog(folder.run_folder(run.name))
-        self._writer = RoundsWriter(
-            folder.rounds_file(run.name), _metadata(run, placement), longer_than=folder.last_round(run.name)
-        )
+        self._folder = folder
+        self._placement = placement
+        self._checkpoints = Checkpoints(folder.run_folder(run.name) / "checkpoints", run.run_id)
+        self._checkpoint_due = time.monotonic() + CHECKPOINT_EVERY_S
         self._federation: Federation | None = None
+        self._writer: RoundsWriter | None = None
         _write_shards(folder.run_folder(run.name) / "shards.parquet", self.shards)
         self._log.write(f"begin {run.name}: {run.rounds} rounds on {run.info.source} data, {placement}")
 
     def start(self, hosts: Hosts) -> None:
-        """Begin to play, on hosts that hold this cell's clients."""
+        """Begin to play, or go on from the last checkpoint, on hosts that hold this cell's clients."""
         self._federation = Federation(self.run.config, self.run.info, hosts)
-        self._writer.note(computed_on=sorted(set(hosts.device_names())))
+        before = self._restore(self._federation)
+        self._writer = RoundsWriter(
+            self._folder.rounds_file(self.run.name),
+            _metadata(self.run, self._placement) | {"computed_on": sorted(set(hosts.device_names()))},
+            longer_than=self._folder.last_round(self.run.name),
+            before=before,
+        )
 
     def play_round(self) -> RoundResult:
         """Play the next round, and write what it measured."""
         assert self._federation is not None
+        assert self._writer is not None
         train = self._federation.next_round < self.run.rounds
         result = self._federation.play_round(train=train)
         if not train:
@@ -86,7 +101,11 @@ class CellSession:
         self._log_round(result)
         if not train:
             self._writer.flush()
+
+            self._checkpoints.delete()
             self._log.write("end")
+        elif self._is_checkpoint_due(result.round_index + 1):
+            self._checkpoint(self._federation, self._writer)
         return result
 
     def fail(self, reason: str) -> None:
@@ -96,6 +115,33 @@ class CellSession:
     def close(self) -> None:
         """Close its files."""
         self._log.close()
+
+    def _restore(self, federation: Federation) -> pa.Table | None:
+        """Go on from the last checkpoint that is whole and whose rows are there; returns those rows."""
+        checkpoint = self._checkpoints.latest(self._log.write, at_most=self.run.rounds)
+        if checkpoint is None:
+            return None
+        rows = self._folder.rows_before(self.run.name, checkpoint.next_round)
+        if rows.num_rows != checkpoint.next_round * self.run.config.partition.num_clients:
+            self._log.write(f"checkpoint {checkpoint.folder.name} is passed over: the rows before it are not all there")
+            return None
+        federation.restore(checkpoint)
+        self._log.write(f"goes on with round {checkpoint.next_round}, from {checkpoint.folder.name}")
+        return rows
+
+    def _is_checkpoint_due(self, next_round: int) -> bool:
+        if self.run.checkpoint_every is not None:
+            return next_round % self.run.checkpoint_every == 0
+        return time.monotonic() >= self._checkpoint_due
+
+    def _checkpoint(self, federation: Federation, writer: RoundsWriter) -> None:
+        """Write the rows first, then everything that later rounds depend on, and the manifest last."""
+        started = time.monotonic()
+        writer.flush()
+        folder = self._checkpoints.begin(federation.next_round)
+        self._checkpoints.commit(federation.next_round, federation.save(folder))
+        finished = time.monotonic()
+        self._checkpoint_due = finished + max(CHECKPOINT_EVERY_S, (finished - started) / CHECKPOINT_SHARE)
 
     def _log_round(self, result: RoundResult) -> None:
         accuracies = accuracy_by_version(self.run.config, result)
@@ -146,7 +192,7 @@ def _rows(run: CellRun, shards: Sequence[ClientShards], result: RoundResult) -> 
     ]
 
 
-def _metadata(run: CellRun, placement: str) -> Mapping[str, object]:
+def _metadata(run: CellRun, placement: str) -> dict[str, object]:
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flexifed.errors import ResultsError
@@ -78,6 +79,16 @@ class ResultsFolder:
         tables = [_read(path) for cell in cells if (path := self.rounds_file(cell)).exists()]
         return (pa.concat_tables(tables) if tables else SCHEMA.empty_table()).to_pandas()
 
+    def rows_before(self, cell: str, round_index: int) -> pa.Table:
+        """The rows of a cell's rounds before `round_index`.
+
+        Raises:
+            ResultsError: the file is damaged.
+        """
+        path = self.rounds_file(cell)
+        table = _read(path) if path.exists() else SCHEMA.empty_table()
+        return table.filter(pc.field("round") < round_index).cast(SCHEMA)
+
     def last_round(self, cell: str) -> int | None:
         """The last round that a cell has scores of, or None.
 
@@ -98,21 +109,28 @@ class RoundsWriter:
         path: the file.
         metadata: what goes into it beside the rows: config, versions.
         longer_than: a file that is there already has rows up to this round; it stays until there are more.
+        before: rows of earlier rounds, which stay as they are.
     """
 
-    def __init__(self, path: Path, metadata: Mapping[str, object], longer_than: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        metadata: Mapping[str, object],
+        longer_than: int | None = None,
+        before: pa.Table | None = None,
+    ) -> None:
         self._path = path
         self._longer_than = -1 if longer_than is None else longer_than
-        self._rounds = 0
+        self._last_round = -1
         self._metadata = dict(metadata)
-        self._rows: list[pa.Table] = []
+        self._rows: list[pa.Table] = [] if before is None else [before]
         self._write_after = 0.0
 
     def append(self, rows: Sequence[Row]) -> None:
         """Take the rows of a round, and write them now, or soon where writing has become slow."""
         self._rows.append(pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA))
-        self._rounds += 1
-        if self._rounds > self._longer_than and time.monotonic() >= self._write_after:
+        self._last_round = max(int(str(row["round"])) for row in rows)
+        if time.monotonic() >= self._write_after:
             self.flush()
 
     def note(self, **metadata: object) -> None:
@@ -120,11 +138,13 @@ class RoundsWriter:
         self._metadata.update(metadata)
 
     def flush(self) -> None:
-        """Write all rows.
+        """Write all rows, unless the file that is there has more of them.
 
         Raises:
             ResultsError: the file can't be written.
         """
+        if self._last_round <= self._longer_than:
+            return
         started = time.monotonic()
         table = pa.concat_tables(self._rows).replace_schema_metadata({_METADATA_KEY: json.dumps(self._metadata)})
         write_table(self._path, table)

@@ -1,0 +1,134 @@
+"""A cell that is stopped and begun again ends as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from flexifed.config import CellConfig, ModelConfig, PartitionConfig, SchemeName, TrainingConfig
+from flexifed.data import find_dataset
+from flexifed.federation.checkpoint import MANIFEST, SHARED, Checkpoints
+from flexifed.federation.rounds import LocalHosts
+from flexifed.orchestra.cell import CellRun, CellSession
+from flexifed.results.store import ResultsFolder, read_metadata
+
+ROUNDS = 5
+TIMINGS = ["train_s", "train_started", "eval_s", "round_s"]
+
+
+def cell(results: Path, scheme: SchemeName = "max_common") -> CellRun:
+    config = CellConfig(
+        dataset="cifar10",
+        family="vgg",
+        scheme=scheme,
+        model=ModelConfig(width=0.02),
+        partition=PartitionConfig(num_clients=4, num_shards=2000, windows_per_shard=1),
+        training=TrainingConfig(local_epochs=1),
+    )
+    info = find_dataset("cifar10", data="synthetic", data_dir=Path("nowhere"))
+    return CellRun(config=config, info=info, profile="test", rounds=ROUNDS, results=results, checkpoint_every=2)
+
+
+def play(run: CellRun, rounds: int | None = None, clients_per_host: int = 4) -> None:
+    """Begin a cell or go on with it, and stop without a word after some rounds, or play it to its end."""
+    session = CellSession(run, "in process")
+    session.start(LocalHosts(run.config, run.info, session.shards, clients_per_host))
+    played = 0
+    while played != rounds:
+        played += 1
+        if session.play_round().round_index == run.rounds:
+            break
+    session.close()
+
+
+def rows(run: CellRun) -> pd.DataFrame:
+    return ResultsFolder(run.results).read([run.name])
+
+
+def digests(run: CellRun) -> object:
+    return read_metadata(ResultsFolder(run.results).rounds_file(run.name))["state_sha256"]
+
+
+def log(run: CellRun) -> str:
+    return (ResultsFolder(run.results).run_folder(run.name) / "log.txt").read_text()
+
+
+def checkpoints(run: CellRun) -> Path:
+    return ResultsFolder(run.results).run_folder(run.name) / "checkpoints"
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path) -> Iterator[Callable[[SchemeName], CellRun]]:
+    def make(scheme: SchemeName) -> CellRun:
+        run = cell(tmp_path / "undisturbed", scheme)
+        play(run)
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("scheme", ["standalone", "basic_common", "max_common"])
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
+def test_a_stopped_cell_ends_with_the_same_numbers(
+    tmp_path: Path, undisturbed: Callable[[SchemeName], CellRun], scheme: SchemeName, stop_after: int
+) -> None:
+    whole, stopped = undisturbed(scheme), cell(tmp_path / "stopped", scheme)
+    play(stopped, stop_after)
+    before = rows(stopped)
+    play(stopped, clients_per_host=2)
+    after = rows(stopped)
+    pd.testing.assert_frame_equal(
+        after.drop(columns=[*TIMINGS, "actor"]), rows(whole).drop(columns=[*TIMINGS, "actor"])
+    )
+    assert digests(stopped) == digests(whole)
+    committed = stop_after // 2 * 2
+    assert (f"goes on with round {committed}" in log(stopped)) == (committed > 0)
+    kept = before["round"] < committed
+    pd.testing.assert_frame_equal(after[after["round"] < committed], before[kept])
+    assert not checkpoints(stopped).exists()
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    run = cell(tmp_path)
+    play(run, 5)
+    assert sorted(folder.name for folder in checkpoints(run).iterdir()) == ["round-000002", "round-000004"]
+
+
+@pytest.mark.parametrize("victim", [MANIFEST, SHARED, "clients-000000.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "missing"])
+def test_damage_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path, victim: str, damage: str) -> None:
+    run = cell(tmp_path)
+    play(run, 5)
+    path = checkpoints(run) / "round-000004" / victim
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes({"cut": content[:-1], "flipped": flipped, "empty": b""}[damage])
+    notes: list[str] = []
+    found = Checkpoints(checkpoints(run), run.run_id).latest(notes.append)
+    assert found is not None
+    assert found.next_round == 2
+    assert [note.split(":")[0] for note in notes] == ["checkpoint round-000004 is passed over"]
+
+
+def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path) -> None:
+    run = cell(tmp_path)
+    play(run, 3)
+    notes: list[str] = []
+    assert Checkpoints(checkpoints(run), "another").latest(notes.append) is None
+    assert notes == [f"checkpoint round-000002 is passed over: it is of run {run.run_id}"]
+
+
+def test_a_checkpoint_whose_rows_are_lost_is_not_used(tmp_path: Path) -> None:
+    run = cell(tmp_path)
+    play(run, 3)
+    ResultsFolder(run.results).rounds_file(run.name).unlink()
+    play(run)
+    assert "the rows before it are not all there" in log(run)
+    assert sorted(rows(run)["round"].unique()) == list(range(ROUNDS + 1))
