@@ -108,8 +108,8 @@ class CharCNN(FamilyModel):
 
         Convolutions N(0, sqrt(2 / inputs)) with zero bias, batch norm 1 and 0, linear layers by PyTorch's default, so
         that the first losses stand near chance. Zhang et al. draw everything from N(0, 0.05): over the first linear
-        layer's thousands of inputs that multiplies the signal's variance by about twenty, and a model whose first
-        steps overshoot can stay at chance.
+        layer's 9,216 inputs that multiplies the signal's variance by about twenty, CharCNN-3 begins at a loss of about
+        15 (chance is 1.4), and the first steps of SGD at 0.01 overshoot by ten times that.
         """
         for module in (module for layer in self.declared_layers() for module in layer.modules):
             if isinstance(module, nn.Conv1d):
