@@ -18,8 +18,9 @@ from typing import Literal, get_args
 from flexifed.errors import ConfigError, invalid_choice
 
 DatasetName = Literal["cifar10"]
-FamilyName = Literal["vgg", "vgg_plain"]
+FamilyName = Literal["vgg", "vgg_plain", "resnet", "charcnn", "vdcnn"]
 SchemeName = Literal["standalone", "clustered_fl", "basic_common", "clustered_common", "max_common"]
+InputKind = Literal["image", "text"]
 Device = Literal["cpu", "cuda"]
 Weighting = Literal["uniform", "samples"]
 BatchNormBuffers = Literal["average", "local"]
@@ -35,9 +36,19 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "vgg": ("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
         "vgg_plain": ("vgg11", "vgg13", "vgg16", "vgg19"),
+        "resnet": ("resnet20", "resnet32", "resnet44", "resnet56"),
+        "charcnn": ("charcnn3", "charcnn4", "charcnn5", "charcnn6"),
+        "vdcnn": ("vdcnn9", "vdcnn17", "vdcnn29", "vdcnn49"),
     }
 )
 """The model names of each family's versions, V1 first."""
+FAMILY_INPUTS: Mapping[str, InputKind] = MappingProxyType(
+    {"vgg": "image", "vgg_plain": "image", "resnet": "image", "charcnn": "text", "vdcnn": "text"}
+)
+"""What a family's models take: images, float (batch, channels, height, width), or texts as indices of characters, int64
+(batch, length)."""
+DATASET_INPUTS: Mapping[str, InputKind] = MappingProxyType({"cifar10": "image"})
+"""What a data set's samples are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +172,12 @@ class CellConfig:
         _check_literal(self, "dataset", DATASETS)
         _check_literal(self, "family", FAMILIES)
         _check_literal(self, "scheme", SCHEMES)
+        if (samples := DATASET_INPUTS[self.dataset]) != FAMILY_INPUTS[self.family]:
+            fitting = (family for family, kind in FAMILY_INPUTS.items() if kind == samples)
+            raise ConfigError(
+                f"family {self.family} takes {FAMILY_INPUTS[self.family]}s, but {self.dataset} holds {samples}s; "
+                f"choose one of: {', '.join(fitting)}"
+            )
         _check_literal(self, "device", get_args(Device))
         _check_integer(self, "seed", 0)
 

@@ -6,15 +6,14 @@ dropout - 512x4096 - ReLU - dropout - 4096x4096 - ReLU - 4096xclasses.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
-from flexifed.core.signature import DeclaredLayer, Role
+from flexifed.core.signature import DeclaredLayer
+from flexifed.models.base import FamilyModel, chain_layers, draw_he_normal, draw_uniform, scaled
 
 CONVOLUTIONS: Mapping[int, tuple[int, int, int, int, int]] = MappingProxyType(
     {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -25,7 +24,7 @@ CHANNELS = (64, 128, 256, 512, 512)
 HIDDEN = 4096
 
 
-class VGG(nn.Module):
+class VGG(FamilyModel):
     """A VGG for inputs of shape (batch, in_channels, 32, 32).
 
     Args:
@@ -73,40 +72,18 @@ class VGG(nn.Module):
 
     def declared_layers(self) -> Sequence[DeclaredLayer]:
         """The convolutions, each with its batch norm, then the three linear layers."""
-        layers: list[DeclaredLayer] = []
-        before: list[nn.Module | str] = []
-        parts: tuple[tuple[nn.Sequential, Role], ...] = ((self.features, "feature"), (self.classifier, "classifier"))
-        for part, role in parts:
-            for module in part.modules():
-                if isinstance(module, nn.Conv2d | nn.Linear):
-                    layers.append(DeclaredLayer((module,), role, tuple(before)))
-                    before = []
-                elif isinstance(module, nn.BatchNorm2d):
-                    layers[-1] = replace(layers[-1], modules=(*layers[-1].modules, module))
-                elif not isinstance(module, nn.Sequential):
-                    before.append(module)
-        return layers
+        return chain_layers((self.features, "feature"), (self.classifier, "classifier"))
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draw all weights anew, in forward order.
 
         Convolutions N(0, sqrt(2 / (9 * out_channels))) with zero bias, batch norm 1 and 0; linear layers by PyTorch's
-        default, U(-1/sqrt(in), 1/sqrt(in)) for weight and bias (`nn.Linear.reset_parameters`).
+        default.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                deviation = math.sqrt(2 / (module.kernel_size[0] * module.kernel_size[1] * module.out_channels))
-                nn.init.normal_(module.weight, 0.0, deviation, generator=generator)
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+                draw_he_normal(module, 3 * 3 * module.out_channels, generator)
             elif isinstance(module, nn.BatchNorm2d):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear):
-                bound = 1 / math.sqrt(module.in_features)
-                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
-
-
-def scaled(channels: int, width: float) -> int:
-    """A number of channels times the width factor, rounded, at least 1."""
-    return max(1, round(channels * width))
+                draw_uniform(module, generator)

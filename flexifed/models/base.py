@@ -1,0 +1,97 @@
+"""What all families share: the interface of a version, the width factor, and the rules by which weights are drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from flexifed.core.signature import DeclaredLayer, Role
+
+
+class FamilyModel(nn.Module):
+    """A version of a family: it says what its layers are, and draws its weights from a generator."""
+
+    def declared_layers(self) -> Sequence[DeclaredLayer]:
+        """Its layers, in forward order."""
+        raise NotImplementedError
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw all weights anew, in forward order: models with a common prefix get equal values there from one seed."""
+        raise NotImplementedError
+
+
+class PaddedShortcut(nn.Module):
+    """A shortcut without weights to a wider layer: the identity, with channels of zeros after the input's own.
+
+    Option A of He et al. 2016 (section 3.3); with a stride it keeps every `stride`-th position of each axis.
+
+    Args:
+        added_channels: channels of zeros, at least 0.
+        stride: of the convolution that the shortcut goes around.
+    """
+
+    def __init__(self, added_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.added_channels = added_channels
+        self.stride = stride
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """From (batch, channels, length) or (batch, channels, height, width) to wider ones."""
+        axes = values.dim() - 2
+        kept = (slice(None), slice(None), *[slice(None, None, self.stride)] * axes)
+        return functional.pad(values[kept], (0, 0) * axes + (0, self.added_channels))
+
+
+def chain_layers(*parts: tuple[nn.Sequential, Role]) -> list[DeclaredLayer]:
+    """The layers of a plain chain: each convolution or linear layer with its batch norm; the rest stands before them.
+
+    Args:
+        parts: chains (of chains) that follow each other, each with the role of its layers.
+    """
+    layers: list[DeclaredLayer] = []
+    before: list[nn.Module | str] = []
+    for part, role in parts:
+        for module in part.modules():
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
+                layers.append(DeclaredLayer((module,), role, tuple(before)))
+                before = []
+            elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                layers[-1] = replace(layers[-1], modules=(*layers[-1].modules, module))
+            elif not isinstance(module, nn.Sequential):
+                before.append(module)
+    return layers
+
+
+PLUS_SHORTCUT = "plus the block's input, passed through"
+"""Stands in a layer's `before`, followed by the shortcut's module, where a block's output and its shortcut join."""
+
+
+def scaled(channels: int, width: float) -> int:
+    """A number of channels times the width factor, rounded, at least 1."""
+    return max(1, round(channels * width))
+
+
+def draw_he_normal(module: nn.Conv1d | nn.Conv2d | nn.Linear, fan: int, generator: torch.Generator) -> None:
+    """Weight N(0, sqrt(2 / fan)), bias 0 (He et al. 2015, section 2.2).
+
+    Args:
+        module: a layer with a ReLU after it.
+        fan: the values that enter one output (keeps the forward signal's size), or the outputs that one input enters
+            (the gradient's).
+        generator: a CPU generator.
+    """
+    nn.init.normal_(module.weight, 0.0, math.sqrt(2 / fan), generator=generator)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def draw_uniform(module: nn.Linear, generator: torch.Generator) -> None:
+    """PyTorch's default, U(-1/sqrt(in), 1/sqrt(in)) for weight and bias (`nn.Linear.reset_parameters`)."""
+    bound = 1 / math.sqrt(module.in_features)
+    nn.init.uniform_(module.weight, -bound, bound, generator=generator)
+    nn.init.uniform_(module.bias, -bound, bound, generator=generator)

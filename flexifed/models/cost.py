@@ -1,0 +1,47 @@
+"""What a model costs to run: multiply-adds, counted without computing anything."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+def multiply_adds(model: nn.Module, example: torch.Tensor) -> int:
+    """Multiply-adds of one sample's forward pass, in convolutions and linear layers; all else is left out.
+
+    A pair of a multiplication and an addition counts once, as in He et al. 2016 (table 1), where it is called a FLOP.
+    Training takes about three times as many: the backward pass computes two products of the same size.
+
+    Args:
+        model: on any device; a copy without values is run, so nothing is allocated and the model stays as it is.
+        example: input of shape (batch, ...), of which only shape and type are read.
+
+    >>> multiply_adds(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), torch.zeros(2, 3, 32, 32))
+    221184
+    """
+    total = 0
+
+    def count(module: nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal total
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)
+        # Each value of the output is the sum over one output channel's weights.
+        total += output[0].numel() * module.weight[0].numel()
+
+    shapes = _without_values(model).eval()
+    for module in shapes.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        shapes(example.to("meta"))
+    return total
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes only: `deepcopy` takes those from its memo in place of the model's own."""
+    memo: dict[int, object] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        shape = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
+    return copy.deepcopy(model, memo)
