@@ -19,7 +19,6 @@ from rich.table import Table
 from flexifed.config import (
     FAMILIES,
     BatchNormBuffers,
-    CellConfig,
     ClassifierSharing,
     FamilyName,
     ModelConfig,
@@ -27,6 +26,7 @@ from flexifed.config import (
     SchemeName,
     SharingConfig,
     Weighting,
+    client_model,
 )
 from flexifed.errors import DataError
 from flexifed.launch import guarded
@@ -52,8 +52,8 @@ class Plan:
     """Size of the models' output."""
     width: float = ModelConfig().width
     """Factor on all channels; the depth, and so what models share, stays."""
-    in_channels: int = 3
-    """Channels of the models' input."""
+    in_channels: int | None = None
+    """Channels of an image model's input. Default: the family's own."""
     weighting: Weighting = SharingConfig().weighting
     """Whether clients count alike or by their number of training samples."""
     batch_norm_buffers: BatchNormBuffers = SharingConfig().batch_norm_buffers
@@ -70,7 +70,7 @@ class Plan:
 
         summary = self._summary()
         if self.json:
-            settings = {"family": self.family, "width": self.width}
+            settings: dict[str, object] = {"family": self.family, "width": self.width}
             settings |= {"num_classes": self.num_classes, "in_channels": self.in_channels}
             text = json.dumps(settings | as_json(summary), indent=2)
             console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -80,23 +80,17 @@ class Plan:
             console.print(part, highlight=False)
 
     def _summary(self) -> PlanSummary:
-        config = CellConfig(  # which client has which model is its rule; data set and shards have no part in a plan
-            dataset="cifar10",
-            family=self.family,
-            scheme=self.scheme,
-            model=ModelConfig(width=self.width),
-            partition=PartitionConfig(num_clients=self.num_clients, num_shards=max(1, self.num_clients)),
-            sharing=SharingConfig(
-                weighting=self.weighting, batch_norm_buffers=self.batch_norm_buffers, classifier=self.classifier
-            ),
-        )
+        ModelConfig(width=self.width)  # checks the numbers before torch is imported
+        PartitionConfig(num_clients=self.num_clients, num_shards=max(1, self.num_clients))
         from flexifed.core.schemes import sharing_plan
         from flexifed.models import model_signature
         from flexifed.report.plan import plan_summary
 
-        shape = {"num_classes": self.num_classes, "in_channels": self.in_channels}
-        signatures = {name: model_signature(name, width=self.width, **shape) for name in config.versions}
-        models = [config.model_name(client) for client in range(self.num_clients)]
+        signatures = {
+            name: model_signature(name, num_classes=self.num_classes, width=self.width, in_channels=self.in_channels)
+            for name in FAMILIES[self.family]
+        }
+        models = [client_model(self.family, client) for client in range(self.num_clients)]
         plan = sharing_plan(
             [signatures[name] for name in models],
             self.scheme,

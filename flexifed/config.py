@@ -187,8 +187,8 @@ class CellConfig:
         return FAMILIES[self.family]
 
     def model_name(self, client: int) -> str:
-        """The model of a client: versions go round, so that consecutive clients hold all of them."""
-        return self.versions[client % len(self.versions)]
+        """The model of a client; see `client_model`."""
+        return client_model(self.family, client)
 
     def version(self, client: int) -> str:
         """`v1` to `v4`."""
@@ -206,6 +206,12 @@ class CellConfig:
         """
         content = json.dumps({"config": asdict(self), "data": data_fingerprint}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def client_model(family: FamilyName, client: int) -> str:
+    """The model of a client: versions go round, so that consecutive clients hold all of them."""
+    versions = FAMILIES[family]
+    return versions[client % len(versions)]
 
 
 def _check_integer(config: object, name: str, minimum: int) -> None:
