@@ -128,8 +128,9 @@ class RoundsWriter:
 
     def append(self, rows: Sequence[Row]) -> None:
         """Take the rows of a round, and write them now, or soon where writing has become slow."""
-        self._rows.append(pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA))
-        self._last_round = max(int(str(row["round"])) for row in rows)
+        table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+        self._rows.append(table)
+        self._last_round = max(self._last_round, pc.max(table["round"]).as_py() or 0)
         if time.monotonic() >= self._write_after:
             self.flush()
 
