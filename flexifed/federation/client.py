@@ -128,6 +128,8 @@ class Client:
                     pipeline=self._pipeline,
                 )
             eval_s = time.perf_counter() - started
+            if not math.isfinite(score.loss):
+                raise ArithmeticError(f"the loss on the test shard is {score.loss}; {self._remedy}")
         measured = ClientRound(
             client=self.index,
             accuracy=score.accuracy,
@@ -199,14 +201,17 @@ class Client:
                 augmentation=torch_generator(seed, "augmentation", self.index, round_index),
             )
 
+    @property
+    def _remedy(self) -> str:
+        return f"lower --learning-rate (now {self._config.training.learning_rate:g})"
+
     def _check_finite(self, train_loss: float) -> None:
         """Refuse what would spread to all who share a layer. The last step can spoil weights after a sound loss."""
-        remedy = f"lower --learning-rate (now {self._config.training.learning_rate:g})"
         if not math.isfinite(train_loss):
-            raise ArithmeticError(f"the training loss is {train_loss}; {remedy}")
+            raise ArithmeticError(f"the training loss is {train_loss}; {self._remedy}")
         for name, tensor in self._workspace.state_dict().items():
             if not torch.isfinite(tensor).all():
-                raise ArithmeticError(f"{name} is no longer finite after training; {remedy}")
+                raise ArithmeticError(f"{name} is no longer finite after training; {self._remedy}")
 
     def _take_out(self) -> GroupState:
         """Keep the personal tensors, give out the shared ones: copies, since the workspace goes to the next client."""

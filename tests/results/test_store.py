@@ -178,7 +178,7 @@ def test_slow_writing_is_spread_out_and_the_last_flush_holds_everything(
     assert len(folder.read(["one"])) == 40
 
 
-def test_a_longer_file_stays_until_there_are_as_many_rounds(folder: ResultsFolder) -> None:
+def test_a_longer_file_stays_until_there_are_more_rounds(folder: ResultsFolder) -> None:
     written(folder, "one", rounds=3)
     writer = RoundsWriter(folder.rounds_file("one"), {}, longer_than=folder.last_round("one"))
     lengths = []
@@ -186,7 +186,7 @@ def test_a_longer_file_stays_until_there_are_as_many_rounds(folder: ResultsFolde
         writer.append([row(index)])
         writer._write_after = 0
         lengths.append(len(folder.read(["one"])))
-    assert lengths == [6, 6, 3, 4], "two clients until the new run has three rounds of its one"
+    assert lengths == [6, 6, 6, 4], "three rounds of two clients, until there are four of one"
 
 
 def failing(error: OSError) -> Any:
