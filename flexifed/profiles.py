@@ -35,7 +35,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         "quick": Profile(
             purpose="minutes for the whole grid: proves the line, not the science",
             # Small shards and batches and one start for all, so that models are above chance after a few rounds.
-            rounds=5,
+            rounds=4,
             model=ModelConfig(width=0.0625, init="shared"),
             partition=PartitionConfig(num_shards=150, windows_per_shard=1),
             training=TrainingConfig(local_epochs=1, batch_size=16, learning_rate=0.02, augment=False),
