@@ -1,0 +1,27 @@
+"""Print the tables of this record from its rows: `uv run python records/thin-cifar10-vgg/tables.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from flexifed.report.compare import PAIRED, PAIRED_BY_SEED, paired_differences, render_differences
+from flexifed.report.table import per_seed, render, summarise
+from flexifed.results.store import read_metadata
+
+ROUNDS = Path(__file__).parent / "rounds"
+
+console = Console(width=80)
+rows = pd.read_parquet(ROUNDS)
+rounds, seeds = int(rows["round"].max()), sorted(rows["seed"].unique())
+for part in render(summarise(rows, rounds), profile="thin", rounds=rounds, seeds=seeds):
+    console.print(part, highlight=False)
+numbers = per_seed(rows, rounds)
+console.print(render_differences(paired_differences(numbers), PAIRED), highlight=False)
+console.print(render_differences(paired_differences(numbers, by_seed=True), PAIRED_BY_SEED), highlight=False)
+for pick in ("best", "final"):
+    differences = paired_differences(per_seed(rows, rounds, pick))
+    console.print(render_differences(differences, f"{PAIRED}; the {pick} round"), highlight=False)
+print(read_metadata(next(ROUNDS.glob("*.parquet")))["versions"])
