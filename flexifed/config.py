@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 from flexifed.errors import ConfigError, invalid_choice
 
-DatasetName = Literal["cifar10"]
+DatasetName = Literal["cifar10", "cinic10", "agnews", "speech_commands"]
 FamilyName = Literal["vgg", "vgg_plain", "resnet", "charcnn", "vdcnn"]
 SchemeName = Literal["standalone", "clustered_fl", "basic_common", "clustered_common", "max_common"]
 InputKind = Literal["image", "text"]
@@ -47,8 +47,12 @@ FAMILY_INPUTS: Mapping[str, InputKind] = MappingProxyType(
 )
 """What a family's models take: images, float (batch, channels, height, width), or texts as indices of characters, int64
 (batch, length)."""
-DATASET_INPUTS: Mapping[str, InputKind] = MappingProxyType({"cifar10": "image"})
-"""What a data set's samples are."""
+DATASET_INPUTS: Mapping[str, InputKind] = MappingProxyType(
+    {"cifar10": "image", "cinic10": "image", "agnews": "text", "speech_commands": "image"}
+)
+"""What a data set's samples are when they reach a model: a spoken word is a spectrogram, an image of one channel."""
+TEXT_LENGTHS: Mapping[str, int] = MappingProxyType({"charcnn": 1014, "vdcnn": 1024})
+"""Characters of an input, for each family that takes texts (Zhang et al. 2015; Conneau et al. 2017)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,7 @@ class TrainingConfig:
     local_epochs: int = 10
     """Passes over the round's part of the shard."""
     batch_size: int = 64
-    """Images a step; the last batch of an epoch may be smaller."""
+    """Samples a step; the last batch of an epoch may be smaller."""
     learning_rate: float = 0.01
     """SGD's step size."""
     momentum: float = 0.9
@@ -102,11 +106,11 @@ class TrainingConfig:
     weight_decay: float = 5e-4
     """SGD's weight decay, on all parameters."""
     augment: bool = True
-    """Random crop (32, padding 4) and horizontal flip of training images."""
+    """Vary training samples: images by crop and flip, spoken words by time shift and background noise, texts not."""
     scoring: Literal["eval", "train"] = "eval"
     """Mode in which a model is scored. `train` is what the authors' program does: dropout on, batch statistics."""
     eval_batch_size: int = 500
-    """Images a batch when scoring; with `scoring=train` it changes the scores."""
+    """Samples a batch when scoring; with `scoring=train` it changes the scores."""
 
     def __post_init__(self) -> None:
         _check_integer(self, "local_epochs", 1)

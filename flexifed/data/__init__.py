@@ -11,11 +11,26 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, get_args
 
+import torch
+
+from flexifed.config import TEXT_LENGTHS, FamilyName
 from flexifed.data import cifar10, synthetic
 from flexifed.data.dataset import Dataset, DatasetInfo, Samples, Split
+from flexifed.data.pipeline import ImagePipeline, Pipeline, TextPipeline
 from flexifed.errors import ConfigError, DataError, invalid_choice
 
-__all__ = ["SOURCES", "DataChoice", "Dataset", "DatasetInfo", "Samples", "Split", "find_dataset", "open_dataset"]
+__all__ = [
+    "SOURCES",
+    "DataChoice",
+    "Dataset",
+    "DatasetInfo",
+    "Pipeline",
+    "Samples",
+    "Split",
+    "find_dataset",
+    "make_pipeline",
+    "open_dataset",
+]
 
 DataChoice = Literal["auto", "real", "synthetic"]
 
@@ -31,6 +46,7 @@ class Source:
         remedy: how to get the data into a folder, as a sentence.
         synthetic: describe the stand-in.
         open_synthetic: open it.
+        pipeline: makes what a model of a family takes of the samples, real or not; see `make_pipeline`.
     """
 
     find: Callable[[Path], DatasetInfo | None]
@@ -39,6 +55,15 @@ class Source:
     remedy: Callable[[Path], str]
     synthetic: Callable[[], DatasetInfo]
     open_synthetic: Callable[[DatasetInfo], Dataset]
+    pipeline: Callable[[Dataset, FamilyName, torch.device, bool], Pipeline]
+
+
+def _image_pipeline(data: Dataset, family: FamilyName, device: torch.device, channels_last: bool) -> Pipeline:
+    return ImagePipeline(data.info.mean, data.info.std, device, channels_last)
+
+
+def _text_pipeline(data: Dataset, family: FamilyName, device: torch.device, channels_last: bool) -> Pipeline:
+    return TextPipeline(TEXT_LENGTHS[family])
 
 
 SOURCES: Mapping[str, Source] = MappingProxyType(
@@ -50,6 +75,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             remedy=cifar10.remedy,
             synthetic=synthetic.info,
             open_synthetic=synthetic.open_synthetic,
+            pipeline=_image_pipeline,
         )
     }
 )
@@ -96,6 +122,18 @@ def open_dataset(info: DatasetInfo) -> Dataset:
     """
     source = _source(info.name)
     return source.open_synthetic(info) if info.source == "synthetic" else source.open_real(info)
+
+
+def make_pipeline(data: Dataset, family: FamilyName, *, device: torch.device, channels_last: bool) -> Pipeline:
+    """What makes of stored samples on a device the input of a family's models.
+
+    Args:
+        data: an opened data set.
+        family: takes this data set's kind of samples.
+        device: where samples are, and inputs will be.
+        channels_last: memory format of images.
+    """
+    return _source(data.info.name).pipeline(data, family, device, channels_last)
 
 
 def _source(name: str) -> Source:

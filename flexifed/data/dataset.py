@@ -7,14 +7,18 @@ process opens the data itself and takes the samples that its clients need.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 Samples = tuple[torch.Tensor, torch.Tensor]
-"""Images, uint8 of shape (n, 3, 32, 32), and labels, int64 of shape (n,)."""
+"""Samples as they are stored, of shape (n, ...), and labels, int64 of shape (n,).
+
+Images are uint8 (n, channels, 32, 32), texts uint8 indices of characters (n, length), spoken words int16 waveforms
+(n, samples). A `flexifed.data.pipeline.Pipeline` makes them what a model takes.
+"""
 
 
 class Split(Protocol):
@@ -51,8 +55,8 @@ class DatasetInfo:
         num_train: training samples.
         num_test: test samples.
         num_classes: labels are 0 to `num_classes - 1`.
-        in_channels: channels of an image.
-        mean: what normalisation subtracts from each channel, pixels counted from 0 to 1.
+        in_channels: channels of what a model of images takes; None for texts.
+        mean: what normalisation subtracts from each channel; pixels count from 0 to 1. Empty for texts.
         std: what it then divides by.
     """
 
@@ -64,7 +68,7 @@ class DatasetInfo:
     num_train: int
     num_test: int
     num_classes: int
-    in_channels: int
+    in_channels: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -80,19 +84,19 @@ class Dataset:
 
 @dataclass(frozen=True, eq=False)
 class ArraySplit:
-    """A split held in two arrays.
+    """A split held in two arrays, in memory or mapped from files.
 
     Attributes:
-        images: uint8, shape (len, 3, 32, 32).
+        samples: as they are stored, shape (len, ...); see `Samples`.
         labels: int64, shape (len,).
     """
 
-    images: NDArray[np.uint8]
+    samples: NDArray[Any]
     labels: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        if len(self.images) != len(self.labels):
-            raise ValueError(f"{len(self.images)} images do not go with {len(self.labels)} labels; give one for each")
+        if len(self.samples) != len(self.labels):
+            raise ValueError(f"{len(self.samples)} samples don't go with {len(self.labels)} labels; give one for each")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -101,8 +105,8 @@ class ArraySplit:
         """Copy samples; see `Split.take`."""
         check_indices(indices, len(self))
         # Indexing keeps the axes' order in memory, which need not be the logical one.
-        images = np.ascontiguousarray(self.images[indices])
-        return torch.from_numpy(images), torch.from_numpy(self.labels[indices])
+        samples = np.ascontiguousarray(self.samples[indices])
+        return torch.from_numpy(samples), torch.from_numpy(self.labels[indices])
 
 
 def check_indices(indices: NDArray[np.int64], num_samples: int) -> None:

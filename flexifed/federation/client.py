@@ -17,8 +17,7 @@ from torch import nn
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import GroupState, State, apply_group_state, shared_tensors
 from flexifed.core.schemes import SharingPlan
-from flexifed.data import Dataset
-from flexifed.data.augment import ImagePipeline
+from flexifed.data import Dataset, Pipeline
 from flexifed.data.partition import window
 from flexifed.errors import ClientError, FlexifedError
 from flexifed.models import build_model
@@ -64,7 +63,7 @@ class Client:
         workspace: a model of its architecture, on the device; its values are overwritten.
         data: the data set; the client's shards are copied to the device.
         shards: its samples.
-        pipeline: prepares batches.
+        pipeline: makes a model's input of stored samples.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Client:
         workspace: nn.Module,
         data: Dataset,
         shards: ClientShards,
-        pipeline: ImagePipeline,
+        pipeline: Pipeline,
     ) -> None:
         self.index = index
         self.num_train = len(shards.train)
@@ -86,8 +85,8 @@ class Client:
         self._workspace = workspace
         self._pipeline = pipeline
         self._device = next(workspace.parameters()).device
-        self._train_images, self._train_labels = (part.to(self._device) for part in data.train.take(shards.train))
-        self._test_images, self._test_labels = (part.to(self._device) for part in data.test.take(shards.test))
+        self._train_samples, self._train_labels = (part.to(self._device) for part in data.train.take(shards.train))
+        self._test_samples, self._test_labels = (part.to(self._device) for part in data.test.take(shards.test))
         stream = () if config.model.init == "shared" else (index,)
         initial = build_model(
             config.model_name(index),
@@ -122,7 +121,7 @@ class Client:
             with seeded_dropout(self._seed("scoring", round_index), self._device):
                 score = evaluate(
                     self._workspace,
-                    self._test_images,
+                    self._test_samples,
                     self._test_labels,
                     config=self._config.training,
                     pipeline=self._pipeline,
@@ -193,7 +192,7 @@ class Client:
         with seeded_dropout(self._seed("dropout", round_index), self._device):
             return train(
                 self._workspace,
-                self._train_images[rows],
+                self._train_samples[rows],
                 self._train_labels[rows],
                 config=self._config.training,
                 pipeline=self._pipeline,

@@ -13,8 +13,7 @@ from torch import nn
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import BlockSums, GroupState, blocks_of, sum_block
 from flexifed.core.schemes import SharingPlan, sharing_plan
-from flexifed.data import DatasetInfo, open_dataset
-from flexifed.data.augment import ImagePipeline
+from flexifed.data import DatasetInfo, make_pipeline, open_dataset
 from flexifed.errors import ConfigError
 from flexifed.federation.checkpoint import Checkpoint, read_tensors, write_tensors
 from flexifed.federation.client import Client, ClientRound, ClientShards
@@ -41,7 +40,7 @@ class ClientHost:
 
     Args:
         config: the cell.
-        info: which data set; it is opened here, images do not travel.
+        info: which data set; it is opened here, samples do not travel.
         clients: indices, consecutive; whole blocks of `reduce_block` clients.
         shards: one for each of them.
     """
@@ -52,8 +51,8 @@ class ClientHost:
         device = torch.device(config.device)
         self._config = config
         self._plan = cell_plan(config, info)
-        pipeline = ImagePipeline(info.mean, info.std, device, config.numerics.channels_last)
         data = open_dataset(info)
+        pipeline = make_pipeline(data, config.family, device=device, channels_last=config.numerics.channels_last)
         workspaces = {
             name: _workspace(name, config, info) for name in sorted({config.model_name(index) for index in clients})
         }

@@ -16,6 +16,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from flexifed.config import TEXT_LENGTHS
 from flexifed.core.signature import DeclaredLayer
 from flexifed.errors import ConfigError
 from flexifed.models.base import FamilyModel, chain_layers, draw_he_normal, draw_uniform, scaled
@@ -61,7 +62,13 @@ class CharCNN(FamilyModel):
     """
 
     def __init__(
-        self, depth: int, *, num_classes: int, width: float = 1.0, alphabet_size: int = 70, length: int = 1014
+        self,
+        depth: int,
+        *,
+        num_classes: int,
+        width: float = 1.0,
+        alphabet_size: int = 70,
+        length: int = TEXT_LENGTHS["charcnn"],
     ) -> None:
         super().__init__()
         channels = scaled(CHANNELS, width)

@@ -17,6 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from flexifed.config import TEXT_LENGTHS
 from flexifed.core.signature import DeclaredLayer
 from flexifed.errors import ConfigError
 from flexifed.models.base import (
@@ -101,7 +102,13 @@ class VDCNN(FamilyModel):
     """
 
     def __init__(
-        self, depth: int, *, num_classes: int, width: float = 1.0, alphabet_size: int = 69, length: int = 1024
+        self,
+        depth: int,
+        *,
+        num_classes: int,
+        width: float = 1.0,
+        alphabet_size: int = 69,
+        length: int = TEXT_LENGTHS["vdcnn"],
     ) -> None:
         super().__init__()
         if length < MIN_LENGTH:

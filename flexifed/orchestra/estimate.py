@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 
-from flexifed.config import NumericsConfig, TrainingConfig
-from flexifed.data.augment import ImagePipeline
+from flexifed.config import FamilyName, NumericsConfig, TrainingConfig
+from flexifed.data import DatasetInfo, make_pipeline, open_dataset
 from flexifed.models import build_model
 from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.placement import CellPlacement, Resources
@@ -43,12 +44,7 @@ def cell_seconds(run: CellRun, placement: CellPlacement, nodes: Sequence[Resourc
     work = 0.0
     for client in range(config.partition.num_clients):
         train_s, eval_s = _seconds_per_sample(
-            config.model_name(client),
-            config.model.width,
-            run.info.num_classes,
-            run.info.in_channels,
-            config.device,
-            config.numerics,
+            config.model_name(client), config.family, config.model.width, run.info, config.device, config.numerics
         )
         work += num_train * config.training.local_epochs * train_s + num_test * eval_s
     if config.device == "cuda":
@@ -64,22 +60,22 @@ def _total(nodes: Sequence[Resources], kind: str) -> float:
 
 @lru_cache(maxsize=64)
 def _seconds_per_sample(
-    name: str, width: float, num_classes: int, in_channels: int, device: str, numerics: NumericsConfig
+    name: str, family: FamilyName, width: float, info: DatasetInfo, device: str, numerics: NumericsConfig
 ) -> tuple[float, float]:
     """Seconds to train on a sample, and to score one, in one process that has the device to itself."""
     where = torch.device(device)
-    model = build_model(name, num_classes=num_classes, in_channels=in_channels, width=width, device=where)
-    pipeline = ImagePipeline((0.5,) * in_channels, (0.25,) * in_channels, where, numerics.channels_last)
-    images = torch.zeros(_SAMPLES, in_channels, 32, 32, dtype=torch.uint8, device=where)
-    labels = torch.zeros(_SAMPLES, dtype=torch.int64, device=where)
+    model = build_model(name, num_classes=info.num_classes, in_channels=info.in_channels, width=width, device=where)
+    data = open_dataset(info)
+    pipeline = make_pipeline(data, family, device=where, channels_last=numerics.channels_last)
+    samples, labels = (part.to(where) for part in data.train.take(np.arange(_SAMPLES) % info.num_train))
     one_step = TrainingConfig(local_epochs=1, batch_size=_SAMPLES)
     streams = {"batches": torch_generator(0, "batches"), "augmentation": torch_generator(0, "augmentation")}
     train_s = eval_s = 0.0
     with numeric_settings(numerics):
         for _ in range(2):  # the first step warms up
             started = time.perf_counter()
-            train(model, images, labels, config=one_step, pipeline=pipeline, **streams)
+            train(model, samples, labels, config=one_step, pipeline=pipeline, **streams)
             trained = time.perf_counter()
-            evaluate(model, images, labels, config=one_step, pipeline=pipeline)
+            evaluate(model, samples, labels, config=one_step, pipeline=pipeline)
             train_s, eval_s = trained - started, time.perf_counter() - trained
     return train_s / _SAMPLES, eval_s / _SAMPLES

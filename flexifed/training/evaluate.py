@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from flexifed.config import TrainingConfig
-from flexifed.data.augment import ImagePipeline
+from flexifed.data import Pipeline
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Score:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, config: TrainingConfig, pipeline: ImagePipeline
+    model: nn.Module, samples: torch.Tensor, labels: torch.Tensor, *, config: TrainingConfig, pipeline: Pipeline
 ) -> Score:
     """Score a model, and leave it as it was.
 
@@ -33,21 +33,23 @@ def evaluate(
 
     Args:
         model: on the device of the data.
-        images: uint8 (samples, channels, height, width).
-        labels: int64 (samples,).
+        samples: as they are stored, (count, ...).
+        labels: int64 (count,).
         config: scoring mode and batch size.
-        pipeline: normalises.
+        pipeline: makes inputs of them.
     """
     in_training_mode = config.scoring == "train"
     before = [buffer.clone() for buffer in model.buffers()] if in_training_mode else []
     model.train(in_training_mode)
-    correct = torch.zeros((), dtype=torch.int64, device=images.device)
-    total = torch.zeros((), dtype=torch.float64, device=images.device)
-    for inputs, targets in zip(images.split(config.eval_batch_size), labels.split(config.eval_batch_size), strict=True):
-        scores = model(pipeline.normalise(inputs))
+    correct = torch.zeros((), dtype=torch.int64, device=samples.device)
+    total = torch.zeros((), dtype=torch.float64, device=samples.device)
+    for stored, targets in zip(
+        samples.split(config.eval_batch_size), labels.split(config.eval_batch_size), strict=True
+    ):
+        scores = model(pipeline.prepare(stored))
         correct += (scores.argmax(1) == targets).sum()
         total += functional.cross_entropy(scores, targets, reduction="sum").double()
     if in_training_mode:
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)
-    return Score(accuracy=correct.item() / len(images), loss=total.item() / len(images))
+    return Score(accuracy=correct.item() / len(samples), loss=total.item() / len(samples))

@@ -7,16 +7,16 @@ from torch import nn
 from torch.nn import functional
 
 from flexifed.config import TrainingConfig
-from flexifed.data.augment import ImagePipeline
+from flexifed.data import Pipeline
 
 
 def train(
     model: nn.Module,
-    images: torch.Tensor,
+    samples: torch.Tensor,
     labels: torch.Tensor,
     *,
     config: TrainingConfig,
-    pipeline: ImagePipeline,
+    pipeline: Pipeline,
     batches: torch.Generator,
     augmentation: torch.Generator,
 ) -> float:
@@ -26,12 +26,12 @@ def train(
 
     Args:
         model: on the device of the data.
-        images: uint8 (samples, channels, height, width).
-        labels: int64 (samples,).
+        samples: as they are stored, (count, ...).
+        labels: int64 (count,).
         config: epochs, batch size, and SGD's settings.
-        pipeline: augments (if the config says so) and normalises.
+        pipeline: makes inputs of them, with variation if the config says so.
         batches: CPU generator of the order of samples, one permutation an epoch.
-        augmentation: CPU generator of crops and flips.
+        augmentation: CPU generator of that variation.
 
     Returns:
         Mean cross-entropy over all samples and epochs, as seen while training.
@@ -40,16 +40,16 @@ def train(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    total = torch.zeros((), dtype=torch.float64, device=images.device)
+    total = torch.zeros((), dtype=torch.float64, device=samples.device)
     for _ in range(config.local_epochs):
-        order = torch.randperm(len(images), generator=batches).to(images.device)
+        order = torch.randperm(len(samples), generator=batches).to(samples.device)
         for batch in order.split(config.batch_size):
-            inputs = images[batch]
-            inputs = pipeline.augment(inputs, augmentation) if config.augment else pipeline.normalise(inputs)
+            stored = samples[batch]
+            inputs = pipeline.augment(stored, augmentation) if config.augment else pipeline.prepare(stored)
             optimizer.zero_grad(set_to_none=True)
             loss = functional.cross_entropy(model(inputs), labels[batch])
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(batch)
     model.zero_grad(set_to_none=True)  # the gradients' memory is for whoever trains next
-    return total.item() / (config.local_epochs * len(images))
+    return total.item() / (config.local_epochs * len(samples))

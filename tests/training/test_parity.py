@@ -22,7 +22,8 @@ from flexifed.config import (
     TrainingConfig,
 )
 from flexifed.data import open_dataset, synthetic
-from flexifed.data.augment import ImagePipeline, random_crop_and_flip
+from flexifed.data.augment import random_crop_and_flip
+from flexifed.data.pipeline import ImagePipeline
 from flexifed.errors import ClientError
 from flexifed.federation.client import ClientShards
 from flexifed.federation.rounds import Federation, LocalHosts, make_shards
