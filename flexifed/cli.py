@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 from rich.console import Console
@@ -18,9 +19,13 @@ from rich.table import Table
 
 from flexifed.config import (
     FAMILIES,
+    FAMILY_INPUTS,
+    SCHEMES,
+    TEXT_LENGTHS,
     BatchNormBuffers,
     ClassifierSharing,
     FamilyName,
+    InputKind,
     ModelConfig,
     PartitionConfig,
     SchemeName,
@@ -35,7 +40,8 @@ if TYPE_CHECKING:
     from flexifed.report.plan import PlanSummary
 
 _POSITIONAL: Any = tyro.conf.Positional
-_NUM_CLASSES = 10
+_NUM_CLASSES: Mapping[InputKind, int] = MappingProxyType({"image": 10, "text": 4})
+"""Classes of CIFAR-10 and of AG News."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +54,8 @@ class Plan:
     """Which layers are averaged."""
     num_clients: int = PartitionConfig().num_clients
     """Clients."""
-    num_classes: int = _NUM_CLASSES
-    """Size of the models' output."""
+    num_classes: int | None = None
+    """Size of the models' output. Default: 10 for images, 4 for texts."""
     width: float = ModelConfig().width
     """Factor on all channels; the depth, and so what models share, stays."""
     in_channels: int | None = None
@@ -68,10 +74,10 @@ class Plan:
         from flexifed.report.plan import as_json
         from flexifed.report.plan_text import render
 
-        summary = self._summary()
+        summary = self.summary()
         if self.json:
             settings: dict[str, object] = {"family": self.family, "width": self.width}
-            settings |= {"num_classes": self.num_classes, "in_channels": self.in_channels}
+            settings |= {"num_classes": self._classes, "in_channels": self.in_channels}
             text = json.dumps(settings | as_json(summary), indent=2)
             console.print(text, highlight=False, markup=False, soft_wrap=True)
             return
@@ -79,7 +85,12 @@ class Plan:
         for part in render(summary, title=title):
             console.print(part, highlight=False)
 
-    def _summary(self) -> PlanSummary:
+    @property
+    def _classes(self) -> int:
+        return _NUM_CLASSES[FAMILY_INPUTS[self.family]] if self.num_classes is None else self.num_classes
+
+    def summary(self) -> PlanSummary:
+        """Work the plan out."""
         ModelConfig(width=self.width)  # checks the numbers before torch is imported
         PartitionConfig(num_clients=self.num_clients, num_shards=max(1, self.num_clients))
         from flexifed.core.schemes import sharing_plan
@@ -87,7 +98,7 @@ class Plan:
         from flexifed.report.plan import plan_summary
 
         signatures = {
-            name: model_signature(name, num_classes=self.num_classes, width=self.width, in_channels=self.in_channels)
+            name: model_signature(name, num_classes=self._classes, width=self.width, in_channels=self.in_channels)
             for name in FAMILIES[self.family]
         }
         models = [client_model(self.family, client) for client in range(self.num_clients)]
@@ -103,23 +114,52 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """List the model families, their versions and how many parameters each has."""
+    """List the model families and their versions, with parameters and multiply-adds of a sample."""
 
     def run(self, console: Console) -> None:
         """Print the list."""
         from flexifed.models import model_signature
+        from flexifed.models.cost import model_multiply_adds
 
-        table = Table(title=f"full width, {_NUM_CLASSES} classes", title_justify="left")
+        lengths = " or ".join(map(str, TEXT_LENGTHS.values()))
+        caption = (
+            f"Full width. Multiply-adds of one sample's forward pass: of 3x32x32 pixels with {_NUM_CLASSES['image']} "
+            f"classes, or of {lengths} characters with {_NUM_CLASSES['text']}."
+        )
+        table = Table(caption=caption, caption_justify="left")
         for name in ("family", "version", "model"):
             table.add_column(name)
-        for name in ("layers", "parameters"):
+        for name in ("layers", "parameters", "multiply-adds"):
             table.add_column(name, justify="right")
         for family, models in FAMILIES.items():
+            num_classes = _NUM_CLASSES[FAMILY_INPUTS[family]]
             for index, model in enumerate(models):
-                signature = model_signature(model, num_classes=_NUM_CLASSES)
-                row = (f"V{index + 1}", model, str(len(signature.layers)), f"{signature.num_parameters:,}")
+                signature = model_signature(model, num_classes=num_classes)
+                cost = model_multiply_adds(model, num_classes=num_classes)
+                row = (f"V{index + 1}", model, str(len(signature.layers)), f"{signature.num_parameters:,}", f"{cost:,}")
                 table.add_row("" if index else family, *row, end_section=index == len(models) - 1)
         console.print(table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """Print what of each version every scheme averages, and the bytes a client sends in a round, as Markdown."""
+
+    num_clients: int = PartitionConfig().num_clients
+    """Clients; client k has version k modulo the number of versions."""
+    width: float = ModelConfig().width
+    """Factor on all channels; the depth, and so what models share, stays."""
+
+    def run(self, console: Console) -> None:
+        """Print the table."""
+        from flexifed.report.shares import markdown
+
+        plans = [
+            (family, Plan(family=family, scheme=scheme, num_clients=self.num_clients, width=self.width).summary())
+            for family in get_args(FamilyName)
+            for scheme in SCHEMES
+        ]
+        console.print(markdown(plans), highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: the line can't be read (status 2), or `--help` was asked for (status 0).
     """
-    command: Plan | Models | Data | Report = tyro.cli(
-        Plan | Models | Data | Report,
+    command: Plan | Shares | Models | Data | Report = tyro.cli(
+        Plan | Shares | Models | Data | Report,
         prog="flexifed",
         description="Look at FlexiFed's sharing plans, models, data and results. experiments/ holds what runs.",
         args=argv,

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from flexifed.cli import main
 from flexifed.config import FAMILIES, SCHEMES, CellConfig
 from flexifed.core.schemes import SharingPlan, sharing_plan
-from flexifed.models import build_model
+from flexifed.models import build_model, input_kind
 from flexifed.profiles import PROFILES
 from flexifed.report.plan import Branch, Segment, plan_summary
 from flexifed.report.plan_text import percent, segment_text
@@ -211,8 +211,21 @@ def test_models_lists_every_version_with_its_parameters(capsys: pytest.CaptureFi
     lines = capsys.readouterr().out.splitlines()
     for models in FAMILIES.values():
         for name in models:
-            count = sum(one.numel() for one in build_model(name, num_classes=10, device="meta").parameters())
+            num_classes = 4 if input_kind(name) == "text" else 10
+            count = sum(one.numel() for one in build_model(name, num_classes=num_classes, device="meta").parameters())
             assert any(name in line.split() and f"{count:,}" in line for line in lines)
+
+
+def test_models_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["models"]) == 0
+    assert "…" not in capsys.readouterr().out
+
+
+def test_the_docs_table_of_shares_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shares"]) == 0
+    page = (Path(__file__).parents[1] / "docs" / "shares.md").read_text()
+    assert capsys.readouterr().out.strip() in page
 
 
 def test_data_says_how_to_get_what_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ import copy
 import torch
 from torch import nn
 
+from flexifed.config import FAMILIES, FAMILY_INPUTS, TEXT_LENGTHS
+from flexifed.models import build_model
+
 
 def multiply_adds(model: nn.Module, example: torch.Tensor) -> int:
     """Multiply-adds of one sample's forward pass, in convolutions and linear layers; all else is left out.
@@ -36,6 +39,20 @@ def multiply_adds(model: nn.Module, example: torch.Tensor) -> int:
     with torch.no_grad():
         shapes(example.to("meta"))
     return total
+
+
+def model_multiply_adds(name: str, *, num_classes: int, width: float = 1.0) -> int:
+    """Multiply-adds of a model by name, for an input of its family's own size: 3x32x32 pixels, or a whole text.
+
+    >>> model_multiply_adds("resnet20", num_classes=10)
+    40551040
+    """
+    family = next(family for family, versions in FAMILIES.items() if name in versions)
+    if FAMILY_INPUTS[family] == "text":
+        example = torch.empty(1, TEXT_LENGTHS[family], dtype=torch.int64, device="meta")
+    else:
+        example = torch.empty(1, 3, 32, 32, device="meta")
+    return multiply_adds(build_model(name, num_classes=num_classes, width=width, device="meta"), example)
 
 
 def _without_values(model: nn.Module) -> nn.Module:
