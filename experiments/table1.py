@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from flexifed.grid import make_cells
 from flexifed.launch import run_experiment
 
-ROWS = (("cifar10", "vgg"),)
+ROWS = (("cifar10", "vgg"), ("cifar10", "resnet"))
 """The rows of the paper's table that can be run: (data set, family)."""
 
 

@@ -20,7 +20,6 @@ from rich.table import Table
 from flexifed.config import (
     FAMILIES,
     FAMILY_INPUTS,
-    SCHEMES,
     TEXT_LENGTHS,
     BatchNormBuffers,
     ClassifierSharing,
@@ -157,7 +156,7 @@ class Shares:
         plans = [
             (family, Plan(family=family, scheme=scheme, num_clients=self.num_clients, width=self.width).summary())
             for family in get_args(FamilyName)
-            for scheme in SCHEMES
+            for scheme in get_args(SchemeName)
         ]
         console.print(markdown(plans), highlight=False, markup=False, soft_wrap=True)
 

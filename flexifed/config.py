@@ -79,8 +79,15 @@ class PartitionConfig:
     """Equal i.i.d. shards that the training and the test set are cut into; each client gets one of each."""
     windows_per_shard: int = 10
     """A client trains on one of so many parts of its shard in a round, the next part in the next round."""
+    max_train: int | None = None
+    """A client uses at most so many training samples of its shard. Default: all."""
+    max_test: int | None = None
+    """A client is scored on at most so many test samples of its shard. Default: all."""
 
     def __post_init__(self) -> None:
+        for name in ("max_train", "max_test"):
+            if getattr(self, name) is not None:
+                _check_integer(self, name, 1)
         _check_integer(self, "num_clients", 1)
         _check_integer(self, "num_shards", 1)
         _check_integer(self, "windows_per_shard", 1)
@@ -201,6 +208,8 @@ class CellConfig:
     def run_id(self, data_fingerprint: str) -> str:
         """Sixteen hexadecimal digits for all that decides the numbers: this config and the data.
 
+        A setting that is None is left out, so that a run keeps its id when a further such setting is thought of.
+
         Args:
             data_fingerprint: source and checksum of the data set.
 
@@ -208,8 +217,13 @@ class CellConfig:
         >>> one.run_id("real") == CellConfig(dataset="cifar10", family="vgg", scheme="standalone").run_id("real")
         True
         """
-        content = json.dumps({"config": asdict(self), "data": data_fingerprint}, sort_keys=True)
+        config = asdict(self, dict_factory=_without_none)
+        content = json.dumps({"config": config, "data": data_fingerprint}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _without_none(items: list[tuple[str, object]]) -> dict[str, object]:
+    return {name: value for name, value in items if value is not None}
 
 
 def client_model(family: FamilyName, client: int) -> str:

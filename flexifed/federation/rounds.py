@@ -147,10 +147,11 @@ class Federation:
 
 
 def make_shards(config: CellConfig, info: DatasetInfo) -> list[ClientShards]:
-    """Every client's samples: training and test set, each cut i.i.d. by one generator."""
+    """Every client's samples: training and test set, each cut i.i.d. by one generator, then shards to their limits."""
     generator = numpy_generator(config.seed, "partition")
     parts = [
         iid_shards(count, config.partition.num_shards, config.partition.num_clients, generator, what=what)
         for count, what in ((info.num_train, "training"), (info.num_test, "test"))
     ]
-    return [ClientShards(train, test) for train, test in zip(*parts, strict=True)]
+    most = config.partition
+    return [ClientShards(train[: most.max_train], test[: most.max_test]) for train, test in zip(*parts, strict=True)]

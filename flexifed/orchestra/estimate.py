@@ -12,6 +12,7 @@ import torch
 
 from flexifed.config import FamilyName, NumericsConfig, TrainingConfig
 from flexifed.data import DatasetInfo, make_pipeline, open_dataset
+from flexifed.federation.rounds import make_shards
 from flexifed.models import build_model
 from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.placement import CellPlacement, Resources
@@ -39,8 +40,8 @@ def concurrent_cells(placement: CellPlacement, nodes: Sequence[Resources]) -> in
 def cell_seconds(run: CellRun, placement: CellPlacement, nodes: Sequence[Resources], at_once: int) -> float:
     """Seconds of one cell with `at_once` of them running: the clients' work over the CPUs or GPUs that do it."""
     config = run.config
-    num_train = run.info.num_train // config.partition.num_shards // config.partition.windows_per_shard
-    num_test = run.info.num_test // config.partition.num_shards
+    shards = make_shards(config, run.info)[0]
+    num_train, num_test = len(shards.train) // config.partition.windows_per_shard, len(shards.test)
     work = 0.0
     for client in range(config.partition.num_clients):
         train_s, eval_s = _seconds_per_sample(

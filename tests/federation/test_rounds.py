@@ -331,6 +331,24 @@ def test_common_layers_start_equal_only_where_all_draw_from_one_stream(init: str
         assert {torch.equal(first[weight], other[weight]) for other in others} == {equal}
 
 
+def test_a_limit_keeps_the_head_of_every_shard() -> None:
+    config = cell()
+    whole = make_shards(config, INFO)
+    limited = replace(config, partition=replace(config.partition, max_train=3, max_test=2))
+    for shards, expected in zip(make_shards(limited, INFO), whole, strict=True):
+        np.testing.assert_array_equal(shards.train, expected.train[:3])
+        np.testing.assert_array_equal(shards.test, expected.test[:2])
+    beyond = replace(config, partition=replace(config.partition, max_train=10**9))
+    np.testing.assert_array_equal(make_shards(beyond, INFO)[0].train, whole[0].train)
+
+
+def test_a_limit_is_part_of_the_run_id_and_its_absence_is_not() -> None:
+    config = cell()
+    limited = replace(config, partition=replace(config.partition, max_train=3))
+    assert config.run_id("data") != limited.run_id("data")
+    assert CellConfig(dataset="cifar10", family="vgg", scheme="standalone").run_id("real") == "ba809905c2a9b021"
+
+
 def test_another_seed_draws_other_weights_and_other_shards() -> None:
     one, other = cell(), cell(seed=1)
     assert not set(start(one).state_sha256()) & set(start(other).state_sha256())
