@@ -29,16 +29,17 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             purpose="seconds: does everything run at all",
             rounds=2,
             model=ModelConfig(width=0.03125),
-            partition=PartitionConfig(num_shards=200, windows_per_shard=5),
+            partition=PartitionConfig(num_shards=100, windows_per_shard=1, max_train=16, max_test=8),
             training=TrainingConfig(local_epochs=1),
         ),
         "quick": Profile(
             purpose="minutes for the whole grid: proves the line, not the science",
-            # Small shards and batches and one start for all, so that models are above chance after a few rounds.
+            # Few samples, so that all data sets cost the same; small batches and one start for all, so that models begin to
+            # learn within them.
             rounds=4,
             model=ModelConfig(width=0.0625, init="shared"),
-            partition=PartitionConfig(num_shards=150, windows_per_shard=1),
-            training=TrainingConfig(local_epochs=1, batch_size=16, learning_rate=0.02, augment=False),
+            partition=PartitionConfig(num_shards=100, windows_per_shard=1, max_train=96, max_test=24),
+            training=TrainingConfig(local_epochs=1, batch_size=16, learning_rate=0.05, augment=False),
         ),
         "thin": Profile(
             purpose="thin models on real data, about an hour a row on a laptop: enough for the schemes to separate",

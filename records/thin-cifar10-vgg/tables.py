@@ -14,14 +14,19 @@ from flexifed.results.store import read_metadata
 ROUNDS = Path(__file__).parent / "rounds"
 
 console = Console(width=80)
-rows = pd.read_parquet(ROUNDS)
-rounds, seeds = int(rows["round"].max()), sorted(rows["seed"].unique())
-for part in render(summarise(rows, rounds), profile="thin", rounds=rounds, seeds=seeds):
-    console.print(part, highlight=False)
-numbers = per_seed(rows, rounds)
-console.print(render_differences(paired_differences(numbers), PAIRED), highlight=False)
-console.print(render_differences(paired_differences(numbers, by_seed=True), PAIRED_BY_SEED), highlight=False)
-for pick in ("best", "final"):
-    differences = paired_differences(per_seed(rows, rounds, pick))
-    console.print(render_differences(differences, f"{PAIRED}; the {pick} round"), highlight=False)
+everything = pd.read_parquet(ROUNDS)
+rounds = int(everything["round"].max())
+for first, last in ((0, 2), (3, 8), (0, 8)):
+    rows = everything[everything["seed"].between(first, last)]
+    seeds = sorted(rows["seed"].unique())
+    print(f"======== Seeds {first} to {last} ========")
+    if (first, last) != (0, 8):  # of all nine only two schemes were run, so there is no table of them
+        for part in render(summarise(rows, rounds), profile="thin", rounds=rounds, seeds=seeds):
+            console.print(part, highlight=False)
+    numbers = per_seed(rows, rounds)
+    console.print(render_differences(paired_differences(numbers), PAIRED), highlight=False)
+    console.print(render_differences(paired_differences(numbers, by_seed=True), PAIRED_BY_SEED), highlight=False)
+    for pick in ("best", "final"):
+        differences = paired_differences(per_seed(rows, rounds, pick))
+        console.print(render_differences(differences, f"{PAIRED}; the {pick} round"), highlight=False)
 print(read_metadata(next(ROUNDS.glob("*.parquet")))["versions"])
