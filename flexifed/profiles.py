@@ -34,8 +34,8 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         ),
         "quick": Profile(
             purpose="minutes for the whole grid: proves the line, not the science",
-            # Few samples, so that all data sets cost the same; small batches and one start for all, so that models begin to
-            # learn within them.
+            # Few samples, so that all data sets cost the same; small batches and one start for all, so that models
+            # begin to learn from them.
             rounds=4,
             model=ModelConfig(width=0.0625, init="shared"),
             partition=PartitionConfig(num_shards=100, windows_per_shard=1, max_train=96, max_test=24),
