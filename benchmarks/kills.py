@@ -136,9 +136,7 @@ def run_and_kill(grid: Grid, kills: int, chance: random.Random) -> None:
                 victim = chance.choice(victims)
                 victim.kill()
                 done += 1
-                say(
-                    f"kill {done}: {what}, with {grid.rounds_played()} rounds played and {committed} committed in running cells"
-                )
+                say(f"kill {done}: {what}, with {grid.rounds_played()} rounds played and {committed} of them committed")
                 next_kill = grid.rounds_played() + chance.randint(1, 3)
 
 

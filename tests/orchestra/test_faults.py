@@ -1,0 +1,263 @@
+"""What is lost while a command runs, and what stops it: the numbers stay those of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from test_resume import TIMINGS, cell, checkpoints, digests, log, play, rows
+
+from flexifed.errors import ClientError, DeviceMemoryError
+from flexifed.orchestra import cluster
+from flexifed.orchestra.actors import ClientActor
+from flexifed.orchestra.cell import CellRun
+from flexifed.orchestra.ledger import CellReport
+from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
+from flexifed.orchestra.sweep import PlacedRun, run_grid
+from flexifed.results.store import ResultsFolder
+
+ROOT = Path(__file__).parents[2]
+Hook = Callable[[], None]
+
+
+class Heard:
+    """An observer that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.rounds: list[int] = []
+
+    def cell_started(self, name: str) -> None: ...
+
+    def round_played(self, report: CellReport) -> None:
+        self.rounds.append(report.round_index)
+
+    def noted(self, message: str, name: str | None = None) -> None:
+        self.notes.append(message)
+
+
+def run_cells(runs: list[CellRun], options: PlacementOptions, heard: Heard, **more: bool) -> dict[str, str]:
+    def place(run: CellRun, nodes: object) -> CellPlacement:
+        return place_cell(run.config, options, nodes)  # type: ignore[arg-type]
+
+    nodes: list[Resources] = cluster.nodes()
+    return run_grid([PlacedRun(run, place(run, nodes)) for run in runs], heard, place=place, **more)
+
+
+def assert_as_undisturbed(run: CellRun, folder: Path) -> None:
+    undisturbed = cell(folder / "undisturbed")
+    play(undisturbed)
+    dropped = [*TIMINGS, "actor"]
+    pd.testing.assert_frame_equal(rows(run).drop(columns=dropped), rows(undisturbed).drop(columns=dropped))
+    assert digests(run) == digests(undisturbed)
+
+
+# ------------------------------------------------------------------------------------------------------ out of memory
+
+
+class FullHost:
+    def play_round(self, *_: object, **__: object) -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
+        except torch.OutOfMemoryError as error:
+            raise ClientError(3, 1, "training", "a long traceback") from error
+
+
+def test_a_full_device_is_told_from_other_failures() -> None:
+    actor = ClientActor()
+    actor._host = FullHost()  # type: ignore[assignment]
+    with pytest.raises(DeviceMemoryError, match=r"^client 3, round 1, training: CUDA out of memory$"):
+        actor.play_round(1, True, False)
+
+
+def hungry() -> Hook:
+    """Runs in every worker: training asks for more memory than a quarter of a GPU has."""
+
+    def hook() -> None:  # nested, so that it travels by value
+        import torch
+
+        from flexifed.federation import client
+
+        train = client.train
+
+        def hungry_train(*args: object, **options: object) -> float:
+            if ray.get_runtime_context().get_assigned_resources()["GPU"] < 0.5:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more.")
+            return train(*args, **options)  # type: ignore[arg-type]
+
+        client.train = hungry_train
+
+    return hook
+
+
+@pytest.fixture
+def one_gpu() -> Iterator[None]:
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"worker_process_setup_hook": hungry()},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_gpu")
+def test_out_of_memory_names_the_share_to_ask_for_or_asks_for_it(tmp_path: Path) -> None:
+    run, heard = cell(tmp_path / "full"), Heard()
+    options = PlacementOptions(gpus_per_client=0.25, clients_per_actor=1)
+    [reason] = run_cells([run], options, heard).values()
+    assert reason == (
+        "client 0, round 0, training: CUDA out of memory; up to 4 clients, in 4 processes, share a GPU; "
+        "ask for --gpus-per-client 0.25 --clients-per-actor 2, or let --retry-out-of-memory do so"
+    ).replace("client 0", reason[:8])
+    assert run_cells([run], options, heard, retry_out_of_memory=True) == {}
+    assert "to be tried again: 2 actors of up to 2 clients, each 1 CPU and 0.5 GPU" in heard.notes[-1]
+    assert_as_undisturbed(run, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- nodes
+
+
+def hold_second_round(marker: Path, go: Path) -> Hook:
+    """Runs in every worker: its second training waits, so that a node can be taken away in the middle of it."""
+
+    def hook() -> None:
+        import time
+
+        from flexifed.federation import client
+
+        train, calls = client.train, []
+
+        def held(*args: object, **options: object) -> float:
+            calls.append(1)
+            if len(calls) == 2:
+                marker.touch()
+                while not go.exists():
+                    time.sleep(0.05)
+            return train(*args, **options)  # type: ignore[arg-type]
+
+        client.train = held
+
+    return hook
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [2, 1], ids=["room is left", "to be placed anew"])
+def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(tmp_path: Path, cpus: int) -> None:
+    marker, go = tmp_path / "marker", tmp_path / "go"
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus})
+    victim, _ = (nodes.add_node(num_cpus=cpus) for _ in range(2))
+    try:
+        ray.init(
+            address=nodes.address,
+            log_to_driver=False,
+            runtime_env={"worker_process_setup_hook": hold_second_round(marker, go)},
+        )
+        nodes.wait_for_nodes()
+
+        def remove() -> None:
+            while not marker.exists():
+                time.sleep(0.05)
+            nodes.remove_node(victim, allow_graceful=False)
+            go.touch()
+
+        thread = threading.Thread(target=remove, daemon=True)
+        thread.start()
+        run, heard = cell(tmp_path / "lost"), Heard()
+        options = PlacementOptions(clients_per_actor=2 if cpus == 2 else None)
+        assert run_cells([run], options, heard) == {}
+        thread.join()
+        assert heard.notes
+        print(heard.notes, log(run))
+        assert_as_undisturbed(run, tmp_path)
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+# ----------------------------------------------------------------------------------------------------- asked to stop
+
+
+def test_a_cell_that_is_asked_to_stop_commits_its_last_round(tmp_path: Path) -> None:
+    run = cell(tmp_path / "stopped")
+    play(run, 3, stop=True)
+    before = rows(run)
+    assert sorted(folder.name for folder in checkpoints(run).iterdir()) == ["round-000002", "round-000003"]
+    play(run)
+    assert "goes on with round 3, from round-000003" in log(run)
+    pd.testing.assert_frame_equal(rows(run).head(len(before)), before)
+    assert_as_undisturbed(run, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["once", "terminated", "twice"]
+)
+def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
+    tmp_path: Path, signals: list[signal.Signals]
+) -> None:
+    line = ["--profile", "smoke", "--data", "synthetic", "--only", "*/vgg/max_common", "--only", "*/vgg/standalone"]
+    line += ["--rounds", "400", "--results-dir", str(tmp_path)]
+    command = psutil.Popen(
+        [sys.executable, str(ROOT / "experiments" / "table1.py"), *line],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not (logs := [*tmp_path.glob("table1/runs/*/log.txt")]) or " round 1/400 " not in logs[0].read_text():
+        assert command.poll() is None, command.stdout.read()
+        time.sleep(0.1)
+    processes = command.children(recursive=True)
+    assert processes
+    for number in signals:
+        if number == signal.SIGINT:  # a terminal sends it to all
+            os.killpg(command.pid, number)
+        else:
+            command.send_signal(number)
+        time.sleep(1.0)  # longer than what counts as one press
+    output = command.communicate()[0]
+    assert command.returncode == 130
+    assert "the same command goes on" in output
+    _, left = psutil.wait_procs(processes, timeout=60)
+    assert left == []
+    assert "Traceback" not in output
+    folder = ResultsFolder(tmp_path / "table1")
+    assert not folder.stop_file.exists()
+    [name] = [path.stem for path in folder.rounds.glob("*.parquet")]  # the other cell was not begun
+    committed = [*(folder.run_folder(name) / "checkpoints").iterdir()]
+    if signals == [signal.SIGINT, signal.SIGINT]:
+        return
+    assert "stopping after the round" in output
+    assert [path.name for path in committed] == [f"round-{(folder.last_round(name) or 0) + 1:06d}"]
+
+
+# -------------------------------------------------------------------------------------------------------------- kills
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_kills_at_random_change_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(ROOT / "benchmarks" / "kills.py"))["main"]
+    line = ["--kills", "6", "--seed", "1", "--rounds", "10", "--results-dir", str(tmp_path)]
+    status = main([*line, "--only", "*/vgg/max_common", "--only", "*/vgg/standalone"])
+    output = capsys.readouterr().out
+    assert status == 0, output
+    assert len([line for line in output.splitlines() if "  kill " in line]) == 6
