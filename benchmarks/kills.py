@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import platform
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "table1.py"
 TITLES = {"client": "ray::ClientActor", "driver": "ray::CellTrial"}
 MEASURED_ANEW = ["train_s", "train_started", "eval_s", "round_s", "actor"]
 LOOK_EVERY_S = 0.05
+PATIENCE = 3
 
 
 @dataclass
@@ -116,28 +118,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_and_kill(grid: Grid, kills: int, chance: random.Random) -> None:
     """Run a grid to its end, and kill so many of its processes on the way, each after a few new rounds."""
+    done, next_kill, failed_in_a_row = 0, chance.randint(1, 3), 0
     command = grid.start()
-    done, next_kill = 0, chance.randint(1, 3)
-    while True:
-        time.sleep(LOOK_EVERY_S)
-        if (status := command.poll()) is not None:
-            if done < kills and status == 0:
-                raise SystemExit(f"the grid ended after {done} of {kills} kills; ask for more --rounds")
-            if status == 0:
-                say(f"the grid has ended, after {grid.rounds_played()} rounds")
-                return
-            say(f"the command ended with status {status}; it is typed again")
-            command = grid.start()
-        elif done < kills and grid.rounds_played() >= next_kill:
-            time.sleep(chance.random())  # somewhere in a round
-            what = chance.choice(["client", "driver", "command"])
-            if victims := processes(command, what):
-                committed = grid.remember_committed()
-                victim = chance.choice(victims)
-                victim.kill()
-                done += 1
-                say(f"kill {done}: {what}, with {grid.rounds_played()} rounds played and {committed} of them committed")
-                next_kill = grid.rounds_played() + chance.randint(1, 3)
+    try:
+        while (status := command.poll()) != 0:
+            if status is not None:
+                failed_in_a_row = 0 if status == -signal.SIGKILL else failed_in_a_row + 1
+                if failed_in_a_row == PATIENCE:
+                    raise SystemExit(f"the command failed {PATIENCE} times in a row:\n{grid.output()}")
+                say(f"the command ended with status {status}; it is typed again")
+                command = grid.start()
+            elif done < kills and grid.rounds_played() >= next_kill:
+                time.sleep(chance.random())  # somewhere in a round
+                what = chance.choice(["client", "driver", "command"])
+                if victims := processes(command, what):
+                    committed = grid.remember_committed()
+                    chance.choice(victims).kill()
+                    done += 1
+                    played = grid.rounds_played()
+                    say(f"kill {done}: {what}; {played} rounds played, {committed} committed in cells that run")
+                    next_kill = played + chance.randint(1, 3)
+            time.sleep(LOOK_EVERY_S)
+    finally:
+        if command.poll() is None:
+            command.kill()
+    if done < kills:
+        raise SystemExit(f"the grid ended after {done} of {kills} kills; ask for more --rounds")
+    say(f"the grid has ended, after {grid.rounds_played()} rounds")
 
 
 def processes(command: psutil.Popen, what: str) -> list[psutil.Process]:

@@ -29,6 +29,7 @@ from flexifed.orchestra.wire import (
 )
 
 _LOOK_EVERY_S = 5.0
+_DEVICE_IS_FULL = ("out of memory", "ALLOC_FAILED")  # in what PyTorch says, and cuBLAS and cuDNN through it
 
 
 class LostError(Exception):
@@ -229,9 +230,9 @@ def _device_memory_explained(clients: Sequence[int]) -> Iterator[None]:
         yield
     except Exception as error:
         cause = error.__cause__ if isinstance(error, ClientError) else error
-        if not isinstance(cause, RuntimeError) or "out of memory" not in str(cause):
+        if not isinstance(cause, RuntimeError) or not any(words in str(cause) for words in _DEVICE_IS_FULL):
             raise
-        reason = str(cause).split(". ")[0]
+        reason = str(cause).splitlines()[0].split(". ")[0]
         if isinstance(error, ClientError):
             raise DeviceMemoryError(
                 f"client {error.client}, round {error.round_index}, {error.stage}: {reason}"

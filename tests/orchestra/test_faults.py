@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pandas as pd
 import psutil
@@ -20,13 +22,16 @@ import torch
 from ray.cluster_utils import Cluster
 from test_resume import TIMINGS, cell, checkpoints, digests, log, play, rows
 
+from flexifed.config import CellConfig
+from flexifed.data import DatasetInfo
 from flexifed.errors import ClientError, DeviceMemoryError
+from flexifed.federation.rounds import LocalHosts
 from flexifed.orchestra import cluster
-from flexifed.orchestra.actors import ClientActor
+from flexifed.orchestra.actors import ClientActor, GroupLostError, LostError
 from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.ledger import CellReport
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
-from flexifed.orchestra.sweep import PlacedRun, run_grid
+from flexifed.orchestra.sweep import CellTrial, PlacedRun, run_grid
 from flexifed.results.store import ResultsFolder
 
 ROOT = Path(__file__).parents[2]
@@ -57,30 +62,174 @@ def run_cells(runs: list[CellRun], options: PlacementOptions, heard: Heard, **mo
     return run_grid([PlacedRun(run, place(run, nodes)) for run in runs], heard, place=place, **more)
 
 
-def assert_as_undisturbed(run: CellRun, folder: Path) -> None:
-    undisturbed = cell(folder / "undisturbed")
-    play(undisturbed)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> CellRun:
+    run = cell(tmp_path_factory.mktemp("undisturbed"))
+    play(run)
+    return run
+
+
+def assert_equal(run: CellRun, undisturbed: CellRun) -> None:
     dropped = [*TIMINGS, "actor"]
     pd.testing.assert_frame_equal(rows(run).drop(columns=dropped), rows(undisturbed).drop(columns=dropped))
     assert digests(run) == digests(undisturbed)
 
 
+# --------------------------------------------------------------------------------------- what a trial does, without Ray
+
+
+class BrittleHosts:
+    """Stands in for `ActorHosts`: in process, and the calls that are named fail once."""
+
+    failing: ClassVar[list[tuple[str, int, Exception]]] = []
+    alive: ClassVar[int] = 0
+
+    def __init__(self, group: object) -> None:
+        BrittleHosts.alive += 1
+        self._calls: Counter[str] = Counter()
+
+    def begin(self, config: CellConfig, info: DatasetInfo, placement: CellPlacement, shards: Sequence[Any]) -> None:
+        self._inner = LocalHosts(config, info, shards, len(placement.clients[0]))
+        self._fail("begin")
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def call(*args: object, **options: object) -> object:
+            self._fail(name)
+            return getattr(self._inner, name)(*args, **options)
+
+        return call
+
+    def _fail(self, name: str) -> None:
+        self._calls[name] += 1
+        for fault in BrittleHosts.failing:
+            if fault[:2] == (name, self._calls[name]):
+                BrittleHosts.failing.remove(fault)
+                raise fault[2]
+
+    def shut_down(self) -> None:
+        BrittleHosts.alive -= 1
+
+
+@pytest.fixture
+def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[CellRun], CellTrial]:
+    monkeypatch.setattr("flexifed.orchestra.sweep.ActorHosts", BrittleHosts)
+    monkeypatch.setattr("ray.util.get_current_placement_group", lambda: "a group")
+    monkeypatch.setattr("flexifed.orchestra.cluster.nodes", lambda: [{"CPU": 4, "GPU": 1}])
+    BrittleHosts.failing, BrittleHosts.alive = [], 0
+
+    def make(run: CellRun) -> CellTrial:
+        one = CellTrial.__new__(CellTrial)
+        placement = CellPlacement(clients=(range(2), range(2, 4)), cpus_per_actor=1, gpus_per_actor=0.5)
+        one.setup({"placed": PlacedRun(run, placement)})
+        return one
+
+    return make
+
+
+def steps(trial: CellTrial) -> list[CellReport]:
+    reports: list[CellReport] = []
+    while not reports or not reports[-1].ends:
+        reports.append(trial.step()["report"])
+    trial.cleanup()
+    assert BrittleHosts.alive == 0
+    return reports
+
+
+@pytest.mark.parametrize(
+    ("call", "count", "again"),
+    [
+        ("begin", 1, 0),
+        ("play_round", 4, 2),
+        ("save", 1, 0),
+        ("save", 2, 2),
+        ("state_sha256", 1, 4),
+    ],
+)
+def test_a_cell_that_is_lost_begins_again_from_its_last_checkpoint(
+    tmp_path: Path, trial: Callable[[CellRun], CellTrial], call: str, count: int, again: int, undisturbed: CellRun
+) -> None:
+    BrittleHosts.failing = [(call, count, LostError("a process is gone: why"))]
+    run = cell(tmp_path / "lost")
+    reports = steps(trial(run))
+    index = [report.state for report in reports].index("lost")
+    assert reports[index].reason == "a process is gone: why"
+    assert [report.state for report in reports].count("lost") == 1
+    assert [report.round_index for report in reports[index + 1 :]] == [*range(again, run.rounds + 1)]
+    assert (f"goes on with round {again}" in log(run)) == (again > 0)
+    assert reports[-1].state == "finished"
+    assert_equal(run, undisturbed)
+
+
+def test_a_cell_that_lost_its_place_is_left_to_tune(
+    tmp_path: Path, trial: Callable[[CellRun], CellTrial], undisturbed: CellRun
+) -> None:
+    BrittleHosts.failing = [("begin", 1, GroupLostError("a node is gone"))]
+    run = cell(tmp_path / "lost")
+    first = trial(run)
+    with pytest.raises(GroupLostError):
+        first.step()
+    assert BrittleHosts.alive == 0
+    assert steps(trial(run))[-1].state == "finished"
+    assert_equal(run, undisturbed)
+
+
+def test_a_cell_stops_after_its_round_and_none_begins(
+    tmp_path: Path, trial: Callable[[CellRun], CellTrial], undisturbed: CellRun
+) -> None:
+    run = cell(tmp_path / "stopped")
+    one = trial(run)
+    assert one.step()["report"].state == "playing"
+    ResultsFolder(run.results).stop_file.touch()
+    [report] = steps(one)
+    assert (report.state, report.round_index) == ("stopped", 1)
+    assert (checkpoints(run) / "round-000002").exists()
+    assert [report.round_index for report in steps(trial(run))] == [-1]
+    ResultsFolder(run.results).stop_file.unlink()
+    assert [report.round_index for report in steps(trial(run))] == [2, 3, 4, 5]
+    assert_equal(run, undisturbed)
+
+
+def test_a_cell_out_of_memory_says_where_there_is_more(tmp_path: Path, trial: Callable[[CellRun], CellTrial]) -> None:
+    BrittleHosts.failing = [("play_round", 2, DeviceMemoryError("client 3, round 1, training: out of memory"))]
+    run = cell(tmp_path / "full")
+    report = steps(trial(run))[-1]
+    assert report.state == "out_of_memory"
+    assert report.roomier == CellPlacement(clients=(range(4),), cpus_per_actor=1, gpus_per_actor=1.0)
+    assert report.reason == (
+        "client 3, round 1, training: out of memory; up to 4 clients, in 2 processes, share a GPU; "
+        "ask for --gpus-per-client 0.25 --clients-per-actor 4, or let --retry-out-of-memory do so"
+    )
+    assert report.reason in log(run)
+
+
 # ------------------------------------------------------------------------------------------------------ out of memory
 
 
-class FullHost:
+class FailingHost:
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
     def play_round(self, *_: object, **__: object) -> None:
-        try:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
-        except torch.OutOfMemoryError as error:
-            raise ClientError(3, 1, "training", "a long traceback") from error
+        raise ClientError(3, 1, "training", "a long traceback") from self._error
 
 
-def test_a_full_device_is_told_from_other_failures() -> None:
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ..."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ArithmeticError("the loss is nan"), False),
+    ],
+)
+def test_a_full_device_is_told_from_other_failures(error: Exception, full: bool) -> None:
     actor = ClientActor()
-    actor._host = FullHost()  # type: ignore[assignment]
-    with pytest.raises(DeviceMemoryError, match=r"^client 3, round 1, training: CUDA out of memory$"):
+    actor._host = FailingHost(error)  # type: ignore[assignment]
+    reason = str(error).splitlines()[0].split(". ")[0] if full else "a long traceback"
+    with pytest.raises(DeviceMemoryError if full else ClientError) as raised:
         actor.play_round(1, True, False)
+    assert str(raised.value) == f"client 3, round 1, training: {reason}"
 
 
 def hungry() -> Hook:
@@ -119,7 +268,7 @@ def one_gpu() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_gpu")
-def test_out_of_memory_names_the_share_to_ask_for_or_asks_for_it(tmp_path: Path) -> None:
+def test_out_of_memory_names_the_share_to_ask_for_or_asks_for_it(tmp_path: Path, undisturbed: CellRun) -> None:
     run, heard = cell(tmp_path / "full"), Heard()
     options = PlacementOptions(gpus_per_client=0.25, clients_per_actor=1)
     [reason] = run_cells([run], options, heard).values()
@@ -129,7 +278,7 @@ def test_out_of_memory_names_the_share_to_ask_for_or_asks_for_it(tmp_path: Path)
     ).replace("client 0", reason[:8])
     assert run_cells([run], options, heard, retry_out_of_memory=True) == {}
     assert "to be tried again: 2 actors of up to 2 clients, each 1 CPU and 0.5 GPU" in heard.notes[-1]
-    assert_as_undisturbed(run, tmp_path)
+    assert_equal(run, undisturbed)
 
 
 # -------------------------------------------------------------------------------------------------------------- nodes
@@ -160,7 +309,9 @@ def hold_second_round(marker: Path, go: Path) -> Hook:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cpus", [2, 1], ids=["room is left", "to be placed anew"])
-def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(tmp_path: Path, cpus: int) -> None:
+def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(
+    tmp_path: Path, cpus: int, undisturbed: CellRun
+) -> None:
     marker, go = tmp_path / "marker", tmp_path / "go"
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus})
     victim, _ = (nodes.add_node(num_cpus=cpus) for _ in range(2))
@@ -186,7 +337,7 @@ def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(tmp_path: P
         thread.join()
         assert heard.notes
         print(heard.notes, log(run))
-        assert_as_undisturbed(run, tmp_path)
+        assert_equal(run, undisturbed)
     finally:
         ray.shutdown()
         nodes.shutdown()
@@ -195,7 +346,7 @@ def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(tmp_path: P
 # ----------------------------------------------------------------------------------------------------- asked to stop
 
 
-def test_a_cell_that_is_asked_to_stop_commits_its_last_round(tmp_path: Path) -> None:
+def test_a_cell_that_is_asked_to_stop_commits_its_last_round(tmp_path: Path, undisturbed: CellRun) -> None:
     run = cell(tmp_path / "stopped")
     play(run, 3, stop=True)
     before = rows(run)
@@ -203,7 +354,7 @@ def test_a_cell_that_is_asked_to_stop_commits_its_last_round(tmp_path: Path) -> 
     play(run)
     assert "goes on with round 3, from round-000003" in log(run)
     pd.testing.assert_frame_equal(rows(run).head(len(before)), before)
-    assert_as_undisturbed(run, tmp_path)
+    assert_equal(run, undisturbed)
 
 
 @pytest.mark.slow
