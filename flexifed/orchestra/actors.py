@@ -99,7 +99,8 @@ class ActorHosts:
         group: each of its bundles gets one actor.
 
     Raises:
-        LostError: from every method, when a process is gone. The others can't be told where it was; end them too.
+        LostError: from every method, when a process is gone: GroupLostError, if its node is gone with it. The others
+            can't be told where it was, so they are ended too.
     """
 
     def __init__(self, group: PlacementGroup) -> None:
@@ -199,17 +200,18 @@ class ActorHosts:
             if isinstance(error.cause, FlexifedError):
                 raise error.cause from error
             if isinstance(error.cause, ray.exceptions.RayError):
-                raise LostError(self._what_is_lost(error.cause)) from error
+                raise self._loss(error.cause) from error
             raise
         except ray.exceptions.RayError as error:
-            raise LostError(self._what_is_lost(error)) from error
+            raise self._loss(error) from error
 
-    def _what_is_lost(self, error: ray.exceptions.RayError) -> str:
-        """Which clients' process, where Ray says so, and its reason."""
+    def _loss(self, error: ray.exceptions.RayError) -> LostError:
+        """Which clients' process is lost, where Ray says so, and its reason."""
         names = {actor._actor_id.hex(): clients for actor, clients in zip(self._actors, self._clients, strict=True)}
         clients = names.get(getattr(error, "actor_id", None))
         process = f"the process of clients {clients[0]} to {clients[-1]}" if clients else "a process"
-        return f"{process} is gone: {str(error).strip().splitlines()[-1]}"
+        reason = f"{process} is gone: {str(error).strip().splitlines()[-1]}"
+        return LostError(reason) if self.has_place() else GroupLostError(reason)
 
     def shut_down(self) -> None:
         """End the actors' processes."""

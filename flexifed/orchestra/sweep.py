@@ -173,7 +173,11 @@ class _Scheduler(_NotKept, FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """Hear that a trial's own process is gone, or the place for its actors. Tune will start it anew."""
         name = trial.config["placed"].run.name
-        self._ledger.heard(CellReport(name, "lost", reason=f"its driver is gone: {_last_line(trial.error_file)}"))
+        line = _last_line(trial.error_file)
+        _, told_by_driver, reason = line.partition(f"{GroupLostError.__name__}: ")
+        self._ledger.heard(
+            CellReport(name, "lost", reason=reason if told_by_driver else f"its driver's process is gone: {line}")
+        )
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Tune asks several times a second."""
