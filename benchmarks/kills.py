@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Kill a run at random and compare it with an undisturbed one.")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=16, help="of each cell")
+    parser.add_argument("--rounds", type=int, default=50, help="of each cell")
     parser.add_argument("--only", action="append", help="cells, as in table1.py; default: all five schemes")
     parser.add_argument("--results-dir", type=Path, default=None, help="default: a new folder, deleted at the end")
     options = parser.parse_args(argv)
@@ -129,7 +129,7 @@ def run_and_kill(grid: Grid, kills: int, chance: random.Random) -> None:
                 say(f"the command ended with status {status}; it is typed again")
                 command = grid.start()
             elif done < kills and grid.rounds_played() >= next_kill:
-                time.sleep(chance.random())  # somewhere in a round
+                time.sleep(chance.random() / 2)  # somewhere in a round
                 what = chance.choice(["client", "driver", "command"])
                 if victims := processes(command, what):
                     committed = grid.remember_committed()

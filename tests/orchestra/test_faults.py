@@ -272,10 +272,11 @@ def test_out_of_memory_names_the_share_to_ask_for_or_asks_for_it(tmp_path: Path,
     run, heard = cell(tmp_path / "full"), Heard()
     options = PlacementOptions(gpus_per_client=0.25, clients_per_actor=1)
     [reason] = run_cells([run], options, heard).values()
-    assert reason == (
-        "client 0, round 0, training: CUDA out of memory; up to 4 clients, in 4 processes, share a GPU; "
+    _, said = reason.split(", ", 1)  # after which client it was
+    assert said == (
+        "round 0, training: CUDA out of memory; up to 4 clients, in 4 processes, share a GPU; "
         "ask for --gpus-per-client 0.25 --clients-per-actor 2, or let --retry-out-of-memory do so"
-    ).replace("client 0", reason[:8])
+    )
     assert run_cells([run], options, heard, retry_out_of_memory=True) == {}
     assert "to be tried again: 2 actors of up to 2 clients, each 1 CPU and 0.5 GPU" in heard.notes[-1]
     assert_equal(run, undisturbed)
@@ -407,7 +408,7 @@ def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
 @pytest.mark.timeout(1200)
 def test_kills_at_random_change_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(ROOT / "benchmarks" / "kills.py"))["main"]
-    line = ["--kills", "6", "--seed", "1", "--rounds", "10", "--results-dir", str(tmp_path)]
+    line = ["--kills", "6", "--seed", "1", "--rounds", "30", "--results-dir", str(tmp_path)]
     status = main([*line, "--only", "*/vgg/max_common", "--only", "*/vgg/standalone"])
     output = capsys.readouterr().out
     assert status == 0, output
