@@ -28,7 +28,7 @@ from flexifed.federation.checkpoint import MANIFEST
 from flexifed.results.store import ResultsFolder, read_metadata
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "table1.py"
-TITLES = {"client": "ray::ClientActor", "driver": "ray::CellTrial"}
+TITLES = {"client": "ray::ClientActor", "driver": "ray::ResourceTrainable"}  # what Tune makes of CellTrial
 MEASURED_ANEW = ["train_s", "train_started", "eval_s", "round_s", "actor"]
 LOOK_EVERY_S = 0.05
 PATIENCE = 3
