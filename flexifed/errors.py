@@ -52,6 +52,12 @@ class ClientError(FlexifedError):
         return f"client {self.client}, round {self.round_index}, {self.stage}: {self.reason}"
 
 
+class DeviceMemoryError(FlexifedError):
+    """A client's device has no memory left: which client, doing what. The same cell runs with fewer processes on it."""
+
+    exit_status = 1
+
+
 class CellsFailedError(FlexifedError):
     """Some cells of a grid failed; the others are complete."""
 

@@ -76,6 +76,8 @@ class GridOptions:
     """At most so many cells at a time. Default: as many as fit."""
     checkpoint_every: int | None = None
     """Rounds between checkpoints. Default: by time, a minute or more, so that they cost under 3 % of it."""
+    retry_out_of_memory: bool = False
+    """Where clients that share a GPU run out of its memory, try their cell again with half as many processes on it."""
     dry_run: bool = False
     """Print the cells, the resources and an estimate of the time; start nothing."""
     model: Annotated[ModelConfig, _FLAT] = field(default_factory=ModelConfig)

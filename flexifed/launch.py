@@ -12,11 +12,12 @@ from rich.console import Console
 from flexifed.config import DatasetName, Device
 from flexifed.errors import CellsFailedError, FlexifedError
 from flexifed.grid import CellName, GridOptions, parse_options, select_cells
+from flexifed.stopping import stop_requests
 
 if TYPE_CHECKING:  # torch, Ray and pandas are imported when a line has proved readable, so that --help is quick
     from flexifed.data import DatasetInfo
     from flexifed.orchestra.cell import CellRun
-    from flexifed.orchestra.placement import PlacementOptions, Resources
+    from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources
     from flexifed.results.store import ResultsFolder
 
 INTERRUPTED = 130
@@ -156,10 +157,24 @@ def _run_cells(
         highlight=False,
         soft_wrap=True,
     )
+
+    def place(run: CellRun, left: Sequence[Resources]) -> CellPlacement:
+        return place_cell(run.config, _placement(options), left)
+
     labels = {cell.run.name: _label(cell.run) for cell in unfinished}
     progress = GridProgress(console, options.rounds, labels)
-    with progress.shown():
-        return run_grid(unfinished, progress, max_concurrent=options.max_concurrent)
+    with stop_requests() as stop, progress.shown():
+        failures = run_grid(
+            unfinished,
+            progress,
+            place=place,
+            max_concurrent=options.max_concurrent,
+            retry_out_of_memory=options.retry_out_of_memory,
+            stop=stop,
+        )
+        if stop() and not all(_is_finished(ResultsFolder(cell.run.results), cell.run) for cell in unfinished):
+            raise KeyboardInterrupt
+    return failures
 
 
 def _dry_run(

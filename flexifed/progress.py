@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from flexifed.orchestra.sweep import CellReport
+from flexifed.orchestra.ledger import CellReport
 
 _LINE_EVERY_S = 10.0
 
@@ -59,30 +59,34 @@ class GridProgress:
             self._last_line[name] = time.monotonic()
 
     def round_played(self, report: CellReport) -> None:
-        """A round has ended, or a cell has failed."""
+        """A round has ended, or a cell has."""
         self.cell_started(report.name)
-        played = report.round_index + 1 if report.failure is None else self._rounds + 1
+        played = report.round_index + 1 if report.state != "failed" else self._rounds + 1
         bar = self._bars[report.name]
         self._played += played - int(self._live.tasks[self._live.task_ids.index(bar)].completed)
-        self._ended += report.finished
+        self._ended += report.state in ("finished", "failed")
         if self._first_round is None:
             self._first_round = time.monotonic()
-        note = accuracy_text(report.accuracies)
+        note = accuracy_text(report.accuracies or {})
         self._live.update(bar, completed=played, note=note)
         self._live.update(self._whole, completed=self._played, note=f"left: {self._time_left()}")
-        if report.finished:
+        if report.ends:
             self._live.update(bar, visible=False)
         self._print_line(report, note)
+
+    def noted(self, message: str, name: str | None = None, style: str = "yellow") -> None:
+        """Something has happened that a person should know, to a cell or to all."""
+        label = f"{self._labels[name]}: " if name else ""
+        self._console.print(label + message, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _print_line(self, report: CellReport, note: str) -> None:
         now = time.monotonic()
         label = self._labels[report.name]
-        if report.failure is not None:
-            self._console.print(
-                f"{label}: FAILED: {report.failure.strip().splitlines()[-1]}", style="red", markup=False, soft_wrap=True
-            )
-        elif report.finished or (not self._console.is_terminal and now - self._last_line[report.name] >= _LINE_EVERY_S):
-            state = "done" if report.finished else f"round {report.round_index}/{self._rounds}"
+        if report.state == "failed":
+            self.noted(f"FAILED: {report.reason.strip().splitlines()[-1]}", report.name, style="red")
+        elif report.ends or (not self._console.is_terminal and now - self._last_line[report.name] >= _LINE_EVERY_S):
+            words = {"finished": "done", "stopped": "stopped"}
+            state = words.get(report.state, f"round {report.round_index}/{self._rounds}")
             ended = f"{self._ended}/{len(self._labels)} cells"
             self._console.print(
                 f"{label}: {state}  {note}  ({ended}, left: {self._time_left()})", highlight=False, soft_wrap=True

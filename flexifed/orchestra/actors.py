@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import GroupState
 from flexifed.data import DatasetInfo
-from flexifed.errors import FlexifedError, ResourceError
+from flexifed.errors import ClientError, DeviceMemoryError, FlexifedError, ResourceError
 from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.client import ClientShards
 from flexifed.federation.host import ClientHost, HostRound, cell_plan
@@ -27,28 +28,43 @@ from flexifed.orchestra.wire import (
     unpack_host_round,
 )
 
+_LOOK_EVERY_S = 5.0
+_DEVICE_IS_FULL = ("out of memory", "ALLOC_FAILED")  # in what PyTorch says, and cuBLAS and cuDNN through it
+
+
+class LostError(Exception):
+    """A process of a cell, or its node, is gone, and what it held with it."""
+
+
+class GroupLostError(LostError):
+    """Part of a cell's place in the cluster is gone, so that new processes have nowhere to start."""
+
 
 class ClientActor:
     """A process that plays host to clients of one cell after another, so that torch is imported once."""
 
     def __init__(self) -> None:
         self._host: ClientHost | None = None
+        self._clients: Sequence[int] = ()
 
     def begin(
         self, config: CellConfig, info: DatasetInfo, clients: Sequence[int], shards: Sequence[ClientShards]
     ) -> None:
         """Forget the cell before, and hold these clients of this one."""
         self._host = None
+        self._clients = clients
         if config.device == "cuda":
             import torch
 
             if not torch.cuda.is_available():
                 raise ResourceError(f"clients {list(clients)} were to run on a GPU, but their process sees none")
-        self._host = ClientHost(config, info, clients, shards)
+        with _device_memory_explained(clients):
+            self._host = ClientHost(config, info, clients, shards)
 
     def play_round(self, round_index: int, train: bool, aggregated: bool, *parts: PackedGroups) -> PackedHostRound:
         """See `ClientHost.play_round`; the global state comes in parts, which Ray hands over by reference."""
-        return pack_host_round(self._hosted.play_round(round_index, _joined(aggregated, parts), train=train))
+        with _device_memory_explained(self._clients):
+            return pack_host_round(self._hosted.play_round(round_index, _joined(aggregated, parts), train=train))
 
     def state_sha256(self, aggregated: bool, *parts: PackedGroups) -> dict[int, str]:
         """See `ClientHost.state_sha256`."""
@@ -64,7 +80,8 @@ class ClientActor:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """See `ClientHost.restore`."""
-        self._hosted.restore(checkpoint)
+        with _device_memory_explained(self._clients):
+            self._hosted.restore(checkpoint)
 
     @property
     def _hosted(self) -> ClientHost:
@@ -76,11 +93,18 @@ class ClientActor:
 class ActorHosts:
     """The client actors of a placement group, which play rounds at the same time.
 
+    Nothing is tried again here: Ray would give the call to a new process, which knows nothing of its clients.
+
     Args:
         group: each of its bundles gets one actor.
+
+    Raises:
+        LostError: from every method, when a process is gone: GroupLostError, if its node is gone with it. The others
+            can't be told where it was, so they are ended too.
     """
 
     def __init__(self, group: PlacementGroup) -> None:
+        self._group = group
         self._actors: list[Any] = [  # Ray's handles are not typed by method
             ray.remote(ClientActor)
             .options(
@@ -96,22 +120,33 @@ class ActorHosts:
     def begin(
         self, config: CellConfig, info: DatasetInfo, placement: CellPlacement, shards: Sequence[ClientShards]
     ) -> None:
-        """Give the actors a cell's clients."""
+        """Give the actors a cell's clients.
+
+        Raises:
+            GroupLostError: actors that were not started yet have lost their node.
+        """
+        self._clients = placement.clients
         self._plan = cell_plan(config, info)
         self._architectures = [
             {self._plan.architecture_of[client] for client in clients} for clients in placement.clients
         ]
-        _get(
-            [
-                actor.begin.remote(config, info, clients, shards[clients.start : clients.stop])
-                for actor, clients in zip(self._actors, placement.clients, strict=True)
-            ]
-        )
+        begun = [
+            actor.begin.remote(config, info, clients, shards[clients.start : clients.stop])
+            for actor, clients in zip(self._actors, placement.clients, strict=True)
+        ]
+        while len(ray.wait(begun, num_returns=len(begun), timeout=_LOOK_EVERY_S)[0]) < len(begun):
+            if not self.has_place():
+                raise GroupLostError("a node is gone before all processes were started")
+        self._get(begun)
+
+    def has_place(self) -> bool:
+        """Whether the placement group is whole. One that lost a node may wait for a new one without end."""
+        return bool(placement_group_table(self._group)["state"] == "CREATED")
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
         """Let all clients play a round; results in client order, whoever finishes first."""
         aggregated = shared is not None
-        played = _get(
+        played = self._get(
             [
                 actor.play_round.remote(round_index, train, aggregated, *parts)
                 for actor, parts in zip(self._actors, self._parts(shared), strict=True)
@@ -122,7 +157,7 @@ class ActorHosts:
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
         """The digest of what each client holds, by client."""
         aggregated = shared is not None
-        digests = _get(
+        digests = self._get(
             [
                 actor.state_sha256.remote(aggregated, *parts)
                 for actor, parts in zip(self._actors, self._parts(shared), strict=True)
@@ -132,16 +167,16 @@ class ActorHosts:
 
     def device_names(self) -> list[str]:
         """What each process computes on."""
-        return _get([actor.device_name.remote() for actor in self._actors])
+        return self._get([actor.device_name.remote() for actor in self._actors])
 
     def save(self, folder: Path) -> dict[str, str]:
         """Let each process write what its clients keep; returns the files' names and digests."""
-        written = _get([actor.save.remote(folder) for actor in self._actors])
+        written = self._get([actor.save.remote(folder) for actor in self._actors])
         return {name: digest for part in written for name, digest in part.items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Let all clients go on from a checkpoint."""
-        _get([actor.restore.remote(checkpoint) for actor in self._actors])
+        self._get([actor.restore.remote(checkpoint) for actor in self._actors])
 
     def _parts(self, shared: GroupState | None) -> list[list[Any]]:
         """For each actor, references to the groups of its clients and to no others.
@@ -157,6 +192,27 @@ class ActorHosts:
             for held in self._architectures
         ]
 
+    def _get(self, references: list[Any]) -> list[Any]:
+        """Wait for all, or for the first that fails. An error of ours comes out as it was raised."""
+        try:
+            return ray.get(references)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, FlexifedError):
+                raise error.cause from error
+            if isinstance(error.cause, ray.exceptions.RayError):
+                raise self._loss(error.cause) from error
+            raise
+        except ray.exceptions.RayError as error:
+            raise self._loss(error) from error
+
+    def _loss(self, error: ray.exceptions.RayError) -> LostError:
+        """Which clients' process is lost, where Ray says so, and its reason."""
+        names = {actor._actor_id.hex(): clients for actor, clients in zip(self._actors, self._clients, strict=True)}
+        clients = names.get(getattr(error, "actor_id", None))
+        process = f"the process of clients {clients[0]} to {clients[-1]}" if clients else "a process"
+        reason = f"{process} is gone: {str(error).strip().splitlines()[-1]}"
+        return LostError(reason) if self.has_place() else GroupLostError(reason)
+
     def shut_down(self) -> None:
         """End the actors' processes."""
         for actor in self._actors:
@@ -169,11 +225,18 @@ def _joined(aggregated: bool, parts: Sequence[PackedGroups]) -> GroupState | Non
     return {index: tensors for part in parts for index, tensors in unpack_groups(part).items()} if aggregated else None
 
 
-def _get(references: list[Any]) -> list[Any]:
-    """Wait for all. An error of ours comes out as it was raised, without Ray's wrapping."""
+@contextmanager
+def _device_memory_explained(clients: Sequence[int]) -> Iterator[None]:
+    """Tell a device that is full from whatever else goes wrong in a process with these clients."""
     try:
-        return ray.get(references)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, FlexifedError):
-            raise error.cause from error
-        raise
+        yield
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, ClientError) else error
+        if not isinstance(cause, RuntimeError) or not any(words in str(cause) for words in _DEVICE_IS_FULL):
+            raise
+        reason = str(cause).splitlines()[0].split(". ")[0]
+        if isinstance(error, ClientError):
+            raise DeviceMemoryError(
+                f"client {error.client}, round {error.round_index}, {error.stage}: {reason}"
+            ) from error
+        raise DeviceMemoryError(f"clients {clients[0]} to {clients[-1]}, starting: {reason}") from error

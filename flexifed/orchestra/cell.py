@@ -18,7 +18,7 @@ from flexifed.federation.checkpoint import Checkpoints
 from flexifed.federation.client import ClientShards
 from flexifed.federation.rounds import Federation, Hosts, RoundResult, make_shards
 from flexifed.results.runlog import RunLog
-from flexifed.results.store import ResultsFolder, RoundsWriter, write_table
+from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, write_table
 
 CHECKPOINT_EVERY_S = 60.0
 CHECKPOINT_SHARE = 0.03  # of the time may go into checkpoints
@@ -73,6 +73,7 @@ class CellSession:
         self._placement = placement
         self._checkpoints = Checkpoints(folder.run_folder(run.name) / "checkpoints", run.run_id)
         self._checkpoint_due = time.monotonic() + CHECKPOINT_EVERY_S
+        self._committed_round = 0
         self._federation: Federation | None = None
         self._writer: RoundsWriter | None = None
         _write_shards(folder.run_folder(run.name) / "shards.parquet", self.shards)
@@ -85,7 +86,7 @@ class CellSession:
         self._writer = RoundsWriter(
             self._folder.rounds_file(self.run.name),
             _metadata(self.run, self._placement) | {"computed_on": sorted(set(hosts.device_names()))},
-            longer_than=self._folder.last_round(self.run.name),
+            longer_than=self._finished_before(),
             before=before,
         )
 
@@ -108,6 +109,14 @@ class CellSession:
             self._checkpoint(self._federation, self._writer)
         return result
 
+    def stop(self) -> None:
+        """Commit the rounds that were played, to go on from there another time."""
+        assert self._federation is not None
+        assert self._writer is not None
+        if self._committed_round != self._federation.next_round:
+            self._checkpoint(self._federation, self._writer)
+        self._log.write(f"stopped, as asked; round {self._federation.next_round} is next")
+
     def fail(self, reason: str) -> None:
         """Note why the cell can't go on."""
         self._log.write(f"failed: {reason}")
@@ -129,6 +138,13 @@ class CellSession:
         self._log.write(f"goes on with round {checkpoint.next_round}, from {checkpoint.folder.name}")
         return rows
 
+    def _finished_before(self) -> int | None:
+        """The last round of a shorter run that has ended; its file stays until there is more. Others are replaced."""
+        path = self._folder.rounds_file(self.run.name)
+        if not path.exists() or "state_sha256" not in read_metadata(path):
+            return None
+        return self._folder.last_round(self.run.name)
+
     def _is_checkpoint_due(self, next_round: int) -> bool:
         if self.run.checkpoint_every is not None:
             return next_round % self.run.checkpoint_every == 0
@@ -140,6 +156,7 @@ class CellSession:
         writer.flush()
         folder = self._checkpoints.begin(federation.next_round)
         self._checkpoints.commit(federation.next_round, federation.save(folder))
+        self._committed_round = federation.next_round
         finished = time.monotonic()
         self._checkpoint_due = finished + max(CHECKPOINT_EVERY_S, (finished - started) / CHECKPOINT_SHARE)
 

@@ -12,6 +12,7 @@ import ray
 
 from flexifed.errors import ResourceError
 from flexifed.orchestra.placement import Resources
+from flexifed.stopping import uninterrupted
 
 _ANSWER_S = 5.0
 
@@ -35,7 +36,8 @@ def connected(address: str | None, *, num_cpus: int | None = None, num_gpus: int
     try:
         yield
     finally:
-        ray.shutdown()
+        with uninterrupted():
+            ray.shutdown()
 
 
 def _start(num_cpus: int | None, num_gpus: int | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from flexifed.config import CellConfig
@@ -96,8 +96,34 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
     placements = [
         CellPlacement(clients=tuple(clients), cpus_per_actor=share, gpus_per_actor=gpus_per_actor) for share in shares
     ]
-    fitting = next((one for one in placements if _held(one, nodes) >= len(clients)), None)
+    fitting = next((one for one in placements if holds(nodes, one)), None)
     return fitting or _refuse(placements[-1], nodes)
+
+
+def holds(nodes: Sequence[Resources], placement: CellPlacement) -> bool:
+    """Whether the nodes could hold a cell's actors, with nothing else on them."""
+    return _held(placement, nodes) >= len(placement.clients)
+
+
+def halved(placement: CellPlacement, config: CellConfig, nodes: Sequence[Resources]) -> CellPlacement | None:
+    """The same cell with half as many actors at a time on a GPU, which changes no number.
+
+    Each gets twice the share of a GPU; where the nodes don't hold that many, fewer actors host more clients each.
+
+    Returns:
+        None where an actor has a GPU to itself already, or has none.
+    """
+    sharing = int(1 / placement.gpus_per_actor + 1e-6) if placement.gpus_per_actor else 0
+    if sharing < 2:
+        return None
+    share = math.floor(10_000 / (sharing // 2)) / 10_000
+    num_clients, per_actor = config.partition.num_clients, len(placement.clients[0])
+    while True:
+        clients = tuple(assign_clients(num_clients, per_actor, config.sharing.reduce_block))
+        roomier = replace(placement, clients=clients, gpus_per_actor=share)
+        if holds(nodes, roomier) or len(clients) == 1:
+            return roomier
+        per_actor *= 2
 
 
 def _cpu_shares(num_actors: int, threads: int, nodes: Sequence[Resources]) -> list[float]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 from tensorboardX import SummaryWriter
 
@@ -19,13 +20,12 @@ class RunLog:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+        self._file = _opened(folder)
         self._events = SummaryWriter(str(folder), flush_secs=30)
 
     def write(self, message: str) -> None:
         """Add a line with the time (UTC), and see it onto the disk."""
-        self._file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n")
-        os.fsync(self._file.fileno())
+        _write(self._file, message)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add values to the event file, by tag, at a round."""
@@ -36,3 +36,19 @@ class RunLog:
         """Flush and close both."""
         self._events.close()
         self._file.close()
+
+
+def add_line(folder: Path, message: str) -> None:
+    """Add a line to the log of a run whose own process can't do it."""
+    with _opened(folder) as file:
+        _write(file, message)
+
+
+def _opened(folder: Path) -> TextIO:
+    folder.mkdir(parents=True, exist_ok=True)
+    return open(folder / "log.txt", "a", encoding="utf-8", buffering=1)
+
+
+def _write(file: TextIO, message: str) -> None:
+    file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n")
+    os.fsync(file.fileno())

@@ -53,6 +53,11 @@ class ResultsFolder:
         """Everything else of one cell and seed."""
         return self.root / "runs" / cell
 
+    @property
+    def stop_file(self) -> Path:
+        """While it is there, running cells stop after their round, with a checkpoint, and no other begins."""
+        return self.root / "stop"
+
     def prepare(self) -> None:
         """Make the folders, and try whether they can be written.
 

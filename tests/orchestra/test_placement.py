@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flexifed.config import CellConfig, Device, NumericsConfig, PartitionConfig, SharingConfig
 from flexifed.errors import ConfigError, ResourceError
-from flexifed.orchestra.placement import CellPlacement, PlacementOptions, place_cell
+from flexifed.orchestra.placement import CellPlacement, PlacementOptions, halved, holds, place_cell
 
 Nodes = list[dict[str, float]]
 
@@ -243,3 +243,57 @@ def test_what_fits_with_a_smaller_share_of_cpus_is_not_refused(
 ) -> None:
     placement = place(config, nodes, **options)
     assert packed(placement, nodes) == len(placement.clients)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "expected"),
+    [
+        (1, {}, ([2] * 4, 1.0, 0.25)),  # eight on one GPU become four that host two clients each
+        (4, {}, ([1] * 8, 1.0, 0.25)),  # with more GPUs they only spread
+        (1, {"gpus_per_client": 0.125, "clients_per_actor": 4}, ([8], 1.0, 1.0)),
+        (1, {"gpus_per_client": 0.3, "clients_per_actor": 3}, None),  # one already
+        (1, {"gpus_per_client": 0.33, "clients_per_actor": 1}, None),  # does not fit to begin with
+    ],
+)
+def test_half_as_many_actors_share_a_gpu(
+    gpus: int, options: dict[str, Any], expected: tuple[list[int], float, float] | None
+) -> None:
+    config, nodes = cell(device="cuda"), [{"CPU": 16, "GPU": gpus}]
+    try:
+        placement = place(config, nodes, **options)
+    except ResourceError:
+        assert expected is None
+        return
+    roomier = halved(placement, config, nodes)
+    assert (shape(roomier) if roomier else None) == expected
+
+
+@given(
+    num_clients=st.integers(1, 40),
+    share=st.sampled_from([1.0, 0.5, 0.3333, 0.3, 0.25, 0.2, 0.125, 0.1, 0.05]),
+    per_actor=st.integers(1, 4),
+    gpus=st.integers(1, 4),
+    block=st.sampled_from([1, 2, 4]),
+)
+@settings(max_examples=200, deadline=None)
+def test_halving_ends_at_one_actor_a_gpu_and_always_fits(
+    num_clients: int, share: float, per_actor: int, gpus: int, block: int
+) -> None:
+    config = cell(num_clients, device="cuda", reduce_block=block)
+    nodes = [{"CPU": 64.0, "GPU": float(gpus)}]
+    try:
+        placement: CellPlacement | None = place(config, nodes, gpus_per_client=share, clients_per_actor=per_actor)
+    except (ResourceError, ConfigError):
+        event("refused")
+        return
+    steps = 0
+    while placement is not None:
+        assert holds(nodes, placement)
+        assert [client for actor in placement.clients for client in actor] == list(range(num_clients))
+        sharing = int(1 / placement.gpus_per_actor + 1e-6)
+        roomier = halved(placement, config, nodes)
+        assert (roomier is None) == (sharing < 2)
+        if roomier is not None:
+            assert int(1 / roomier.gpus_per_actor + 1e-6) == sharing // 2
+        placement, steps = roomier, steps + 1
+    assert steps <= 6

@@ -32,8 +32,8 @@ def cell(results: Path, scheme: SchemeName = "max_common") -> CellRun:
     return CellRun(config=config, info=info, profile="test", rounds=ROUNDS, results=results, checkpoint_every=2)
 
 
-def play(run: CellRun, rounds: int | None = None, clients_per_host: int = 4) -> None:
-    """Begin a cell or go on with it, and stop without a word after some rounds, or play it to its end."""
+def play(run: CellRun, rounds: int | None = None, clients_per_host: int = 4, stop: bool = False) -> None:
+    """Begin a cell or go on with it, and stop after some rounds, without a word if not asked to, or at its end."""
     session = CellSession(run, "in process")
     session.start(LocalHosts(run.config, run.info, session.shards, clients_per_host))
     played = 0
@@ -41,6 +41,8 @@ def play(run: CellRun, rounds: int | None = None, clients_per_host: int = 4) -> 
         played += 1
         if session.play_round().round_index == run.rounds:
             break
+    if stop:
+        session.stop()
     session.close()
 
 

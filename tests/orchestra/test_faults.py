@@ -1,0 +1,417 @@
+"""What is lost while a command runs, and what stops it: the numbers stay those of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+import psutil
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from test_resume import TIMINGS, cell, checkpoints, digests, log, play, rows
+
+from flexifed.config import CellConfig
+from flexifed.data import DatasetInfo
+from flexifed.errors import ClientError, DeviceMemoryError
+from flexifed.federation.rounds import LocalHosts
+from flexifed.orchestra import cluster
+from flexifed.orchestra.actors import ClientActor, GroupLostError, LostError
+from flexifed.orchestra.cell import CellRun
+from flexifed.orchestra.ledger import CellReport
+from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
+from flexifed.orchestra.sweep import CellTrial, PlacedRun, run_grid
+from flexifed.results.store import ResultsFolder
+
+ROOT = Path(__file__).parents[2]
+Hook = Callable[[], None]
+
+
+class Heard:
+    """An observer that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.rounds: list[int] = []
+
+    def cell_started(self, name: str) -> None: ...
+
+    def round_played(self, report: CellReport) -> None:
+        self.rounds.append(report.round_index)
+
+    def noted(self, message: str, name: str | None = None) -> None:
+        self.notes.append(message)
+
+
+def run_cells(runs: list[CellRun], options: PlacementOptions, heard: Heard, **more: bool) -> dict[str, str]:
+    def place(run: CellRun, nodes: object) -> CellPlacement:
+        return place_cell(run.config, options, nodes)  # type: ignore[arg-type]
+
+    nodes: list[Resources] = cluster.nodes()
+    return run_grid([PlacedRun(run, place(run, nodes)) for run in runs], heard, place=place, **more)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> CellRun:
+    run = cell(tmp_path_factory.mktemp("undisturbed"))
+    play(run)
+    return run
+
+
+def assert_equal(run: CellRun, undisturbed: CellRun) -> None:
+    dropped = [*TIMINGS, "actor"]
+    pd.testing.assert_frame_equal(rows(run).drop(columns=dropped), rows(undisturbed).drop(columns=dropped))
+    assert digests(run) == digests(undisturbed)
+
+
+# --------------------------------------------------------------------------------------- what a trial does, without Ray
+
+
+class BrittleHosts:
+    """Stands in for `ActorHosts`: in process, and the calls that are named fail once."""
+
+    failing: ClassVar[list[tuple[str, int, Exception]]] = []
+    alive: ClassVar[int] = 0
+
+    def __init__(self, group: object) -> None:
+        BrittleHosts.alive += 1
+        self._calls: Counter[str] = Counter()
+
+    def begin(self, config: CellConfig, info: DatasetInfo, placement: CellPlacement, shards: Sequence[Any]) -> None:
+        self._inner = LocalHosts(config, info, shards, len(placement.clients[0]))
+        self._fail("begin")
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def call(*args: object, **options: object) -> object:
+            self._fail(name)
+            return getattr(self._inner, name)(*args, **options)
+
+        return call
+
+    def _fail(self, name: str) -> None:
+        self._calls[name] += 1
+        for fault in BrittleHosts.failing:
+            if fault[:2] == (name, self._calls[name]):
+                BrittleHosts.failing.remove(fault)
+                raise fault[2]
+
+    def shut_down(self) -> None:
+        BrittleHosts.alive -= 1
+
+
+@pytest.fixture
+def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[CellRun], CellTrial]:
+    monkeypatch.setattr("flexifed.orchestra.sweep.ActorHosts", BrittleHosts)
+    monkeypatch.setattr("ray.util.get_current_placement_group", lambda: "a group")
+    monkeypatch.setattr("flexifed.orchestra.cluster.nodes", lambda: [{"CPU": 4, "GPU": 1}])
+    BrittleHosts.failing, BrittleHosts.alive = [], 0
+
+    def make(run: CellRun) -> CellTrial:
+        one = CellTrial.__new__(CellTrial)
+        placement = CellPlacement(clients=(range(2), range(2, 4)), cpus_per_actor=1, gpus_per_actor=0.5)
+        one.setup({"placed": PlacedRun(run, placement)})
+        return one
+
+    return make
+
+
+def steps(trial: CellTrial) -> list[CellReport]:
+    reports: list[CellReport] = []
+    while not reports or not reports[-1].ends:
+        reports.append(trial.step()["report"])
+    trial.cleanup()
+    assert BrittleHosts.alive == 0
+    return reports
+
+
+@pytest.mark.parametrize(
+    ("call", "count", "again"),
+    [
+        ("begin", 1, 0),
+        ("play_round", 4, 2),
+        ("save", 1, 0),
+        ("save", 2, 2),
+        ("state_sha256", 1, 4),
+    ],
+)
+def test_a_cell_that_is_lost_begins_again_from_its_last_checkpoint(
+    tmp_path: Path, trial: Callable[[CellRun], CellTrial], call: str, count: int, again: int, undisturbed: CellRun
+) -> None:
+    BrittleHosts.failing = [(call, count, LostError("a process is gone: why"))]
+    run = cell(tmp_path / "lost")
+    reports = steps(trial(run))
+    index = [report.state for report in reports].index("lost")
+    assert reports[index].reason == "a process is gone: why"
+    assert [report.state for report in reports].count("lost") == 1
+    assert [report.round_index for report in reports[index + 1 :]] == [*range(again, run.rounds + 1)]
+    assert (f"goes on with round {again}" in log(run)) == (again > 0)
+    assert reports[-1].state == "finished"
+    assert_equal(run, undisturbed)
+
+
+def test_a_cell_that_lost_its_place_is_left_to_tune(
+    tmp_path: Path, trial: Callable[[CellRun], CellTrial], undisturbed: CellRun
+) -> None:
+    BrittleHosts.failing = [("begin", 1, GroupLostError("a node is gone"))]
+    run = cell(tmp_path / "lost")
+    first = trial(run)
+    with pytest.raises(GroupLostError):
+        first.step()
+    assert BrittleHosts.alive == 0
+    assert steps(trial(run))[-1].state == "finished"
+    assert_equal(run, undisturbed)
+
+
+def test_a_cell_stops_after_its_round_and_none_begins(
+    tmp_path: Path, trial: Callable[[CellRun], CellTrial], undisturbed: CellRun
+) -> None:
+    run = cell(tmp_path / "stopped")
+    one = trial(run)
+    assert one.step()["report"].state == "playing"
+    ResultsFolder(run.results).stop_file.touch()
+    [report] = steps(one)
+    assert (report.state, report.round_index) == ("stopped", 1)
+    assert (checkpoints(run) / "round-000002").exists()
+    assert [report.round_index for report in steps(trial(run))] == [-1]
+    ResultsFolder(run.results).stop_file.unlink()
+    assert [report.round_index for report in steps(trial(run))] == [2, 3, 4, 5]
+    assert_equal(run, undisturbed)
+
+
+def test_a_cell_out_of_memory_says_where_there_is_more(tmp_path: Path, trial: Callable[[CellRun], CellTrial]) -> None:
+    BrittleHosts.failing = [("play_round", 2, DeviceMemoryError("client 3, round 1, training: out of memory"))]
+    run = cell(tmp_path / "full")
+    report = steps(trial(run))[-1]
+    assert report.state == "out_of_memory"
+    assert report.roomier == CellPlacement(clients=(range(4),), cpus_per_actor=1, gpus_per_actor=1.0)
+    assert report.reason == (
+        "client 3, round 1, training: out of memory; up to 4 clients, in 2 processes, share a GPU; "
+        "ask for --gpus-per-client 0.25 --clients-per-actor 4, or let --retry-out-of-memory do so"
+    )
+    assert report.reason in log(run)
+
+
+# ------------------------------------------------------------------------------------------------------ out of memory
+
+
+class FailingHost:
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def play_round(self, *_: object, **__: object) -> None:
+        raise ClientError(3, 1, "training", "a long traceback") from self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ..."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ArithmeticError("the loss is nan"), False),
+    ],
+)
+def test_a_full_device_is_told_from_other_failures(error: Exception, full: bool) -> None:
+    actor = ClientActor()
+    actor._host = FailingHost(error)  # type: ignore[assignment]
+    reason = str(error).splitlines()[0].split(". ")[0] if full else "a long traceback"
+    with pytest.raises(DeviceMemoryError if full else ClientError) as raised:
+        actor.play_round(1, True, False)
+    assert str(raised.value) == f"client 3, round 1, training: {reason}"
+
+
+def hungry() -> Hook:
+    """Runs in every worker: training asks for more memory than a quarter of a GPU has."""
+
+    def hook() -> None:  # nested, so that it travels by value
+        import torch
+
+        from flexifed.federation import client
+
+        train = client.train
+
+        def hungry_train(*args: object, **options: object) -> float:
+            if ray.get_runtime_context().get_assigned_resources()["GPU"] < 0.5:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more.")
+            return train(*args, **options)  # type: ignore[arg-type]
+
+        client.train = hungry_train
+
+    return hook
+
+
+@pytest.fixture
+def one_gpu() -> Iterator[None]:
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"worker_process_setup_hook": hungry()},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_gpu")
+def test_out_of_memory_names_the_share_to_ask_for_or_asks_for_it(tmp_path: Path, undisturbed: CellRun) -> None:
+    run, heard = cell(tmp_path / "full"), Heard()
+    options = PlacementOptions(gpus_per_client=0.25, clients_per_actor=1)
+    [reason] = run_cells([run], options, heard).values()
+    _, said = reason.split(", ", 1)  # after which client it was
+    assert said == (
+        "round 0, training: CUDA out of memory; up to 4 clients, in 4 processes, share a GPU; "
+        "ask for --gpus-per-client 0.25 --clients-per-actor 2, or let --retry-out-of-memory do so"
+    )
+    assert run_cells([run], options, heard, retry_out_of_memory=True) == {}
+    assert "to be tried again: 2 actors of up to 2 clients, each 1 CPU and 0.5 GPU" in heard.notes[-1]
+    assert_equal(run, undisturbed)
+
+
+# -------------------------------------------------------------------------------------------------------------- nodes
+
+
+def hold_second_round(marker: Path, go: Path) -> Hook:
+    """Runs in every worker: its second training waits, so that a node can be taken away in the middle of it."""
+
+    def hook() -> None:
+        import time
+
+        from flexifed.federation import client
+
+        train, calls = client.train, []
+
+        def held(*args: object, **options: object) -> float:
+            calls.append(1)
+            if len(calls) == 2:
+                marker.touch()
+                while not go.exists():
+                    time.sleep(0.05)
+            return train(*args, **options)  # type: ignore[arg-type]
+
+        client.train = held
+
+    return hook
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [2, 1], ids=["room is left", "to be placed anew"])
+def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(
+    tmp_path: Path, cpus: int, undisturbed: CellRun
+) -> None:
+    marker, go = tmp_path / "marker", tmp_path / "go"
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus})
+    victim, _ = (nodes.add_node(num_cpus=cpus) for _ in range(2))
+    try:
+        ray.init(
+            address=nodes.address,
+            log_to_driver=False,
+            runtime_env={"worker_process_setup_hook": hold_second_round(marker, go)},
+        )
+        nodes.wait_for_nodes()
+
+        def remove() -> None:
+            while not marker.exists():
+                time.sleep(0.05)
+            nodes.remove_node(victim, allow_graceful=False)
+            go.touch()
+
+        thread = threading.Thread(target=remove, daemon=True)
+        thread.start()
+        run, heard = cell(tmp_path / "lost"), Heard()
+        options = PlacementOptions(clients_per_actor=2 if cpus == 2 else None)
+        assert run_cells([run], options, heard) == {}
+        thread.join()
+        assert heard.notes
+        print(heard.notes, log(run))
+        assert_equal(run, undisturbed)
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+# ----------------------------------------------------------------------------------------------------- asked to stop
+
+
+def test_a_cell_that_is_asked_to_stop_commits_its_last_round(tmp_path: Path, undisturbed: CellRun) -> None:
+    run = cell(tmp_path / "stopped")
+    play(run, 3, stop=True)
+    before = rows(run)
+    assert sorted(folder.name for folder in checkpoints(run).iterdir()) == ["round-000002", "round-000003"]
+    play(run)
+    assert "goes on with round 3, from round-000003" in log(run)
+    pd.testing.assert_frame_equal(rows(run).head(len(before)), before)
+    assert_equal(run, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["once", "terminated", "twice"]
+)
+def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
+    tmp_path: Path, signals: list[signal.Signals]
+) -> None:
+    line = ["--profile", "smoke", "--data", "synthetic", "--only", "*/vgg/max_common", "--only", "*/vgg/standalone"]
+    twice = len(signals) == 2
+    line += ["--rounds", "400", "--local-epochs", "40" if twice else "1", "--results-dir", str(tmp_path)]
+    command = psutil.Popen(
+        [sys.executable, str(ROOT / "experiments" / "table1.py"), *line],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not (logs := [*tmp_path.glob("table1/runs/*/log.txt")]) or " round 0/400 " not in logs[0].read_text():
+        assert command.poll() is None, command.stdout.read()
+        time.sleep(0.1)
+    processes = command.children(recursive=True)
+    assert processes
+    for number in signals:
+        if number == signal.SIGINT:  # a terminal sends it to all
+            os.killpg(command.pid, number)
+        else:
+            command.send_signal(number)
+        time.sleep(1.0)  # longer than what counts as one press
+    output = command.communicate()[0]
+    assert command.returncode == 130
+    assert "the same command goes on" in output
+    _, left = psutil.wait_procs(processes, timeout=60)
+    assert left == []
+    assert "Traceback" not in output
+    folder = ResultsFolder(tmp_path / "table1")
+    assert not folder.stop_file.exists()
+    [name] = [path.stem for path in folder.rounds.glob("*.parquet")]  # the other cell was not begun
+    run_folder = folder.run_folder(name)
+    assert "stopping after the round" in output
+    assert ("stopped, as asked" in (run_folder / "log.txt").read_text()) == (not twice)
+    if not twice:
+        committed = [path.name for path in (run_folder / "checkpoints").iterdir()]
+        assert committed == [f"round-{(folder.last_round(name) or 0) + 1:06d}"]
+
+
+# -------------------------------------------------------------------------------------------------------------- kills
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_kills_at_random_change_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(ROOT / "benchmarks" / "kills.py"))["main"]
+    line = ["--kills", "6", "--seed", "1", "--rounds", "30", "--results-dir", str(tmp_path)]
+    status = main([*line, "--only", "*/vgg/max_common", "--only", "*/vgg/standalone"])
+    output = capsys.readouterr().out
+    assert status == 0, output
+    assert len([line for line in output.splitlines() if "  kill " in line]) == 6

@@ -1,0 +1,101 @@
+"""What the command makes of what it hears: who begins again, who is given up, who has failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flexifed.orchestra.ledger import PATIENCE, CellReport, Ledger
+from flexifed.orchestra.placement import CellPlacement
+
+ROOMIER = CellPlacement(clients=(range(4),), cpus_per_actor=1, gpus_per_actor=0.5)
+
+
+class Notes:
+    """An observer that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.reports: list[CellReport] = []
+
+    def cell_started(self, name: str) -> None: ...
+
+    def round_played(self, report: CellReport) -> None:
+        self.reports.append(report)
+
+    def noted(self, message: str, name: str | None = None) -> None:
+        self.notes.append(f"{name}: {message}")
+
+
+@pytest.fixture
+def notes() -> Notes:
+    return Notes()
+
+
+def ledger(notes: Notes, tmp_path: Path, **options: bool) -> Ledger:
+    return Ledger(notes, {name: tmp_path / name for name in "ab"}, **options)
+
+
+def lost(name: str = "a") -> CellReport:
+    return CellReport(name, "lost", reason="the process of clients 0 to 3 is gone: why")
+
+
+def played(round_index: int) -> CellReport:
+    return CellReport("a", "playing", round_index, {"v1": 0.1})
+
+
+def test_losses_in_a_row_without_a_new_round_are_what_counts(notes: Notes, tmp_path: Path) -> None:
+    book = ledger(notes, tmp_path)
+    for round_index in range(10):  # every round is lost twice, and gone on with
+        book.heard(played(round_index))
+        for _ in range(PATIENCE - 1):
+            book.heard(lost())
+            book.heard(played(max(0, round_index - 1)))  # what was played before is no progress
+    assert not book.has_ended("a")
+    assert book.failures == {}
+    assert len(notes.notes) == 10 * (PATIENCE - 1)
+    book.heard(lost())
+    assert book.has_ended("a")
+    assert book.failures == {
+        "a": "lost 3 times in a row without a new round, the last time because "
+        "the process of clients 0 to 3 is gone: why"
+    }
+    assert notes.reports[-1].state == "failed"
+    log = (tmp_path / "a" / "log.txt").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in log[-2:]] == [
+        "the process of clients 0 to 3 is gone: why; all its clients go back to the last checkpoint",
+        f"failed: {book.failures['a']}",
+    ]
+
+
+def test_cells_are_counted_apart(notes: Notes, tmp_path: Path) -> None:
+    book = ledger(notes, tmp_path)
+    for _ in range(PATIENCE - 1):
+        book.heard(lost("a"))
+        book.heard(lost("b"))
+    assert book.failures == {}
+    assert not book.is_over("b")
+
+
+@pytest.mark.parametrize(("retry", "roomier"), [(False, ROOMIER), (True, None), (False, None)])
+def test_out_of_memory_is_a_failure_unless_it_can_be_tried_again(
+    notes: Notes, tmp_path: Path, retry: bool, roomier: CellPlacement | None
+) -> None:
+    book = ledger(notes, tmp_path, retry_out_of_memory=retry)
+    book.heard(CellReport("a", "out_of_memory", reason="client 3: CUDA out of memory", roomier=roomier))
+    assert book.is_over("a")
+    assert book.failures == {"a": "client 3: CUDA out of memory"}
+    assert [report.state for report in notes.reports] == ["failed"]
+
+
+def test_out_of_memory_is_tried_again_in_a_roomier_place(notes: Notes, tmp_path: Path) -> None:
+    book = ledger(notes, tmp_path, retry_out_of_memory=True)
+    book.heard(CellReport("a", "out_of_memory", reason="full", roomier=ROOMIER))
+    assert book.has_ended("a")
+    assert not book.is_over("a")
+    assert book.failures == {}
+    assert notes.notes == [f"a: full; to be tried again: {ROOMIER}"]
+    assert book.begin_again("a") == ROOMIER
+    assert not book.has_ended("a")
+    assert book.begin_again("a") is None
