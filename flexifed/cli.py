@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _POSITIONAL: Any = tyro.conf.Positional
 _NUM_CLASSES = 10
+_EXPERIMENT = "table1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +162,8 @@ class Report:
 
     results_dir: Annotated[Path, _POSITIONAL] = Path("results")
     """The --results-dir of the runs."""
-    experiment: str = "table1"
-    """The experiment's name: a folder in the results."""
+    experiment: str | None = None
+    """A folder in the results. Default: table1, or the newest of table1-2 and so on where --fresh made them."""
     pick: Literal["last", "best", "final"] = "last"
     """Which rounds a number is of. last: mean of the last tenth of them, at most 50. best: the version's best. final:
     the very last score."""
@@ -172,9 +173,16 @@ class Report:
     def run(self, console: Console) -> None:
         """Print the tables."""
         from flexifed.report.runs import report
+        from flexifed.results.attempts import experiment_folders, newest_folder
         from flexifed.results.store import ResultsFolder
 
-        folder = ResultsFolder((self.results_dir.expanduser() / self.experiment).absolute())
+        results_dir = self.results_dir.expanduser().absolute()
+        root = newest_folder(results_dir, _EXPERIMENT) if self.experiment is None else results_dir / self.experiment
+        folders = experiment_folders(results_dir, self.experiment or _EXPERIMENT)
+        if others := [folder.name for folder in folders if folder != root]:
+            note = f"{root}; there are also (choose with --experiment): {', '.join(others)}"
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
+        folder = ResultsFolder(root)
         for part in report(folder, pick=self.pick, profile=self.profile):
             console.print(part, highlight=False, markup=False)
 

@@ -76,6 +76,10 @@ class GridOptions:
     """At most so many cells at a time. Default: as many as fit."""
     checkpoint_every: int | None = None
     """Rounds between checkpoints. Default: by time, a minute or more, so that they cost under 3 % of it."""
+    keep_final: bool = True
+    """Keep each cell's final state, so that the same command with more --rounds goes on from it."""
+    fresh: bool = False
+    """Start over in a new folder beside the results that are there; nothing is deleted."""
     dry_run: bool = False
     """Print the cells, the resources and an estimate of the time; start nothing."""
     model: Annotated[ModelConfig, _FLAT] = field(default_factory=ModelConfig)

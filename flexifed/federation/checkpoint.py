@@ -96,16 +96,19 @@ class Checkpoints:
         for folder in self._folders():
             try:
                 checkpoint = self._verified(folder)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 note(f"checkpoint {folder.name} is passed over: {error}")
                 continue
             if at_most is None or checkpoint.next_round <= at_most:
                 return checkpoint
         return None
 
-    def delete(self) -> None:
-        """Remove all of them: the cell has ended."""
-        shutil.rmtree(self._root, ignore_errors=True)
+    def end(self, *, keep_final: bool) -> None:
+        """The cell has ended: remove all checkpoints, or all but the last, from which more rounds can go on."""
+        if not keep_final:
+            shutil.rmtree(self._root, ignore_errors=True)
+        for old in self._folders()[1:]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
         """Newest first."""
