@@ -28,7 +28,7 @@ from flexifed.config import (
     Weighting,
     client_model,
 )
-from flexifed.errors import DataError
+from flexifed.errors import ConfigError, DataError
 from flexifed.launch import guarded
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _POSITIONAL: Any = tyro.conf.Positional
 _NUM_CLASSES = 10
+_MOST_CLIENTS = 1_000_000
 _EXPERIMENT = "table1"
 
 
@@ -81,6 +82,8 @@ class Plan:
             console.print(part, highlight=False)
 
     def _summary(self) -> PlanSummary:
+        if self.num_clients > _MOST_CLIENTS:
+            raise ConfigError(f"num_clients is {self.num_clients}; a plan is shown for at most {_MOST_CLIENTS}")
         ModelConfig(width=self.width)  # checks the numbers before torch is imported
         PartitionConfig(num_clients=self.num_clients, num_shards=max(1, self.num_clients))
         from flexifed.core.schemes import sharing_plan

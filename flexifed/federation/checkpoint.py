@@ -116,14 +116,18 @@ class Checkpoints:
 
     def _verified(self, folder: Path) -> Checkpoint:
         path = folder / MANIFEST
-        if not path.exists():
+        if not path.is_file():
             raise ValueError("it was not finished")
         manifest = json.loads(path.read_bytes())
+        if not isinstance(manifest["next_round"], int):
+            raise ValueError(f"its manifest says round {manifest['next_round']!r}")
         if manifest["run_id"] != self._run_id:
             raise ValueError(f"it is of run {manifest['run_id']}")
         if folder.name != f"round-{manifest['next_round']:06d}":
             raise ValueError(f"its manifest says round {manifest['next_round']}")
         for name, expected in manifest["files"].items():
+            if Path(name).name != name or not (folder / name).is_file():  # no device, no pipe, nothing elsewhere
+                raise ValueError(f"{name!r} is no file in it")
             with open(folder / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
@@ -151,7 +155,7 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ResultsError(f"can't read {path}: {error}; remove its folder, and the one before is used") from error
 
 

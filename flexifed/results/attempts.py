@@ -8,12 +8,26 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from flexifed.errors import ResultsError
+
 
 def experiment_folders(results_dir: Path, name: str) -> list[Path]:
-    """Those that are there, oldest first."""
-    numbered = {1: results_dir / name} if (results_dir / name).is_dir() else {}
-    for path in results_dir.glob(f"{name}-*"):
-        if (match := re.fullmatch(rf"{re.escape(name)}-([1-9]\d*)", path.name)) and path.is_dir():
+    """Those that are there, oldest first.
+
+    Raises:
+        ResultsError: the results can't be looked at.
+    """
+    try:
+        folders = [path for path in (results_dir / name, *results_dir.glob(f"{name}-*")) if path.is_dir()]
+    except OSError as error:
+        raise ResultsError(
+            f"can't look for results in {results_dir}: {error.strerror or error}; choose another --results-dir"
+        ) from error
+    numbered = {}
+    for path in folders:
+        if path.name == name:
+            numbered[1] = path
+        elif match := re.fullmatch(rf"{re.escape(name)}-([1-9]\d*)", path.name):
             numbered[int(match[1])] = path
     return [numbered[number] for number in sorted(numbered)]
 
