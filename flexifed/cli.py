@@ -32,7 +32,7 @@ from flexifed.config import (
     Weighting,
     client_model,
 )
-from flexifed.errors import DataError
+from flexifed.errors import ConfigError, DataError
 from flexifed.launch import guarded
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 _POSITIONAL: Any = tyro.conf.Positional
 _NUM_CLASSES: Mapping[InputKind, int] = MappingProxyType({"image": 10, "text": 4})
 """Classes of CIFAR-10 and of AG News."""
+_MOST_CLIENTS = 1_000_000
+_EXPERIMENT = "table1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,8 @@ class Plan:
 
     def summary(self) -> PlanSummary:
         """Work the plan out."""
+        if self.num_clients > _MOST_CLIENTS:
+            raise ConfigError(f"num_clients is {self.num_clients}; a plan is shown for at most {_MOST_CLIENTS}")
         ModelConfig(width=self.width)  # checks the numbers before torch is imported
         PartitionConfig(num_clients=self.num_clients, num_shards=max(1, self.num_clients))
         from flexifed.core.schemes import sharing_plan
@@ -200,8 +204,8 @@ class Report:
 
     results_dir: Annotated[Path, _POSITIONAL] = Path("results")
     """The --results-dir of the runs."""
-    experiment: str = "table1"
-    """The experiment's name: a folder in the results."""
+    experiment: str | None = None
+    """A folder in the results. Default: table1, or the newest of table1-2 and so on where --fresh made them."""
     pick: Literal["last", "best", "final"] = "last"
     """Which rounds a number is of. last: mean of the last tenth of them, at most 50. best: the version's best. final:
     the very last score."""
@@ -211,9 +215,16 @@ class Report:
     def run(self, console: Console) -> None:
         """Print the tables."""
         from flexifed.report.runs import report
+        from flexifed.results.attempts import experiment_folders, newest_folder
         from flexifed.results.store import ResultsFolder
 
-        folder = ResultsFolder((self.results_dir.expanduser() / self.experiment).absolute())
+        results_dir = self.results_dir.expanduser().absolute()
+        root = newest_folder(results_dir, _EXPERIMENT) if self.experiment is None else results_dir / self.experiment
+        folders = experiment_folders(results_dir, self.experiment or _EXPERIMENT)
+        if others := [folder.name for folder in folders if folder != root]:
+            note = f"{root}; there are also (choose with --experiment): {', '.join(others)}"
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
+        folder = ResultsFolder(root)
         for part in report(folder, pick=self.pick, profile=self.profile):
             console.print(part, highlight=False, markup=False)
 

@@ -29,6 +29,7 @@ ClassifierSharing = Literal["prefix", "never", "always"]
 _LARGEST = sys.float_info.max
 _LARGEST_INTEGER = 2**63 - 1  # of a Parquet column
 _WIDEST = 64.0
+_MOST_THREADS = 1024
 
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 SCHEMES: tuple[str, ...] = get_args(SchemeName)
@@ -160,7 +161,7 @@ class NumericsConfig:
     """Memory format of images and convolutions."""
 
     def __post_init__(self) -> None:
-        _check_integer(self, "threads", 1)
+        _check_integer(self, "threads", 1, _MOST_THREADS)
         _check_bool(self, "channels_last")
 
 
@@ -232,10 +233,11 @@ def client_model(family: FamilyName, client: int) -> str:
     return versions[client % len(versions)]
 
 
-def _check_integer(config: object, name: str, minimum: int) -> None:
+def _check_integer(config: object, name: str, minimum: int, maximum: int = _LARGEST_INTEGER) -> None:
     value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST_INTEGER:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {minimum} and below 2**63")
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        most = "below 2**63" if maximum == _LARGEST_INTEGER else f"at most {maximum}"
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {minimum} and {most}")
 
 
 def _check_number(

@@ -78,6 +78,10 @@ class GridOptions:
     """Rounds between checkpoints. Default: by time, a minute or more, so that they cost under 3 % of it."""
     retry_out_of_memory: bool = False
     """Where clients that share a GPU run out of its memory, try their cell again with half as many processes on it."""
+    keep_final: bool = True
+    """Keep each cell's final state, so that the same command with more --rounds goes on from it."""
+    fresh: bool = False
+    """Start over in a new folder beside the results that are there; nothing is deleted."""
     dry_run: bool = False
     """Print the cells, the resources and an estimate of the time; start nothing."""
     model: Annotated[ModelConfig, _FLAT] = field(default_factory=ModelConfig)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.filesize import decimal
 
 from flexifed.config import DatasetName, Device
 from flexifed.errors import CellsFailedError, FlexifedError
@@ -66,10 +67,10 @@ def guarded(action: Callable[[], None], when_stopped: str = "") -> int:
 def _run(name: str, grid: Sequence[CellName], options: GridOptions, console: Console) -> None:
     cells = select_cells(grid, options.only)
     from flexifed.data import find_dataset
-    from flexifed.orchestra import cluster
+    from flexifed.results.lock import locked
     from flexifed.results.store import ResultsFolder
 
-    folder = ResultsFolder((options.results_dir.expanduser() / name).absolute())
+    folder = ResultsFolder(_root(name, options, console))
     infos = {
         dataset: find_dataset(dataset, data=options.data, data_dir=options.data_dir, download=options.download)
         for dataset in dict.fromkeys(cell.dataset for cell in cells)
@@ -81,16 +82,31 @@ def _run(name: str, grid: Sequence[CellName], options: GridOptions, console: Con
         _dry_run(options, cells, infos, folder.root, console)
         return
     folder.prepare()
-    with cluster.connected(options.address):
-        nodes = cluster.nodes()
-        runs = make_runs(options, cells, infos, folder.root, _device(options, cluster.has_gpus(nodes)))
-        failures = _run_cells(options, runs, nodes, console)
+    with locked(folder.root):
+        runs, failures = _run_cells(options, cells, infos, folder, console)
     _show_table(folder, options, [run for run in runs if run.name not in failures], console)
     if failures:
         raise CellsFailedError(
             f"{len(failures)} of {len(runs)} cells failed; each folder in {folder.root / 'runs'} has the cell's log:\n"
             + "\n".join(f"  {cell}: {reason.strip()}" for cell, reason in failures.items())
         )
+
+
+def _root(name: str, options: GridOptions, console: Console) -> Path:
+    """The experiment's folder: the newest one, or a fresh one."""
+    from flexifed.results.attempts import experiment_folders, fresh_folder, newest_folder
+
+    results_dir = options.results_dir.expanduser().absolute()
+    root = fresh_folder(results_dir, name) if options.fresh else newest_folder(results_dir, name)
+    before = [folder for folder in experiment_folders(results_dir, name) if folder != root]
+    if options.fresh:
+        stays = f"; {before[-1].name} stays as it is" if before else ""
+        console.print(
+            f"fresh: results go to {root}{stays}. Leave --fresh out to go on there.", highlight=False, soft_wrap=True
+        )
+    elif before:
+        console.print(f"results: {root}, the newest of {len(before) + 1}", highlight=False, soft_wrap=True)
+    return root
 
 
 def check_settings(options: GridOptions, cells: Sequence[CellName], infos: Mapping[DatasetName, DatasetInfo]) -> None:
@@ -130,6 +146,7 @@ def make_runs(
             rounds=options.rounds,
             results=results,
             checkpoint_every=options.checkpoint_every,
+            keep_final=options.keep_final,
         )
         for seed in options.seeds
         for cell in cells
@@ -137,44 +154,82 @@ def make_runs(
 
 
 def _run_cells(
-    options: GridOptions, runs: Sequence[CellRun], nodes: list[Resources], console: Console
-) -> dict[str, str]:
-    """Run what is not finished yet, and return what failed and why."""
+    options: GridOptions,
+    cells: Sequence[CellName],
+    infos: Mapping[DatasetName, DatasetInfo],
+    folder: ResultsFolder,
+    console: Console,
+) -> tuple[list[CellRun], dict[str, str]]:
+    """Run what is not finished yet; returns all runs, and what failed and why. Ray is not started for nothing."""
+    from flexifed.orchestra import cluster
+    from flexifed.orchestra.estimate import this_machine
     from flexifed.orchestra.placement import place_cell
     from flexifed.orchestra.sweep import PlacedRun, run_grid
     from flexifed.progress import GridProgress, counted
-    from flexifed.results.store import ResultsFolder
 
-    placed = [PlacedRun(run, place_cell(run.config, _placement(options), nodes)) for run in runs]
-    unfinished = [cell for cell in placed if not _is_finished(ResultsFolder(cell.run.results), cell.run)]
-    if skipped := len(placed) - len(unfinished):
-        console.print(f"{skipped} of {counted(len(placed), 'cell')} finished already", highlight=False)
-    if not unfinished:
-        return {}
-    console.print(
-        f"running {counted(len(unfinished), 'cell')} of {counted(options.rounds, 'round')}; "
-        f"a cell is {unfinished[0].placement}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    runs: list[CellRun] = []
+    if options.address is None:
+        here = [this_machine()]
+        runs = make_runs(options, cells, infos, folder.root, _device(options, cluster.has_gpus(here)))
+        for config in {run.config.device: run.config for run in runs}.values():
+            place_cell(config, _placement(options), here)  # what can't fit is refused before anything starts
+        if all(_is_finished(folder, run) for run in runs):
+            console.print(f"{len(runs)} of {counted(len(runs), 'cell')} finished already", highlight=False)
+            return runs, {}
+    with cluster.connected(options.address):
+        nodes = cluster.nodes()
+        runs = runs or make_runs(options, cells, infos, folder.root, _device(options, cluster.has_gpus(nodes)))
+        unfinished = [run for run in runs if not _is_finished(folder, run)]
+        if skipped := len(runs) - len(unfinished):
+            console.print(f"{skipped} of {counted(len(runs), 'cell')} finished already", highlight=False)
+        if not unfinished:
+            return runs, {}
+        _say_what_differs(folder, unfinished, console)
 
-    def place(run: CellRun, left: Sequence[Resources]) -> CellPlacement:
-        return place_cell(run.config, _placement(options), left)
+        def place(run: CellRun, left: Sequence[Resources]) -> CellPlacement:
+            return place_cell(run.config, _placement(options), left)
 
-    labels = {cell.run.name: _label(cell.run) for cell in unfinished}
-    progress = GridProgress(console, options.rounds, labels)
-    with stop_requests() as stop, progress.shown():
-        failures = run_grid(
-            unfinished,
-            progress,
-            place=place,
-            max_concurrent=options.max_concurrent,
-            retry_out_of_memory=options.retry_out_of_memory,
-            stop=stop,
+        placed = [PlacedRun(run, place(run, nodes)) for run in unfinished]
+        console.print(
+            f"running {counted(len(placed), 'cell')} of {counted(options.rounds, 'round')}; "
+            f"a cell is {placed[0].placement}",
+            highlight=False,
+            soft_wrap=True,
         )
-        if stop() and not all(_is_finished(ResultsFolder(cell.run.results), cell.run) for cell in unfinished):
-            raise KeyboardInterrupt
-    return failures
+        progress = GridProgress(console, options.rounds, {run.name: _label(run) for run in unfinished})
+        with stop_requests() as stop, progress.shown():
+            failures = run_grid(
+                placed,
+                progress,
+                place=place,
+                max_concurrent=options.max_concurrent,
+                retry_out_of_memory=options.retry_out_of_memory,
+                stop=stop,
+            )
+            if stop() and not all(_is_finished(folder, run) for run in unfinished):
+                raise KeyboardInterrupt
+        return runs, failures
+
+
+def _say_what_differs(folder: ResultsFolder, runs: Sequence[CellRun], console: Console) -> None:
+    """Where a new run has forerunners under other settings, say which: their results are not gone on with."""
+    from flexifed.progress import counted
+    from flexifed.report.runs import forerunner
+
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if folder.rounds_file(run.name).exists():
+            continue
+        if before := forerunner(folder, run.config, run.profile, run.info.fingerprint):
+            cell, differences = before
+            found.setdefault(differences, []).append(cell.name)
+    for differences, names in found.items():
+        console.print(
+            f"new settings, so {counted(len(names), 'new run')}; what lies there stays as it is. "
+            f"Before and now: {differences}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _dry_run(
@@ -185,6 +240,7 @@ def _dry_run(
     console: Console,
 ) -> None:
     """Print what would run where, and about how long it would take, judged by this machine."""
+    from flexifed.federation.host import state_bytes
     from flexifed.orchestra import cluster
     from flexifed.orchestra.estimate import START_S, cell_seconds, concurrent_cells, this_machine
     from flexifed.orchestra.placement import place_cell
@@ -209,6 +265,9 @@ def _dry_run(
         f"resources: a cell is {placement}, on {runs[0].config.device}; {at_once} at a time on {where}", soft_wrap=True
     )
     seconds = sum(cell_seconds(run, placement, nodes, at_once) for run in unfinished) / at_once + START_S
+    if options.keep_final:
+        kept = decimal(sum(state_bytes(run.config, run.info) for run in runs))
+        console.print(f"disk: {kept} of final states stay (none with --no-keep-final)", highlight=False)
     console.print(
         f"time: about {duration(seconds)}, from a few steps timed here and now; nothing was started",
         soft_wrap=True,

@@ -96,16 +96,19 @@ class Checkpoints:
         for folder in self._folders():
             try:
                 checkpoint = self._verified(folder)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 note(f"checkpoint {folder.name} is passed over: {error}")
                 continue
             if at_most is None or checkpoint.next_round <= at_most:
                 return checkpoint
         return None
 
-    def delete(self) -> None:
-        """Remove all of them: the cell has ended."""
-        shutil.rmtree(self._root, ignore_errors=True)
+    def end(self, *, keep_final: bool) -> None:
+        """The cell has ended: remove all checkpoints, or all but the last, from which more rounds can go on."""
+        if not keep_final:
+            shutil.rmtree(self._root, ignore_errors=True)
+        for old in self._folders()[1:]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
         """Newest first."""
@@ -113,14 +116,18 @@ class Checkpoints:
 
     def _verified(self, folder: Path) -> Checkpoint:
         path = folder / MANIFEST
-        if not path.exists():
+        if not path.is_file():
             raise ValueError("it was not finished")
         manifest = json.loads(path.read_bytes())
+        if not isinstance(manifest["next_round"], int):
+            raise ValueError(f"its manifest says round {manifest['next_round']!r}")
         if manifest["run_id"] != self._run_id:
             raise ValueError(f"it is of run {manifest['run_id']}")
         if folder.name != f"round-{manifest['next_round']:06d}":
             raise ValueError(f"its manifest says round {manifest['next_round']}")
         for name, expected in manifest["files"].items():
+            if Path(name).name != name or not (folder / name).is_file():  # no device, no pipe, nothing elsewhere
+                raise ValueError(f"{name!r} is no file in it")
             with open(folder / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
@@ -148,7 +155,7 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ResultsError(f"can't read {path}: {error}; remove its folder, and the one before is used") from error
 
 

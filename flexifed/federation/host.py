@@ -150,6 +150,16 @@ def cell_plan(config: CellConfig, info: DatasetInfo) -> SharingPlan:
     )
 
 
+def state_bytes(config: CellConfig, info: DatasetInfo) -> int:
+    """Bytes of a cell's whole state, as a checkpoint holds it: one tensor for each group, and what is personal."""
+    plan = cell_plan(config, info)
+    personal = 0
+    for client, architecture in enumerate(plan.architecture_of):
+        whole = sum(spec.num_bytes for layer in plan.signatures[client].layers for spec in layer.tensors)
+        personal += whole - sum(group.num_bytes for group in plan.groups_of(architecture))
+    return personal + sum(group.num_bytes for group in plan.groups)
+
+
 def client_weight(config: CellConfig, num_train: int) -> float:
     """A client's weight in a mean: FedAvg's number of samples, or 1."""
     return float(num_train) if config.sharing.weighting == "samples" else 1.0

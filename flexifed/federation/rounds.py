@@ -16,6 +16,7 @@ from flexifed.config import CellConfig
 from flexifed.core.aggregate import GroupState, combine_blocks
 from flexifed.data import DatasetInfo
 from flexifed.data.partition import iid_shards
+from flexifed.errors import ResultsError
 from flexifed.federation.checkpoint import SHARED, Checkpoint, read_tensors, write_tensors
 from flexifed.federation.client import ClientRound, ClientShards
 from flexifed.federation.host import ClientHost, HostRound, assign_clients, cell_plan
@@ -138,6 +139,12 @@ class Federation:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this cell."""
         named = read_tensors(checkpoint.folder / SHARED)
+        expected = {f"{group.index}/{index}" for group in self.plan.groups for index in range(len(group.tensors))}
+        if expected != set(named):
+            raise ResultsError(
+                f"{checkpoint.folder / SHARED} does not hold the tensors of this cell; remove its folder, and the one "
+                "before is used"
+            )
         self.shared = {
             group.index: tuple(named[f"{group.index}/{index}"] for index in range(len(group.tensors)))
             for group in self.plan.groups

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from flexifed.config import CellConfig
 from flexifed.data import DatasetInfo
+from flexifed.errors import ResultsError
 from flexifed.federation.checkpoint import Checkpoints
 from flexifed.federation.client import ClientShards
 from flexifed.federation.rounds import Federation, Hosts, RoundResult, make_shards
@@ -34,6 +36,7 @@ class CellRun:
         rounds: rounds of training; one more is scored.
         results: absolute path of the experiment's results.
         checkpoint_every: rounds between checkpoints; None: by time.
+        keep_final: keep the state after the last round of training, from which more rounds can go on.
     """
 
     config: CellConfig
@@ -42,6 +45,7 @@ class CellRun:
     rounds: int
     results: Path
     checkpoint_every: int | None = None
+    keep_final: bool = True
 
     @property
     def run_id(self) -> str:
@@ -86,7 +90,7 @@ class CellSession:
         self._writer = RoundsWriter(
             self._folder.rounds_file(self.run.name),
             _metadata(self.run, self._placement) | {"computed_on": sorted(set(hosts.device_names()))},
-            longer_than=self._finished_before(),
+            at_least=self._finished_before(),
             before=before,
         )
 
@@ -102,8 +106,7 @@ class CellSession:
         self._log_round(result)
         if not train:
             self._writer.flush()
-
-            self._checkpoints.delete()
+            self._checkpoints.end(keep_final=self.run.keep_final)
             self._log.write("end")
         elif self._is_checkpoint_due(result.round_index + 1):
             self._checkpoint(self._federation, self._writer)
@@ -118,8 +121,9 @@ class CellSession:
         self._log.write(f"stopped, as asked; round {self._federation.next_round} is next")
 
     def fail(self, reason: str) -> None:
-        """Note why the cell can't go on."""
-        self._log.write(f"failed: {reason}")
+        """Note why the cell can't go on, if the log can still be written."""
+        with suppress(ResultsError):
+            self._log.write(f"failed: {reason}")
 
     def close(self) -> None:
         """Close its files."""
@@ -129,6 +133,8 @@ class CellSession:
         """Go on from the last checkpoint that is whole and whose rows are there; returns those rows."""
         checkpoint = self._checkpoints.latest(self._log.write, at_most=self.run.rounds)
         if checkpoint is None:
+            if self._folder.last_round(self.run.name) is not None:
+                self._log.write("there are rows but no checkpoint: begins with round 0")
             return None
         rows = self._folder.rows_before(self.run.name, checkpoint.next_round)
         if rows.num_rows != checkpoint.next_round * self.run.config.partition.num_clients:
@@ -146,6 +152,8 @@ class CellSession:
         return self._folder.last_round(self.run.name)
 
     def _is_checkpoint_due(self, next_round: int) -> bool:
+        if next_round == self.run.rounds and self.run.keep_final:
+            return True
         if self.run.checkpoint_every is not None:
             return next_round % self.run.checkpoint_every == 0
         return time.monotonic() >= self._checkpoint_due

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from rich.table import Table
 
-from flexifed.config import NumericsConfig, SharingConfig
+from flexifed.config import CellConfig, NumericsConfig, SharingConfig
 from flexifed.errors import ResultsError
 from flexifed.profiles import PROFILES
 from flexifed.report.compare import PAIRED, paired_differences, render_differences
@@ -129,6 +129,37 @@ def changed_settings(cell: StoredCell) -> dict[str, object]:
     return {name: value for name, value in cell.settings.items() if name in defaults and value != defaults[name]}
 
 
+def forerunner(
+    folder: ResultsFolder, config: CellConfig, profile: str, fingerprint: str
+) -> tuple[StoredCell, str] | None:
+    """The stored run of the same cell, seed and profile that differs least from a new one, and in what.
+
+    Args:
+        folder: of one experiment.
+        config: of the new run.
+        profile: its profile.
+        fingerprint: of its data.
+
+    Raises:
+        ResultsError: a file is damaged.
+    """
+    now = _settings(asdict(config)) | {"data": fingerprint}
+    closest: tuple[StoredCell, dict[str, str]] | None = None
+    for path in folder.rounds.glob(f"{config.dataset}-*-{config.family}-{config.scheme}-seed{config.seed}-*.parquet"):
+        cell = stored_cell(folder, path)
+        if cell is None or cell.profile != profile:
+            continue
+        before = {**cell.settings, "data": cell.fingerprint}
+        differences = {
+            name: f"{name} {before.get(name, 'not there')} -> {now.get(name, 'not there')}"
+            for name in sorted({*before, *now})
+            if before.get(name) != now.get(name)
+        }
+        if differences and (closest is None or len(differences) < len(closest[1])):
+            closest = cell, differences
+    return (closest[0], ", ".join(closest[1].values())) if closest else None
+
+
 def report(folder: ResultsFolder, *, pick: Pick = "last", profile: str | None = None) -> Iterator[Table | str]:
     """The tables of a results folder, one edition after another, each with what it is and what is not finished.
 
@@ -179,7 +210,6 @@ def stored_cell(folder: ResultsFolder, path: Path) -> StoredCell | None:
         return None
     first, last_round = rows.iloc[0], int(rows["round"].max())
     metadata = cast(dict[str, Any], read_metadata(path))
-    config = {name: value for name, value in metadata.get("config", {}).items() if name not in _OF_THE_CELL}
     return StoredCell(
         name=path.stem,
         cell=f"{first['dataset']}/{first['family']}/{first['scheme']}",
@@ -189,8 +219,13 @@ def stored_cell(folder: ResultsFolder, path: Path) -> StoredCell | None:
         profile=str(first["profile"]),
         data_source=str(first["data_source"]),
         fingerprint=str(metadata.get("data", {}).get("fingerprint", "")),
-        settings=_flat(config),
+        settings=_settings(metadata.get("config", {})),
     )
+
+
+def _settings(config: Mapping[str, object]) -> dict[str, object]:
+    """A config, flat, without what names the cell."""
+    return _flat({name: value for name, value in config.items() if name not in _OF_THE_CELL})
 
 
 def _common_key(cell: StoredCell) -> tuple[str, ...]:

@@ -2,53 +2,93 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from flexifed.results.store import explained
+
+LOG = "log.txt"
 
 
 class RunLog:
     """Appends to `<folder>/log.txt` and to an event file in the same folder.
 
+    Events are written where they arise, not by a thread, so that what goes wrong is heard of. An event file begins with
+    the first value, and hides what earlier files hold of that round and later ones.
+
     Args:
         folder: made if it is missing.
+
+    Raises:
+        ResultsError: of every method but `close`: the files can't be written.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._path = folder / LOG
+        self._events: EventsWriter | None = None
         self._file = _opened(folder)
-        self._events = SummaryWriter(str(folder), flush_secs=30)
 
     def write(self, message: str) -> None:
         """Add a line with the time (UTC), and see it onto the disk."""
-        _write(self._file, message)
+        _write(self._file, self._path, message)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add values to the event file, by tag, at a round."""
-        for tag, value in values.items():
-            self._events.add_scalar(tag, value, step)
+        with explained(self._folder):
+            events = self._events or self._begin_events(step)
+            for tag, value in values.items():
+                events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
+            events.flush()
 
     def close(self) -> None:
-        """Flush and close both."""
-        self._events.close()
+        """Close both files. What could be written of them is."""
+        if self._events:
+            with suppress(OSError):
+                self._events.close()
         self._file.close()
+
+    def _begin_events(self, step: int) -> EventsWriter:
+        self._events = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
+        self._events.write_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+        return self._events
 
 
 def add_line(folder: Path, message: str) -> None:
-    """Add a line to the log of a run whose own process can't do it."""
+    """Add a line to the log of a run whose own process can't do it.
+
+    Raises:
+        ResultsError: the log can't be written.
+    """
     with _opened(folder) as file:
-        _write(file, message)
+        _write(file, folder / LOG, message)
 
 
-def _opened(folder: Path) -> TextIO:
-    folder.mkdir(parents=True, exist_ok=True)
-    return open(folder / "log.txt", "a", encoding="utf-8", buffering=1)
+def _opened(folder: Path) -> FileIO:
+    with explained(folder / LOG):
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileIO(folder / LOG, "ab")
 
 
-def _write(file: TextIO, message: str) -> None:
-    file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n")
-    os.fsync(file.fileno())
+def _write(file: FileIO, path: Path, message: str) -> None:
+    """Add a whole line, or none."""
+    line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n".encode()
+    with explained(path):
+        length = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(length)
+            raise

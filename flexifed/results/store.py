@@ -1,7 +1,7 @@
 """Where the results of an experiment lie, and how they get there whole.
 
     <results_dir>/<experiment>/rounds/<cell>.parquet    one file for each cell and seed; read the folder with pandas
-    <results_dir>/<experiment>/runs/<cell>/             its log, its shards, its TensorBoard events
+    <results_dir>/<experiment>/runs/<cell>/             its log, its shards, its TensorBoard events, its checkpoints
 
 A file is written beside its place, flushed to the disk, and renamed, so that whoever reads finds the old or the new one
 whole. Names of files under way begin with a dot, which readers of Parquet folders pass over.
@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +114,7 @@ class RoundsWriter:
     Args:
         path: the file.
         metadata: what goes into it beside the rows: config, versions.
-        longer_than: a file that is there already has rows up to this round; it stays until there are more.
+        at_least: a file that is there already has rows up to this round; it stays until there are as many.
         before: rows of earlier rounds, which stay as they are.
     """
 
@@ -121,11 +122,11 @@ class RoundsWriter:
         self,
         path: Path,
         metadata: Mapping[str, object],
-        longer_than: int | None = None,
+        at_least: int | None = None,
         before: pa.Table | None = None,
     ) -> None:
         self._path = path
-        self._longer_than = -1 if longer_than is None else longer_than
+        self._at_least = -1 if at_least is None else at_least
         self._last_round = -1
         self._metadata = dict(metadata)
         self._rows: list[pa.Table] = [] if before is None else [before]
@@ -149,7 +150,7 @@ class RoundsWriter:
         Raises:
             ResultsError: the file can't be written.
         """
-        if self._last_round <= self._longer_than:
+        if self._last_round < self._at_least:
             return
         started = time.monotonic()
         table = pa.concat_tables(self._rows).replace_schema_metadata({_METADATA_KEY: json.dumps(self._metadata)})
@@ -165,16 +166,33 @@ def write_table(path: Path, table: pa.Table) -> None:
         ResultsError: the file can't be written.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, "wb") as file:
+                pq.write_table(table, file, compression="zstd")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an OSError into an error that says which file, and what to do.
+
+    Raises:
+        ResultsError: instead of the OSError.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        yield
     except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise ResultsError(f"can't write {path}: {error.strerror or error}; make room or mend the folder") from error
+        raise ResultsError(
+            f"can't write {path}: {error.strerror or error}; make room or mend the folder, "
+            "then the same command goes on"
+        ) from error
 
 
 def read_metadata(path: Path) -> dict[str, object]:

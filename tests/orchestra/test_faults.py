@@ -142,7 +142,7 @@ def steps(trial: CellTrial) -> list[CellReport]:
         ("play_round", 4, 2),
         ("save", 1, 0),
         ("save", 2, 2),
-        ("state_sha256", 1, 4),
+        ("state_sha256", 1, 5),
     ],
 )
 def test_a_cell_that_is_lost_begins_again_from_its_last_checkpoint(

@@ -8,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from flexifed.config import CellConfig, ModelConfig, PartitionConfig, SchemeName, TrainingConfig
+from flexifed.config import SCHEMES, CellConfig, ModelConfig, PartitionConfig, SchemeName, TrainingConfig
 from flexifed.data import find_dataset
-from flexifed.federation.checkpoint import MANIFEST, SHARED, Checkpoints
+from flexifed.federation.checkpoint import MANIFEST, SHARED, Checkpoints, read_tensors
+from flexifed.federation.host import state_bytes
 from flexifed.federation.rounds import LocalHosts
 from flexifed.orchestra.cell import CellRun, CellSession
 from flexifed.results.store import ResultsFolder, read_metadata
@@ -19,7 +20,7 @@ ROUNDS = 5
 TIMINGS = ["train_s", "train_started", "eval_s", "round_s"]
 
 
-def cell(results: Path, scheme: SchemeName = "max_common") -> CellRun:
+def cell(results: Path, scheme: SchemeName = "max_common", *, rounds: int = ROUNDS, keep_final: bool = True) -> CellRun:
     config = CellConfig(
         dataset="cifar10",
         family="vgg",
@@ -29,7 +30,15 @@ def cell(results: Path, scheme: SchemeName = "max_common") -> CellRun:
         training=TrainingConfig(local_epochs=1),
     )
     info = find_dataset("cifar10", data="synthetic", data_dir=Path("nowhere"))
-    return CellRun(config=config, info=info, profile="test", rounds=ROUNDS, results=results, checkpoint_every=2)
+    return CellRun(
+        config=config,
+        info=info,
+        profile="test",
+        rounds=rounds,
+        results=results,
+        checkpoint_every=2,
+        keep_final=keep_final,
+    )
 
 
 def play(run: CellRun, rounds: int | None = None, clients_per_host: int = 4, stop: bool = False) -> None:
@@ -86,11 +95,57 @@ def test_a_stopped_cell_ends_with_the_same_numbers(
         after.drop(columns=[*TIMINGS, "actor"]), rows(whole).drop(columns=[*TIMINGS, "actor"])
     )
     assert digests(stopped) == digests(whole)
-    committed = stop_after // 2 * 2
+    committed = ROUNDS if stop_after == ROUNDS else stop_after // 2 * 2
     assert (f"goes on with round {committed}" in log(stopped)) == (committed > 0)
     kept = before["round"] < committed
     pd.testing.assert_frame_equal(after[after["round"] < committed], before[kept])
-    assert not checkpoints(stopped).exists()
+    assert [folder.name for folder in checkpoints(stopped).iterdir()] == [f"round-{ROUNDS:06d}"]
+
+
+@pytest.mark.parametrize("scheme", ["standalone", "max_common"])
+@pytest.mark.parametrize("stop_after", [None, 1])
+def test_more_rounds_go_on_from_where_a_finished_cell_ended(
+    tmp_path: Path, undisturbed: Callable[[SchemeName], CellRun], scheme: SchemeName, stop_after: int | None
+) -> None:
+    whole, short = undisturbed(scheme), cell(tmp_path / "raised", scheme, rounds=3)
+    play(short)
+    before = rows(short)
+    assert list(before["train_s"].isna()) == [False] * 12 + [True] * 4
+    raised = cell(tmp_path / "raised", scheme)
+    if stop_after is not None:
+        play(raised, stop_after)
+    play(raised, clients_per_host=2)
+    after = rows(raised)
+    pd.testing.assert_frame_equal(
+        after.drop(columns=[*TIMINGS, "actor"]), rows(whole).drop(columns=[*TIMINGS, "actor"])
+    )
+    assert digests(raised) == digests(whole)
+    pd.testing.assert_frame_equal(after[after["round"] < 3], before[before["round"] < 3])
+    assert list(after["train_s"].isna()) == [False] * 20 + [True] * 4
+    scores = ["client", "accuracy", "loss"]
+    assert after[after["round"] == 3][scores].equals(before[before["round"] == 3][scores])
+    assert f"goes on with round {3 if stop_after is None else 4}, " in log(raised)
+    assert [folder.name for folder in checkpoints(raised).iterdir()] == [f"round-{ROUNDS:06d}"]
+
+
+def test_without_a_final_state_more_rounds_begin_anew_and_say_so(tmp_path: Path) -> None:
+    short = cell(tmp_path, rounds=2, keep_final=False)
+    play(short)
+    assert not checkpoints(short).exists()
+    raised = cell(tmp_path, rounds=3)
+    play(raised)
+    assert "there are rows but no checkpoint: begins with round 0" in log(raised)
+    assert sorted(rows(raised)["round"].unique()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_size_of_a_state_is_known_beforehand(tmp_path: Path, scheme: SchemeName) -> None:
+    run = cell(tmp_path, scheme, rounds=1)
+    play(run)
+    found = 0
+    for path in checkpoints(run).rglob("*.safetensors"):
+        found += sum(tensor.nbytes for tensor in read_tensors(path).values())
+    assert state_bytes(run.config, run.info) == found
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:

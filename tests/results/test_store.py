@@ -178,15 +178,15 @@ def test_slow_writing_is_spread_out_and_the_last_flush_holds_everything(
     assert len(folder.read(["one"])) == 40
 
 
-def test_a_longer_file_stays_until_there_are_more_rounds(folder: ResultsFolder) -> None:
+def test_a_longer_file_stays_until_there_are_as_many_rounds(folder: ResultsFolder) -> None:
     written(folder, "one", rounds=3)
-    writer = RoundsWriter(folder.rounds_file("one"), {}, longer_than=folder.last_round("one"))
+    writer = RoundsWriter(folder.rounds_file("one"), {}, at_least=folder.last_round("one"))
     lengths = []
     for index in range(4):
         writer.append([row(index)])
         writer._write_after = 0
         lengths.append(len(folder.read(["one"])))
-    assert lengths == [6, 6, 6, 4], "three rounds of two clients, until there are four of one"
+    assert lengths == [6, 6, 3, 4], "three rounds of two clients, until there are three of one"
 
 
 def failing(error: OSError) -> Any:
@@ -207,7 +207,8 @@ def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(
         with pytest.raises(ResultsError) as caught:
             writer.flush()
     assert str(caught.value) == (
-        f"can't write {folder.rounds_file('one')}: No space left on device; make room or mend the folder"
+        f"can't write {folder.rounds_file('one')}: No space left on device; make room or mend the folder, "
+        "then the same command goes on"
     )
     assert folder.rounds_file("one").read_bytes() == before
     assert [path.name for path in folder.rounds.iterdir()] == ["one.parquet"]

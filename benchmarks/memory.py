@@ -1,0 +1,141 @@
+"""Does a long run grow? Memory of each process, the object store and the time of a round, over many rounds of one cell.
+
+    uv run --extra test python benchmarks/memory.py                  1,000 rounds, some minutes on 2 cores
+    uv run --extra test python benchmarks/memory.py --rounds 200
+
+Prints JSON. `uss_mib` is the memory that a process shares with no other (USS, by psutil); `growth` compares the last
+sample with the one at `--base-round`. Exit status 1 if a process has grown by more than `--limit`, or if the
+object store holds more than then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
+from flexifed.data import find_dataset
+from flexifed.orchestra import cluster
+from flexifed.orchestra.cell import CellRun
+from flexifed.orchestra.placement import PlacementOptions, place_cell
+from flexifed.orchestra.sweep import CellReport, PlacedRun, run_grid
+
+MIB = 2**20
+TITLES = {"ray::ClientActor": "client actor", "ray::ResourceTrainable": "driver", "ray::CellTrial": "driver"}
+
+
+class Sampler:
+    """Hears of every round; looks at the processes at some of them."""
+
+    def __init__(self, rounds: int, base_round: int) -> None:
+        self.at = {base_round, rounds, *range(base_round, rounds, max(1, rounds // 20))}
+        self.samples: list[dict[str, Any]] = []
+        self.arrived: list[float] = []
+        self.failure: str | None = None
+
+    def cell_started(self, name: str) -> None:
+        """Nothing to see yet."""
+
+    def round_played(self, report: CellReport) -> None:
+        """Note the time, and sample where it is due."""
+        self.arrived.append(time.perf_counter())
+        self.failure = self.failure or report.failure
+        if report.round_index in self.at and not report.failure:
+            self.samples.append({"round": report.round_index, "uss_mib": uss_by_process(), **object_store()})
+
+
+def uss_by_process() -> dict[str, float]:
+    """USS in MiB of this process, of the driver and of each client actor."""
+    found = {"command": psutil.Process().memory_full_info().uss / MIB}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = process.cmdline()[0].split(".")[0]
+            if title in TITLES:
+                found[f"{TITLES[title]} {process.pid}"] = process.memory_full_info().uss / MIB
+        except (psutil.NoSuchProcess, IndexError):
+            continue
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+def object_store() -> dict[str, float]:
+    """What Ray's shared memory holds."""
+    import ray
+    from ray._private import internal_api  # there is no public way without a dashboard
+
+    state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
+    stats = internal_api.get_memory_info_reply(state).store_stats
+    return {
+        "store_mib": round(stats.object_store_bytes_used / MIB, 2),
+        "store_objects": stats.num_local_objects,
+        "spilled_mib": round(stats.spilled_bytes_total / MIB, 2),
+    }
+
+
+def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
+    """Run one small cell, and say what its processes held on the way."""
+    config = CellConfig(
+        dataset="cifar10",
+        family="vgg",
+        scheme="max_common",
+        model=ModelConfig(width=options.width),
+        partition=PartitionConfig(num_clients=4, num_shards=options.num_shards, windows_per_shard=1),
+        training=TrainingConfig(local_epochs=1),
+    )
+    info = find_dataset("cifar10", data="synthetic", data_dir=Path("data"))
+    run = CellRun(config=config, info=info, profile="memory", rounds=options.rounds, results=results)
+    sampler = Sampler(options.rounds, options.base_round)
+    with cluster.connected(None, num_cpus=2, num_gpus=0):
+        placement = place_cell(config, PlacementOptions(clients_per_actor=2), cluster.nodes())
+        failures = run_grid([PlacedRun(run, placement)], sampler)
+    if failures:
+        raise SystemExit(f"the cell failed: {failures}")
+    base = next(sample for sample in sampler.samples if sample["round"] == options.base_round)
+    last = sampler.samples[-1]
+    growth = {name: last["uss_mib"][name] / before - 1 for name, before in base["uss_mib"].items()}
+    between = [later - earlier for earlier, later in zip(sampler.arrived, sampler.arrived[1:], strict=False)]
+    window = max(1, options.rounds // 10)
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} CPUs, load {psutil.getloadavg()}",
+        "versions": {name: version(name) for name in ("flexifed", "torch", "ray", "pyarrow")},
+        "cell": {"rounds": options.rounds, "clients": 4, "actors": 2, "width": options.width},
+        "base_round": options.base_round,
+        "growth": {name: round(value, 4) for name, value in growth.items()},
+        "store_grown_mib": round(last["store_mib"] - base["store_mib"], 2),
+        "round_s": {
+            "median_early": statistics.median(between[options.base_round : options.base_round + window]),
+            "median_late": statistics.median(between[-window - 1 : -1]),
+        },
+        "samples": sampler.samples,
+    }
+
+
+def main() -> int:
+    """Measure, and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--base-round", type=int, default=100, help="the round that the end is compared with")
+    parser.add_argument("--width", type=float, default=0.0625, help="of the VGGs; their tensors pass the object store")
+    parser.add_argument("--num-shards", type=int, default=10_000, help="more shards, fewer samples in a round")
+    parser.add_argument("--limit", type=float, default=0.02, help="growth that is still allowed")
+    options = parser.parse_args()
+    if not 0 < options.base_round < options.rounds:
+        parser.error("--base-round must lie between 0 and --rounds")
+    with tempfile.TemporaryDirectory(prefix="flexifed-memory-") as folder:
+        measured = measure(options, Path(folder))
+    print(json.dumps(measured, indent=1))
+    grown = [name for name, value in measured["growth"].items() if name != "command" and value > options.limit]
+    return int(bool(grown) or measured["store_grown_mib"] > 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""A disk that fills up: a clear error, nothing corrupt, and with room made the same command ends as if nothing was."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_resume import TIMINGS, cell, digests, play, rows
+
+from flexifed.errors import ResultsError
+from flexifed.federation.rounds import LocalHosts
+from flexifed.orchestra.cell import CellRun, CellSession
+from flexifed.results.store import ResultsFolder
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "table1.py"
+DISK_BYTES = 4 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, small enough to be filled."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting a small file system takes Linux and root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path, leave_bytes: int) -> Path:
+    """A file that takes all room but so much."""
+    filler = disk / "filler"
+    available = os.statvfs(disk)
+    with open(filler, "wb") as file:
+        file.write(bytes(max(0, available.f_bavail * available.f_frsize - leave_bytes)))
+    return filler
+
+
+def play_until_it_fails(run: CellRun, rounds_before: int, disk: Path, leave_bytes: int) -> str | None:
+    """Play some rounds, then with little room to the end or to an error, as a trial does; returns the error."""
+    session = CellSession(run, "in process")
+    try:
+        session.start(LocalHosts(run.config, run.info, session.shards))
+        for _ in range(rounds_before):
+            session.play_round()
+        fill(disk, leave_bytes)
+        while session.play_round().round_index < run.rounds:
+            pass
+    except ResultsError as error:
+        session.fail(str(error))
+        return str(error)
+    finally:
+        session.close()
+    return None
+
+
+@pytest.mark.parametrize("leave_bytes", [0, 4 << 10, 64 << 10, 160 << 10, 400 << 10])
+def test_a_cell_on_a_full_disk_stops_with_a_clear_error_and_goes_on_when_there_is_room(
+    tmp_path: Path, disk: Path, leave_bytes: int
+) -> None:
+    whole, full = cell(tmp_path / "elsewhere"), cell(disk / "results")
+    play(whole)
+    error = play_until_it_fails(full, 3, disk, leave_bytes)
+    assert error is not None
+    assert "No space left on device; make room" in error
+    assert str(disk) in error
+    log = ResultsFolder(full.results).run_folder(full.name) / "log.txt"
+    assert log.read_text().endswith("\n"), "no half lines"
+    written = pd.read_parquet(ResultsFolder(full.results).rounds)
+    assert set(written.groupby("round").size()) == {4}
+    assert [path for path in disk.rglob(".*") if path.is_file()] == [], "nothing half written is left"
+
+    (disk / "filler").unlink()
+    play(full)
+    columns = [*TIMINGS, "actor"]
+    pd.testing.assert_frame_equal(rows(full).drop(columns=columns), rows(whole).drop(columns=columns))
+    assert digests(full) == digests(whole)
+    assert re.search("goes on with round [24], ", log.read_text())
+
+
+LINE = ["--profile", "smoke", "--data", "synthetic", "--only", "*/*/max_common", "--device", "cpu"]
+
+
+@pytest.mark.slow
+def test_the_command_on_a_full_disk(
+    tmp_path: Path, disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    main = runpy.run_path(str(SCRIPT))["main"]
+    line = [*LINE, "--results-dir", str(disk)]
+    filler = fill(disk, 0)
+    assert main(line) == 2, "not even a lock can be made"
+    filler.unlink()
+    assert "No space left on device; make room" in capsys.readouterr().err
+
+    filler = fill(disk, 200 << 10)
+    assert main(line) == 1
+    assert "No space left on device; make room" in capsys.readouterr().err
+    filler.unlink()
+    assert main(line) == 0
+    assert main([*LINE, "--results-dir", str(tmp_path / "elsewhere")]) == 0
+    found, expected = (
+        pd.read_parquet(results / "table1" / "rounds").drop(columns=TIMINGS)
+        for results in (disk, tmp_path / "elsewhere")
+    )
+    pd.testing.assert_frame_equal(found, expected)

@@ -1,0 +1,276 @@
+"""Whatever is said on a command line: a typed error that names what was wrong, before anything is started.
+
+Bad lines are made from the options themselves, so that a new option is tried as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import runpy
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+import ray
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flexifed import cli
+from flexifed.config import (
+    CellConfig,
+    ModelConfig,
+    NumericsConfig,
+    PartitionConfig,
+    SharingConfig,
+    TrainingConfig,
+)
+from flexifed.errors import ConfigError
+from flexifed.grid import GridOptions
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "table1.py"
+FEW = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+MANY = settings(FEW, max_examples=10_000)
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Nd"]), min_size=1, max_size=12).filter(
+    lambda word: not word.startswith("-") and word == word.strip()
+)
+BAD_INTEGERS = st.one_of(
+    st.integers(max_value=-1).map(str),
+    st.integers(min_value=2**63).map(str),
+    st.sampled_from(["", "0.5", "1e3", "0x10", "nan", "inf", "None", "True", "1,2", "--"]),
+    WORDS,
+)
+NOT_NUMBERS = {"nan", "inf", "infinity", "n", "y"}
+BAD_FLOATS = st.one_of(
+    st.floats(max_value=-1e-9).map(str),
+    st.sampled_from(["", "nan", "-nan", "inf", "-inf", "1e999", "0x1p3", "1,5", "None", "one"]),
+    WORDS.filter(lambda word: word.lower() not in NOT_NUMBERS),
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a command: its name in messages, and values that it can't have."""
+
+    name: str
+    bad: st.SearchStrategy[str]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def options_of(command: type) -> Iterator[Option]:
+    """Every option of a command that takes a value and can be refused for it, those of its groups too."""
+    hints = get_type_hints(command, include_extras=False)
+    for field in fields(command):
+        kind = hints[field.name]
+        if is_dataclass(kind):
+            assert isinstance(kind, type)
+            yield from options_of(kind)
+        elif (bad := bad_values(kind)) is not None:
+            yield Option(field.name, bad)
+
+
+def bad_values(kind: Any) -> st.SearchStrategy[str] | None:
+    """Values that an option of this type can't have; None where it takes any, or none at all."""
+    if get_origin(kind) is Annotated:
+        return bad_values(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        kinds = [one for one in get_args(kind) if one is not types.NoneType]
+        bad = bad_values(kinds[0])
+        return bad.filter(lambda word: word != "None") if bad is not None else None
+    if get_origin(kind) is Literal:
+        return WORDS.filter(lambda word: word not in get_args(kind))
+    if kind == tuple[int, ...]:
+        return BAD_INTEGERS.filter(lambda word: word != "")
+    return {int: BAD_INTEGERS, float: BAD_FLOATS}.get(kind)
+
+
+TABLE1 = {option.name: option for option in options_of(GridOptions)}
+PLAN = {option.name: option for option in options_of(cli.Plan)}
+REPORT = {option.name: option for option in options_of(cli.Report)}
+UNKNOWN = WORDS.filter(lambda word: "=" not in word and " " not in word).map(lambda word: f"--x{word}")
+
+Line = tuple[list[str], set[str]]
+"""Words of a line, and names of which the message must have one."""
+
+
+def test_the_options_that_are_tried_are_all_that_take_a_value() -> None:
+    assert {"rounds", "seeds", "profile", "data", "device", "width", "threads", "reduce_block"} <= set(TABLE1)
+    assert {"learning_rate", "momentum", "num_clients", "gpus_per_client", "checkpoint_every", "scoring"} <= set(TABLE1)
+    assert set(PLAN) >= {"family", "scheme", "num_clients", "num_classes", "width", "in_channels", "weighting"}
+    assert set(REPORT) == {"pick"}
+
+
+def named(option: Option) -> set[str]:
+    """How a message names an option."""
+    return {option.flag, f"{option.name} is"}
+
+
+def bad_option(options: dict[str, Option]) -> st.SearchStrategy[Line]:
+    """An option with a value that it can't have."""
+    return st.sampled_from(sorted(options)).flatmap(
+        lambda name: options[name].bad.map(
+            lambda value: ([options[name].flag, value], {f"{name} is", options[name].flag})
+        )
+    )
+
+
+def unknown_option() -> st.SearchStrategy[Line]:
+    return UNKNOWN.map(lambda word: ([word], {word}))
+
+
+def no_value(options: dict[str, Option]) -> st.SearchStrategy[Line]:
+    """An option at the end of the line, without its value."""
+    return st.sampled_from(sorted(options)).map(lambda name: ([options[name].flag], {f"{name} is", options[name].flag}))
+
+
+def bad_pattern() -> st.SearchStrategy[Line]:
+    return WORDS.filter(lambda word: not {"*", "?", "["} & set(word)).map(lambda word: (["--only", word], {"--only"}))
+
+
+def settings_that_do_not_fit() -> st.SearchStrategy[Line]:
+    """Each alone would do; together, or with the data, they don't."""
+    return st.one_of(
+        st.tuples(st.integers(2, 5000), st.integers(1, 4999))
+        .filter(lambda pair: pair[0] > pair[1])
+        .map(lambda pair: (["--num-clients", str(pair[0]), "--num-shards", str(pair[1])], {"num_shards is"})),
+        st.integers(10_001, 2**63 - 1).map(lambda count: (["--num-shards", str(count)], {"num_shards is"})),
+        st.integers(7_000, 2**63 - 1).map(
+            lambda count: (["--windows-per-shard", str(count)], {"windows_per_shard is"})
+        ),
+        st.integers(2, 7).map(
+            lambda count: (["--reduce-block", "8", "--clients-per-actor", str(count)], {"clients_per_actor is"})
+        ),
+        st.integers(0, 99).map(lambda seed: (["--seeds", str(seed), str(seed)], {"seeds is"})),
+        st.sampled_from(
+            [(["--data", "real"], {"cifar10"}), (["--seeds"], {"seeds is"}), (["--profile"], {"profile is"})]
+        ),
+        st.just((["--data", "synthetic", "--download"], {"download"})),
+    )
+
+
+def table1_lines() -> st.SearchStrategy[Line]:
+    one = st.one_of(bad_option(TABLE1), bad_option(TABLE1), unknown_option(), bad_pattern(), settings_that_do_not_fit())
+    several = st.lists(one, min_size=1, max_size=3).map(joined)
+    return st.one_of(several, several, several, no_value(TABLE1))
+
+
+def flexifed_lines() -> st.SearchStrategy[Line]:
+    plan = st.lists(bad_option(PLAN) | unknown_option(), min_size=1, max_size=3).map(joined)
+    complete = ["plan", "--family", "vgg", "--scheme", "max_common"]
+    return st.one_of(
+        (plan | no_value(PLAN)).map(lambda line: ([*complete, *line[0]], line[1])),
+        (bad_option(REPORT) | unknown_option()).map(lambda line: (["report", *line[0]], line[1])),
+        WORDS.map(lambda word: (["report", f"nowhere/{word}"], {"nowhere"})),
+        WORDS.filter(lambda word: word not in ("plan", "models", "data", "report")).map(lambda word: ([word], {word})),
+        st.sampled_from([([], {"plan"}), (["plan"], {"--family"}), (["plan", "--family", "vgg"], {"--scheme"})]),
+    )
+
+
+def joined(parts: Sequence[Line]) -> Line:
+    return [word for words, _ in parts for word in words], {name for _, names in parts for name in names}
+
+
+@pytest.fixture(scope="module")
+def table1() -> Callable[[Sequence[str]], int]:
+    return runpy.run_path(str(SCRIPT))["main"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("Ray was reached")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    for name in ("RAY_ADDRESS", "FLEXIFED_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.chdir(tmp_path)
+
+
+def check_refused(main: Callable[[Sequence[str]], int], line: Line) -> None:
+    words, names = line
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            status = main(words)
+        except SystemExit as end:
+            status = int(end.code or 0)
+    message = squeezed(told.getvalue())
+    assert status == 2, f"{words}: status {status}, {told.getvalue()}"
+    assert "Traceback" not in message
+    assert any(squeezed(name) in message for name in names), f"{words}: {told.getvalue()}"
+    assert not list(Path().rglob("*.parquet"))
+
+
+def squeezed(text: str) -> str:
+    """Without blanks and the lines of boxes, since a long message is wrapped."""
+    return "".join(text.replace("│", " ").split())
+
+
+@FEW
+@given(line=table1_lines())
+def test_a_bad_line_of_the_experiment_is_refused_by_name(table1: Callable[[Sequence[str]], int], line: Line) -> None:
+    check_refused(table1, line)
+
+
+@FEW
+@given(line=flexifed_lines())
+def test_a_bad_line_of_the_tool_is_refused_by_name(line: Line) -> None:
+    check_refused(cli.main, line)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@MANY
+@given(line=st.one_of(table1_lines().map(lambda line: ("table1", line)), flexifed_lines().map(lambda line: ("", line))))
+def test_ten_thousand_bad_lines(table1: Callable[[Sequence[str]], int], line: tuple[str, Line]) -> None:
+    command, words = line
+    check_refused(table1 if command else cli.main, words)
+
+
+CONFIGS = (ModelConfig, PartitionConfig, TrainingConfig, SharingConfig, NumericsConfig)
+NOTHING_SENSIBLE = st.one_of(
+    st.none(),
+    st.text(max_size=8),
+    st.binary(max_size=4),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
+    st.integers(max_value=-1),
+    st.integers(min_value=2**63),
+    st.just(float("nan")),
+    st.just(float("inf")),
+    st.just(-0.5),
+    st.complex_numbers(),
+)
+
+
+@settings(FEW, max_examples=500)
+@given(data=st.data())
+def test_a_config_refuses_what_a_field_cannot_be_by_name(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(CONFIGS), "config")
+    field = data.draw(st.sampled_from([field.name for field in fields(kind)]), "field")
+    hints = get_type_hints(kind)
+    valid = get_args(hints[field])
+    value = data.draw(NOTHING_SENSIBLE.filter(lambda one: not isinstance(one, str) or one not in valid), "value")
+    if hints[field] is float and isinstance(value, int) and value > 0:
+        return  # a large whole number is a fine float, where the field has no upper bound
+    with pytest.raises(ConfigError, match=field):
+        kind(**{field: value})
+
+
+@settings(FEW, max_examples=200)
+@given(
+    field=st.sampled_from(["dataset", "family", "scheme", "seed", "device"]),
+    value=NOTHING_SENSIBLE.filter(lambda one: one not in ("cpu", "cuda")),
+)
+def test_a_cell_refuses_what_a_field_cannot_be_by_name(field: str, value: object) -> None:
+    given_: dict[str, Any] = {"dataset": "cifar10", "family": "vgg", "scheme": "standalone", field: value}
+    with pytest.raises(ConfigError, match=field):
+        CellConfig(**given_)

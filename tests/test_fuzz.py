@@ -1,0 +1,256 @@
+"""Files with changed bytes: an error or correct data, never a crash, a hang, or code that is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fuzzing import damaged
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from test_data import BINARY, NAMES, PYTHON, Explosive, publish, python_version, write_binary, write_python
+
+from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
+from flexifed.data import cifar10, find_dataset, open_dataset
+from flexifed.errors import DataError, ResultsError
+from flexifed.federation.checkpoint import MANIFEST, Checkpoints, read_tensors
+from flexifed.federation.rounds import Federation, LocalHosts, make_shards
+
+FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+LONG = settings(FUZZ, max_examples=5000)
+SAMPLES = 8
+Records = Mapping[str, NDArray[np.uint8]]
+
+
+# Data
+
+
+@pytest.fixture(scope="module")
+def records(pytestconfig: pytest.Config) -> Records:
+    """A few samples of each file: the head of the real ones where there are any, else random pixels."""
+    named = pytestconfig.getoption("--data-dir") or os.environ.get("FLEXIFED_DATA_DIR")
+    real = Path(named) / BINARY if named else None
+    made = {}
+    for index, name in enumerate(NAMES):
+        if real is not None and real.exists():
+            made[name] = np.fromfile(real / f"{name}.bin", np.uint8, SAMPLES * 3073).reshape(SAMPLES, 3073)
+        else:
+            made[name] = np.random.default_rng(index).integers(0, 256, (SAMPLES, 3073), dtype=np.uint8)
+            made[name][:, 0] %= 10
+    return made
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch, records: Records) -> Records:
+    publish(monkeypatch, records)
+    return records
+
+
+def check_data(data_dir: Path, records: Records, *, whole: bool) -> None:
+    """Damaged files are refused; whole ones give every sample as it was."""
+    if not whole:
+        with pytest.raises(DataError, match="is not the published set"):
+            find_dataset("cifar10", data="auto", data_dir=data_dir)
+        return
+    dataset = open_dataset(find_dataset("cifar10", data="real", data_dir=data_dir))
+    expected = np.concatenate([records[name] for name in cifar10.TRAIN_FILES])
+    images, labels = dataset.train.take(np.arange(len(dataset.train)))
+    assert labels.tolist() == expected[:, 0].tolist()
+    assert images.numpy().tobytes() == expected[:, 1:].tobytes()
+
+
+def fuzz_binary(tmp_path: Path, records: Records, data: st.DataObject) -> None:
+    shutil.rmtree(tmp_path / BINARY, ignore_errors=True)
+    folder = write_binary(tmp_path, records)
+    name = data.draw(st.sampled_from(NAMES), "file")
+    before = (folder / f"{name}.bin").read_bytes()
+    after = data.draw(damaged(before), "content")
+    (folder / f"{name}.bin").write_bytes(after)
+    check_data(tmp_path, records, whole=after == before)
+
+
+def fuzz_python(tmp_path: Path, records: Records, data: st.DataObject) -> None:
+    shutil.rmtree(tmp_path / PYTHON, ignore_errors=True)
+    folder = write_python(tmp_path, records)
+    info = cifar10.find(tmp_path)
+    assert info is not None
+    name = data.draw(st.sampled_from([*NAMES, "batches.meta"]), "file")
+    before = python_version(records)[name]
+    witness = tmp_path / "witness"
+    code = pickle.dumps(Explosive(witness))
+    contents = st.one_of(damaged(before), damaged(code), st.sampled_from([code, code + before, before + code]))
+    after = data.draw(contents, "content")
+    (folder / name).write_bytes(after)
+    check_data(tmp_path, records, whole=after == before)
+    if after != before:  # it changed after it was verified
+        with pytest.raises(DataError, match="verified when the run began"):
+            open_dataset(info)
+    assert not witness.exists()
+
+
+@FUZZ
+@given(data=st.data())
+def test_binary_data(tmp_path: Path, published: Records, data: st.DataObject) -> None:
+    fuzz_binary(tmp_path, published, data)
+
+
+@FUZZ
+@given(data=st.data())
+def test_python_data(tmp_path: Path, published: Records, data: st.DataObject) -> None:
+    fuzz_python(tmp_path, published, data)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("fuzz", [fuzz_binary, fuzz_python])
+@LONG
+@given(data=st.data())
+def test_data_for_longer(tmp_path: Path, published: Records, fuzz: Any, data: st.DataObject) -> None:
+    fuzz(tmp_path, published, data)
+
+
+# Checkpoints
+
+RUN_ID = "0123456789abcdef"
+CONFIG = CellConfig(
+    dataset="cifar10",
+    family="vgg",
+    scheme="max_common",
+    model=ModelConfig(width=0.02),
+    partition=PartitionConfig(num_clients=4, num_shards=2000, windows_per_shard=1),
+    training=TrainingConfig(local_epochs=1),
+)
+
+
+def federation() -> Federation:
+    info = find_dataset("cifar10", data="synthetic", data_dir=Path("nowhere"))
+    return Federation(CONFIG, info, LocalHosts(CONFIG, info, make_shards(CONFIG, info)))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two committed checkpoints of a small cell, made as a run makes them."""
+    root = tmp_path_factory.mktemp("cell") / "checkpoints"
+    checkpoints, running = Checkpoints(root, RUN_ID), federation()
+    for _ in range(2):
+        running.play_round()
+        checkpoints.commit(running.next_round, running.save(checkpoints.begin(running.next_round)))
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path, written: Path) -> Path:
+    shutil.copytree(written, tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def newest(root: Path) -> int | None:
+    """The round of the checkpoint that a run would go on with; it, and everything in it, must be what was written."""
+    notes: list[str] = []
+    found = Checkpoints(root, RUN_ID).latest(notes.append)
+    if found is None:
+        return None
+    for name in found.files:
+        assert read_tensors(found.folder / name)
+    assert all("is passed over" in note for note in notes)
+    return found.next_round
+
+
+def fuzz_checkpoint(root: Path, written: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(path.name for path in (written / "round-000002").iterdir())), "file")
+    path = root / "round-000002" / name
+    before = (written / "round-000002" / name).read_bytes()
+    after = data.draw(damaged(before), "content")
+    path.write_bytes(after)
+    found = newest(root)
+    path.write_bytes(before)
+    if name == MANIFEST and found == 2:  # blanks may have changed; what it says may not
+        assert json.loads(after)["files"] == json.loads(before)["files"]
+    else:
+        assert found == (2 if after == before else 1)
+
+
+@FUZZ
+@given(data=st.data())
+def test_checkpoints(root: Path, written: Path, data: st.DataObject) -> None:
+    fuzz_checkpoint(root, written, data)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@LONG
+@given(data=st.data())
+def test_checkpoints_for_longer(root: Path, written: Path, data: st.DataObject) -> None:
+    fuzz_checkpoint(root, written, data)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES_OF_FILES = st.sampled_from(["../round-000001/manifest.json", "/dev/zero", "pipe", ".", "", "shared.safetensors"])
+MANIFESTS = st.one_of(
+    JSON,
+    st.fixed_dictionaries(
+        {
+            "run_id": st.just(RUN_ID) | JSON,
+            "next_round": st.sampled_from([2, 2.0, True, -1, 10**30, "2", None]),
+            "files": st.dictionaries(NAMES_OF_FILES, st.text(max_size=4) | JSON, min_size=1, max_size=3) | JSON,
+        }
+    ),
+)
+
+
+@FUZZ
+@given(manifest=MANIFESTS)
+def test_a_manifest_that_says_anything(root: Path, manifest: object) -> None:
+    """Devices and pipes are not opened: reading them would never end."""
+    folder = root / "round-000002"
+    if not (folder / "pipe").exists():
+        os.mkfifo(folder / "pipe")
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    says_nothing = isinstance(manifest, dict) and manifest.get("files") == {} and manifest.get("next_round") == 2
+    assert newest(root) == 1 or says_nothing
+
+
+def test_a_manifest_nested_without_end(root: Path) -> None:
+    (root / "round-000002" / MANIFEST).write_text("[" * 200_000)
+    assert newest(root) == 1
+
+
+@FUZZ
+@given(data=st.data())
+def test_tensors_that_match_a_forged_manifest(root: Path, written: Path, data: st.DataObject) -> None:
+    """Who changes the checksum too is not found out by it: the reader itself must stand whatever is in the file."""
+    names = [path.name for path in (written / "round-000002").glob("*.safetensors")]
+    name = data.draw(st.sampled_from(sorted(names)), "file")
+    before = (written / "round-000002" / name).read_bytes()
+    path = root / "round-000002" / name
+    path.write_bytes(data.draw(damaged(before), "content"))
+    with suppress(ResultsError):
+        assert all(isinstance(tensor, torch.Tensor) for tensor in read_tensors(path).values())
+
+
+def test_tensors_of_another_cell_under_a_right_checksum(root: Path) -> None:
+    folder = root / "round-000002"
+    content = (folder / "clients-000000.safetensors").read_bytes()
+    (folder / "shared.safetensors").write_bytes(content)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["shared.safetensors"] = hashlib.sha256(content).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    checkpoint = Checkpoints(root, RUN_ID).latest(pytest.fail)
+    assert checkpoint is not None
+    with pytest.raises(ResultsError, match="does not hold the tensors of this cell"):
+        federation().restore(checkpoint)

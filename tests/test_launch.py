@@ -1,0 +1,151 @@
+"""The command from end to end, with clients in this process: which folder, which runs, and what stays as it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import ray
+
+from flexifed.cli import main as flexifed_main
+from flexifed.federation.rounds import LocalHosts
+from flexifed.grid import make_cells
+from flexifed.launch import run_experiment
+from flexifed.orchestra.cell import CellSession
+from flexifed.orchestra.sweep import PlacedRun
+
+SMALL = ["--profile", "smoke", "--data", "synthetic", "--only", "*/*/standalone", "--device", "cpu", "--rounds", "1"]
+SMALL += ["--width", "0.02", "--num-clients", "4", "--num-shards", "2000", "--windows-per-shard", "1"]
+KEY = ["round", "client"]
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Cells are played here instead of on Ray; returns the names of those that were."""
+    played: list[str] = []
+
+    def run_grid(cells: Sequence[PlacedRun], *_: Any, **__: Any) -> dict[str, str]:
+        for placed in cells:
+            played.append(placed.run.name)
+            session = CellSession(placed.run, "in process")
+            session.start(LocalHosts(placed.run.config, placed.run.info, session.shards))
+            while session.play_round().round_index < placed.run.rounds:
+                pass
+            session.close()
+        return {}
+
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was reached"))
+    monkeypatch.setattr("flexifed.orchestra.cluster.connected", lambda _: nullcontext())
+    monkeypatch.setattr("flexifed.orchestra.cluster.nodes", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr("flexifed.orchestra.sweep.run_grid", run_grid)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return played
+
+
+def run(results: Path, *options: str) -> int:
+    line = [*SMALL, "--results-dir", str(results), *options]
+    return run_experiment("table1", make_cells([("cifar10", "vgg")]), line, prog="table1.py", description="")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_fresh_starts_over_in_a_new_folder_which_the_next_command_goes_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_process: list[str]
+) -> None:
+    assert run(tmp_path) == 0
+    before = contents(tmp_path / "table1")
+    capsys.readouterr()
+
+    assert run(tmp_path, "--fresh") == 0
+    told = capsys.readouterr().out
+    assert f"fresh: results go to {tmp_path / 'table1-2'}; table1 stays as it is" in told
+    assert f"Rows: pandas.read_parquet('{tmp_path / 'table1-2' / 'rounds'}')" in told
+    assert contents(tmp_path / "table1") == before
+    assert len(in_process) == 2
+    first, second = (pd.read_parquet(tmp_path / name / "rounds") for name in ("table1", "table1-2"))
+    assert first["accuracy"].tolist() == second["accuracy"].tolist()
+    assert first["train_started"].max() < second["train_started"].min(), "it was run again"
+
+    assert run(tmp_path) == 0
+    told = capsys.readouterr().out
+    assert f"results: {tmp_path / 'table1-2'}, the newest of 2" in told
+    assert "1 of 1 cell finished already" in told
+    assert len(in_process) == 2
+
+    assert flexifed_main(["report", str(tmp_path)]) == 0
+    assert f"{tmp_path / 'table1-2'}; there are also (choose with --experiment): table1\n" in capsys.readouterr().out
+    assert flexifed_main(["report", str(tmp_path), "--experiment", "table1"]) == 0
+    assert f"{tmp_path / 'table1'}; there are also (choose with --experiment): table1-2\n" in capsys.readouterr().out
+
+
+def test_a_fresh_dry_run_names_the_folder_and_makes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path) == 0
+    assert run(tmp_path, "--fresh", "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert f"fresh: results go to {tmp_path / 'table1-2'}" in told
+    assert "to run, 1 rounds" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["table1"]
+
+
+def test_changed_settings_are_another_run_and_the_command_says_which(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_process: list[str]
+) -> None:
+    assert run(tmp_path) == 0
+    assert "new settings" not in capsys.readouterr().out
+    assert run(tmp_path, "--learning-rate", "0.5", "--no-augment") == 0
+    assert (
+        "new settings, so 1 new run; what lies there stays as it is. Before and now: "
+        "training.augment True -> False, training.learning_rate 0.01 -> 0.5\n"
+    ) in capsys.readouterr().out
+    assert len(set(in_process)) == 2
+    assert pd.read_parquet(tmp_path / "table1" / "rounds")["run_id"].nunique() == 2
+
+    assert run(tmp_path, "--learning-rate", "0.5") == 0
+    assert "Before and now: training.augment False -> True\n" in capsys.readouterr().out, "the nearest one is named"
+    assert run(tmp_path, "--learning-rate", "0.5") == 0
+    assert "new settings" not in capsys.readouterr().out
+    assert run(tmp_path, "--seeds", "1") == 0
+    assert "new settings" not in capsys.readouterr().out, "another seed is no other setting"
+
+
+def test_more_rounds_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path) == 0
+    before = pd.read_parquet(tmp_path / "table1" / "rounds").sort_values(KEY)
+    assert run(tmp_path, "--rounds", "2") == 0
+    after = pd.read_parquet(tmp_path / "table1" / "rounds").sort_values(KEY)
+    pd.testing.assert_frame_equal(after[after["round"] < 1], before[before["round"] < 1])
+    assert "new settings" not in capsys.readouterr().out
+    [log] = tmp_path.glob("table1/runs/*/log.txt")
+    assert "goes on with round 1, from round-000001" in log.read_text()
+
+
+def test_nothing_stays_of_a_final_state_that_is_not_wanted(tmp_path: Path) -> None:
+    assert run(tmp_path, "--no-keep-final") == 0
+    assert [*tmp_path.rglob("*.safetensors")] == []
+
+
+def test_a_second_command_in_one_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_process: list[str]
+) -> None:
+    assert run(tmp_path) == 0
+    program = "import sys, pathlib, flexifed.results.lock as lock\n"
+    program += "with lock.locked(pathlib.Path(sys.argv[1])): print('held', flush=True), sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(tmp_path / "table1")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout
+        assert first.stdout.readline() == "held\n"
+        assert run(tmp_path, "--rounds", "2") == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {tmp_path / 'table1'} is being written by process {first.pid} on ")
+        assert run(tmp_path, "--rounds", "2", "--fresh") == 0, "another folder has another lock"
+        first.communicate()
+    assert len(in_process) == 2
