@@ -93,7 +93,7 @@ class Plan:
     def summary(self) -> PlanSummary:
         """Work the plan out."""
         if self.num_clients > _MOST_CLIENTS:
-            raise ConfigError(f"num_clients is {self.num_clients}; a plan is shown for at most {_MOST_CLIENTS}")
+            raise ConfigError(f"num_clients is {self.num_clients}; it must be at most {_MOST_CLIENTS} to be shown")
         ModelConfig(width=self.width)  # checks the numbers before torch is imported
         PartitionConfig(num_clients=self.num_clients, num_shards=max(1, self.num_clients))
         from flexifed.core.schemes import sharing_plan

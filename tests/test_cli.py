@@ -175,7 +175,8 @@ def test_an_unknown_choice_ends_with_status_2_and_the_choices(
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--num-clients", "-2"), ("--num-clients", "0"), ("--num-classes", "-1"), ("--width", "nan"), ("--width", "-1"),
-     ("--in-channels", "0")],
+     ("--in-channels", "0"), ("--num-clients", "1000000000000"), ("--num-classes", "4611686018427387904"),
+     ("--in-channels", "9999999999999999999")],
 )  # fmt: skip
 def test_a_number_out_of_range_ends_with_status_2(capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
     assert main(["plan", "--family", "vgg", "--scheme", "max_common", option, value]) == 2

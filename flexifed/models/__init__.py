@@ -80,8 +80,10 @@ def build_model(
     given = {"in_channels": in_channels, "alphabet_size": alphabet_size, "length": length}
     input_options = {option: value for option, value in given.items() if value is not None}
     for option, value in {"num_classes": num_classes, **input_options}.items():
-        if isinstance(value, bool) or not (isinstance(value, int) and 1 <= value <= _LARGEST):
-            raise ConfigError(f"{option} is {value!r}; it must be a whole number of at least 1 and at most {_LARGEST}")
+        if isinstance(value, bool) or not (isinstance(value, int) and value >= 1):
+            raise ConfigError(f"{option} is {value!r}; it must be a whole number of at least 1")
+        if value > _LARGEST:
+            raise ConfigError(f"{option} is {value}; it must be at most {_LARGEST}")
     kind = input_kind(name)
     for option, value in input_options.items():
         if option not in INPUT_OPTIONS[kind]:

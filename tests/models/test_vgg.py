@@ -134,6 +134,7 @@ def test_meta_models_hold_shapes_only() -> None:
         ({"width": math.inf}, "width is inf; it is a factor on the number of channels and must be above 0"),
         ({"num_classes": 0}, "num_classes is 0; it must be a whole number of at least 1"),
         ({"num_classes": 2.5}, "num_classes is 2.5; it must be a whole number of at least 1"),
+        ({"num_classes": 2**24 + 1}, "num_classes is 16777217; it must be at most 16777216"),
         ({"in_channels": -3}, "in_channels is -3; it must be a whole number of at least 1"),
         (
             {"length": 1014},

@@ -150,7 +150,7 @@ def test_the_size_of_a_state_is_known_beforehand(tmp_path: Path, scheme: SchemeN
 
 def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     run = cell(tmp_path)
-    play(run, 5)
+    play(run, 4)
     assert sorted(folder.name for folder in checkpoints(run).iterdir()) == ["round-000002", "round-000004"]
 
 
@@ -158,7 +158,7 @@ def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "missing"])
 def test_damage_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path, victim: str, damage: str) -> None:
     run = cell(tmp_path)
-    play(run, 5)
+    play(run, 4)
     path = checkpoints(run) / "round-000004" / victim
     content = path.read_bytes()
     if damage == "missing":
