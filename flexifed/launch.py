@@ -81,7 +81,7 @@ def _run(name: str, grid: Sequence[CellName], options: GridOptions, console: Con
         return
     folder.prepare()
     with cluster.connected(options.address):
-        nodes = cluster.nodes()
+        nodes = _wait_for_nodes(options, console)
         runs = make_runs(options, cells, infos, folder.root, _device(options, cluster.has_gpus(nodes)))
         failures = _run_cells(options, runs, nodes, console)
     _show_table(folder, options, [run for run in runs if run.name not in failures], console)
@@ -90,6 +90,16 @@ def _run(name: str, grid: Sequence[CellName], options: GridOptions, console: Con
             f"{len(failures)} of {len(runs)} cells failed; each folder in {folder.root / 'runs'} has the cell's log:\n"
             + "\n".join(f"  {cell}: {reason.strip()}" for cell, reason in failures.items())
         )
+
+
+def _wait_for_nodes(options: GridOptions, console: Console) -> list[Resources]:
+    """The nodes of the connected cluster, once there are as many as are asked for. A started Ray has its one."""
+    from flexifed.orchestra import cluster
+
+    def say(present: int) -> None:
+        console.print(f"waiting for nodes: {present} of {options.min_nodes}", highlight=False)
+
+    return cluster.wait_for_nodes(options.min_nodes if options.address else 1, say)
 
 
 def check_settings(options: GridOptions, cells: Sequence[CellName], infos: Mapping[DatasetName, DatasetInfo]) -> None:

@@ -21,6 +21,7 @@ from flexifed.errors import FlexifedError
 from flexifed.orchestra.actors import ActorHosts
 from flexifed.orchestra.cell import CellRun, CellSession, accuracy_by_version
 from flexifed.orchestra.placement import CellPlacement
+from flexifed.results.store import ResultsFolder
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class CellTrial(tune.Trainable):
     def _play_round(self) -> CellReport:
         run = self._placed.run
         if self._session is None:
+            ResultsFolder(run.results).check_shared()
             self._session = CellSession(run, str(self._placed.placement))
             if self._hosts is None:
                 group = ray.util.get_current_placement_group()
