@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         rows = len(pd.read_parquet(ResultsFolder(one).rounds_file(cell), columns=["round"]))
         print(f"{cell}: the same {rows} rows, the same {len(_strings(metadata[0]['state_sha256']))} final states")
         for run in metadata:
-            print(f"    {run['placement']}; {'; '.join(_strings(run['computed_on']))}")
+            print(f"    {run['placement']}; {'; '.join(_strings(run.get('computed_on', [run['machine']])))}")
     return status
 
 

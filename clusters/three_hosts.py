@@ -165,7 +165,7 @@ def walk(hosts: Hosts, log: Log, arguments: list[str]) -> None:
     hosts.copy_checkout("laptop")
     give_key(hosts)
     laptop("python3 -m pip install --quiet --user --break-system-packages --root-user-action=ignore uv")
-    hosts.say("laptop", """echo 'export PATH="$HOME/.local/bin:$PATH"' > ~/.bash_profile""", log)
+    laptop("""sed -i '1i export PATH="$HOME/.local/bin:$PATH"' ~/.bashrc""")
     laptop("uv run --quiet ray get-auth-token --generate >/dev/null")
     laptop(
         f"sed -i -e 's/head_ip: [0-9.]*/head_ip: {HOSTS['head']}/' "

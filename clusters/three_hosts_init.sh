@@ -27,7 +27,8 @@ mount -t tmpfs -o mode=1777 tmpfs "$root/var/tmp"
 mkdir -p "$root/shared" "$root/var/cache/uv" "$root/run/sshd" "$root/root/.ssh" "$root/etc/uv"
 mount --bind "$base/shared" "$root/shared"
 mount --bind "$cache" "$root/var/cache/uv"
-printf 'cache-dir = "/var/cache/uv"\nlink-mode = "symlink"\n' >"$root/etc/uv/uv.toml"
+# The cache is on another file system than a host's, so links have to be symbolic; the hosts trust whom Debian trusts.
+printf 'cache-dir = "/var/cache/uv"\nlink-mode = "symlink"\nsystem-certs = true\n' >"$root/etc/uv/uv.toml"
 
 hostname "$name"
 echo "$name" >"$root/etc/hostname"
