@@ -190,7 +190,7 @@ def _dry_run(
         nodes, where = [this_machine()], "this machine"
     else:  # joining a cluster starts nothing
         with cluster.connected(options.address):
-            nodes, where = cluster.nodes(), f"the cluster at {options.address}"
+            nodes, where = _wait_for_nodes(options, console), f"the cluster at {options.address}"
     runs = make_runs(options, cells, infos, results, _device(options, cluster.has_gpus(nodes)))
     placement = place_cell(runs[0].config, _placement(options), nodes)
     unfinished = [run for run in runs if not _is_finished(ResultsFolder(run.results), run)]
@@ -203,6 +203,9 @@ def _dry_run(
     console.print(
         f"resources: a cell is {placement}, on {runs[0].config.device}; {at_once} at a time on {where}", soft_wrap=True
     )
+    if runs[0].config.device == "cuda" and not this_machine()["GPU"]:
+        console.print("time: not estimated, because steps are timed in this process and it sees no GPU", soft_wrap=True)
+        return
     seconds = sum(cell_seconds(run, placement, nodes, at_once) for run in unfinished) / at_once + START_S
     console.print(
         f"time: about {duration(seconds)}, from a few steps timed here and now; nothing was started",

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -158,6 +159,20 @@ def test_a_dry_run_tells_cells_resources_and_time_and_starts_nothing(
     assert "nothing was started" in " ".join(told.split())
     assert not ray.is_initialized()
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_dry_run_from_a_head_without_a_gpu_estimates_no_gpu_time(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexifed.orchestra.cluster.connected", lambda address: nullcontext())
+    monkeypatch.setattr("flexifed.orchestra.cluster.wait_for_nodes", lambda *_: [{"CPU": 0}, {"CPU": 8, "GPU": 1}])
+    monkeypatch.setattr("flexifed.orchestra.estimate.this_machine", lambda: {"CPU": 2.0, "GPU": 0.0})
+    line = [*SMALL, "--address", "10.0.0.1:6379", "--dry-run", "--results-dir", str(tmp_path / "results")]
+    assert main(line) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "a cell is 8 actors of 1 client, each 1 CPU and 0.125 GPU, on cuda" in told
+    assert told.endswith("time: not estimated, because steps are timed in this process and it sees no GPU")
 
 
 def test_a_machine_says_where_its_data_results_and_cluster_are_and_the_line_has_the_last_word() -> None:
