@@ -39,7 +39,7 @@ fi
 # allowed by pyproject.toml are installed, and all others get the same ones: other versions may mean other bits.
 export PATH="$HOME/.local/bin:$PATH"
 if ! command -v uv >/dev/null; then
-  PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv ||
+  PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --user uv ||
     curl -LsSf https://astral.sh/uv/install.sh | sh
 fi
 versions=$FLEXIFED_SHARED/versions/$(sha256sum "$project/pyproject.toml" | cut -c1-16).txt

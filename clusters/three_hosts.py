@@ -29,6 +29,7 @@ INIT = REPOSITORY / "clusters" / "three_hosts_init.sh"
 PACKAGES = ("openssh-server", "iproute2", "rsync", "nftables")
 BRIDGE, NETWORK, GATEWAY = "flexifed0", "10.77.0", "10.77.0.1"
 HOSTS = {"laptop": "10.77.0.10", "head": "10.77.0.11", "worker-1": "10.77.0.12", "worker-2": "10.77.0.13"}
+PLAIN = "--log-style pretty --log-color false"
 SMOKE = ("--profile", "smoke", "--data", "synthetic")
 UNSHARE = ("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--uts", "--ipc")
 OPTIONS = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR")
@@ -165,7 +166,7 @@ def walk(hosts: Hosts, log: Log, arguments: list[str]) -> None:
     hosts.copy_checkout("laptop")
     give_key(hosts)
     laptop("python3 -m pip install --quiet --user --break-system-packages --root-user-action=ignore uv")
-    laptop("""sed -i '1i export PATH="$HOME/.local/bin:$PATH"' ~/.bashrc""")
+    laptop("""sed -i '1i export PATH="$HOME/.local/bin:$PATH" PYTHONUNBUFFERED=1' ~/.bashrc""")
     laptop("uv run --quiet ray get-auth-token --generate >/dev/null")
     laptop(
         f"sed -i -e 's/head_ip: [0-9.]*/head_ip: {HOSTS['head']}/' "
@@ -178,7 +179,7 @@ def walk(hosts: Hosts, log: Log, arguments: list[str]) -> None:
     laptop(f"uv run --quiet {grid} --results-dir ~/one-node")
 
     log.step("ray up")
-    laptop(f"uv run --quiet ray up --yes {cluster}")
+    laptop(f"uv run --quiet ray up --yes {PLAIN} {cluster}")
 
     log.step("the grid as a job on the cluster")
     laptop(f"(uv run --quiet ray dashboard {cluster} >~/tunnel.log 2>&1 &) ; sleep 5; cat ~/tunnel.log")
@@ -186,13 +187,13 @@ def walk(hosts: Hosts, log: Log, arguments: list[str]) -> None:
     laptop(f"{job} submit --no-wait --submission-id table1 --working-dir . -- {grid} --min-nodes 3")
     laptop(f"{job} logs -f table1")
     laptop(f"{job} status table1")
-    laptop(f"uv run --quiet ray exec {cluster} 'ray status'")
+    laptop(f"uv run --quiet ray exec {PLAIN} {cluster} 'ray status'")
     log.step("fetch the results, and compare them with those of one machine")
-    laptop(f"mkdir -p ~/three-nodes && uv run --quiet ray rsync-down {cluster} /shared/results/ ~/three-nodes/")
+    laptop(f"mkdir -p ~/three-nodes && uv run --quiet ray rsync-down {PLAIN} {cluster} /shared/results/ ~/three-nodes/")
     laptop("uv run --quiet python clusters/compare_runs.py ~/one-node/table1 ~/three-nodes/table1")
 
     log.step("ray down")
-    laptop(f"uv run --quiet ray down --yes {cluster}")
+    laptop(f"uv run --quiet ray down --yes {PLAIN} {cluster}")
     seconds = wait_until_ray_is_gone(hosts)
     log.write(f"no process of Ray is left on any host {seconds:.0f} s after `ray down` returned")
 
