@@ -30,6 +30,7 @@ PACKAGES = ("openssh-server", "iproute2", "rsync", "nftables")
 BRIDGE, NETWORK, GATEWAY = "flexifed0", "10.77.0", "10.77.0.1"
 HOSTS = {"laptop": "10.77.0.10", "head": "10.77.0.11", "worker-1": "10.77.0.12", "worker-2": "10.77.0.13"}
 PLAIN = "--log-style pretty --log-color false"
+ON_ALL_THREE = "--min-nodes 3 --clients-per-actor 1"
 SMOKE = ("--profile", "smoke", "--data", "synthetic")
 UNSHARE = ("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--uts", "--ipc")
 OPTIONS = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR")
@@ -182,15 +183,21 @@ def walk(hosts: Hosts, log: Log, arguments: list[str]) -> None:
     laptop(f"uv run --quiet ray up --yes {PLAIN} {cluster}")
 
     log.step("the grid as a job on the cluster")
-    laptop(f"(uv run --quiet ray dashboard {cluster} >~/tunnel.log 2>&1 &) ; sleep 5; cat ~/tunnel.log")
+    laptop(f"(uv run --quiet ray dashboard {cluster} >~/tunnel.log 2>&1 &) ; sleep 5; head -1 ~/tunnel.log")
     job = "export RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 RAY_AUTH_MODE=token; uv run --quiet ray job"
-    laptop(f"{job} submit --no-wait --submission-id table1 --working-dir . -- {grid} --min-nodes 3")
+    laptop(f"{job} submit --no-wait --submission-id table1 --working-dir . -- {grid} {ON_ALL_THREE}")
     laptop(f"{job} logs -f table1")
     laptop(f"{job} status table1")
     laptop(f"uv run --quiet ray exec {PLAIN} {cluster} 'ray status'")
+    workers_ready = "grep -h 'is ready' /tmp/ray/session_latest/logs/monitor.out || true"
+    laptop(f"uv run --quiet ray exec {PLAIN} {cluster} {shlex.quote(workers_ready)}")
+
     log.step("fetch the results, and compare them with those of one machine")
     laptop(f"mkdir -p ~/three-nodes && uv run --quiet ray rsync-down {PLAIN} {cluster} /shared/results/ ~/three-nodes/")
-    laptop("uv run --quiet python clusters/compare_runs.py ~/one-node/table1 ~/three-nodes/table1")
+    laptop("uv run --quiet python clusters/compare_runs.py ~/one-node/table1 ~/three-nodes/table1 | tee ~/compared")
+    laptop("! grep -e DIFFERENT -e error ~/compared")
+    for name in ("head", "worker-1", "worker-2"):
+        laptop(f"grep -c 'in {name}' ~/compared")
 
     log.step("ray down")
     laptop(f"uv run --quiet ray down --yes {PLAIN} {cluster}")
