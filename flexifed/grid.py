@@ -63,9 +63,11 @@ class GridOptions:
     download: bool = False
     """Get real data that are missing from their publisher."""
     results_dir: Path = Path("results")
-    """Where results go; on a cluster, a folder that all nodes see."""
+    """Where results go; on a cluster, a folder that all nodes see. Default: $FLEXIFED_RESULTS_DIR, or ./results."""
     address: str | None = None
     """A running Ray cluster to join ('auto' finds one here). Default: $RAY_ADDRESS; without one Ray starts here."""
+    min_nodes: int = 1
+    """On a cluster, wait until so many nodes that can hold clients have joined it, at most half an hour."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where clients compute. auto: cuda if the cluster has a GPU."""
     gpus_per_client: float | None = None
@@ -91,7 +93,7 @@ class GridOptions:
     numerics: Annotated[NumericsConfig, _FLAT] = field(default_factory=NumericsConfig)
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "clients_per_actor", "max_concurrent", "checkpoint_every"):
+        for name in ("rounds", "clients_per_actor", "max_concurrent", "checkpoint_every", "min_nodes"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < _LARGEST:
                 raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1 and below 2**31")
@@ -164,6 +166,7 @@ def parse_options(
         profile=cast(ProfileName, name),
         rounds=profile.rounds,
         data_dir=Path(environ.get("FLEXIFED_DATA_DIR") or "data"),
+        results_dir=Path(environ.get("FLEXIFED_RESULTS_DIR") or "results"),
         address=environ.get("RAY_ADDRESS") or None,
         model=profile.model,
         partition=profile.partition,

@@ -109,6 +109,16 @@ def _root(name: str, options: GridOptions, console: Console) -> Path:
     return root
 
 
+def _wait_for_nodes(options: GridOptions, console: Console) -> list[Resources]:
+    """The nodes of the connected cluster, once there are as many as are asked for. A started Ray has its one."""
+    from flexifed.orchestra import cluster
+
+    def say(present: int) -> None:
+        console.print(f"waiting for nodes: {present} of {options.min_nodes}", highlight=False)
+
+    return cluster.wait_for_nodes(options.min_nodes if options.address else 1, say)
+
+
 def check_settings(options: GridOptions, cells: Sequence[CellName], infos: Mapping[DatasetName, DatasetInfo]) -> None:
     """Find out before anything is started whether the settings fit the data and each other.
 
@@ -177,7 +187,7 @@ def _run_cells(
             console.print(f"{len(runs)} of {counted(len(runs), 'cell')} finished already", highlight=False)
             return runs, {}
     with cluster.connected(options.address):
-        nodes = cluster.nodes()
+        nodes = _wait_for_nodes(options, console)
         runs = runs or make_runs(options, cells, infos, folder.root, _device(options, cluster.has_gpus(nodes)))
         unfinished = [run for run in runs if not _is_finished(folder, run)]
         if skipped := len(runs) - len(unfinished):
@@ -251,7 +261,7 @@ def _dry_run(
         nodes, where = [this_machine()], "this machine"
     else:  # joining a cluster starts nothing
         with cluster.connected(options.address):
-            nodes, where = cluster.nodes(), f"the cluster at {options.address}"
+            nodes, where = _wait_for_nodes(options, console), f"the cluster at {options.address}"
     runs = make_runs(options, cells, infos, results, _device(options, cluster.has_gpus(nodes)))
     placement = place_cell(runs[0].config, _placement(options), nodes)
     unfinished = [run for run in runs if not _is_finished(ResultsFolder(run.results), run)]
@@ -264,6 +274,9 @@ def _dry_run(
     console.print(
         f"resources: a cell is {placement}, on {runs[0].config.device}; {at_once} at a time on {where}", soft_wrap=True
     )
+    if runs[0].config.device == "cuda" and not this_machine()["GPU"]:
+        console.print("time: not estimated, because steps are timed in this process and it sees no GPU", soft_wrap=True)
+        return
     seconds = sum(cell_seconds(run, placement, nodes, at_once) for run in unfinished) / at_once + START_S
     if options.keep_final:
         kept = decimal(sum(state_bytes(run.config, run.info) for run in runs))

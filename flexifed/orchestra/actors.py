@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,8 +72,8 @@ class ClientActor:
         return self._hosted.state_sha256(_joined(aggregated, parts))
 
     def device_name(self) -> str:
-        """See `ClientHost.device_name`."""
-        return self._hosted.device_name()
+        """See `ClientHost.device_name`; with the machine that it is in."""
+        return f"{self._hosted.device_name()} in {platform.node()}"
 
     def save(self, folder: Path) -> dict[str, str]:
         """See `ClientHost.save`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
@@ -14,6 +15,7 @@ from flexifed.errors import ResourceError
 from flexifed.orchestra.placement import Resources
 from flexifed.stopping import uninterrupted
 
+NODES_TIMEOUT_S = 1800.0
 _ANSWER_S = 5.0
 
 
@@ -73,6 +75,38 @@ def _join(address: str) -> None:
             f"no Ray cluster answers at {address!r} ({error}); check --address and RAY_ADDRESS, "
             "or leave both out to start Ray here"
         ) from error
+
+
+def wait_for_nodes(
+    min_nodes: int, say: Callable[[int], None], *, timeout_s: float = NODES_TIMEOUT_S, poll_s: float = 2.0
+) -> list[Resources]:
+    """The resources of each node of the connected cluster, once enough have joined it.
+
+    Args:
+        min_nodes: so many that can hold clients, that is, have CPUs; a head that only leads does not count.
+        say: is told how many there are, whenever the number has changed and is too small.
+        timeout_s: how long to wait; a rented machine takes minutes to come up.
+        poll_s: seconds between looks.
+
+    Raises:
+        ResourceError: there were too few in the end.
+    """
+    deadline = time.monotonic() + timeout_s
+    told = -1
+    while True:
+        found = nodes()
+        present = sum(node.get("CPU", 0) > 0 for node in found)
+        if present >= min_nodes:
+            return found
+        if time.monotonic() >= deadline:
+            raise ResourceError(
+                f"min_nodes is {min_nodes}, but after {timeout_s:g} s the cluster has {present} with CPUs; "
+                "`ray status` on the head says what became of the others; or lower --min-nodes"
+            )
+        if present != told:
+            say(present)
+            told = present
+        time.sleep(poll_s)
 
 
 def nodes() -> list[Resources]:

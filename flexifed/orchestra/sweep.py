@@ -97,6 +97,7 @@ class CellTrial(tune.Trainable):
         if self._session is None:
             if stop_file.exists():
                 return CellReport(run.name, "stopped")
+            ResultsFolder(run.results).check_shared()
             self._begin(run)
         assert self._session is not None
         result = self._session.play_round()

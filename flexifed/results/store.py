@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,6 +76,18 @@ class ResultsFolder:
             raise ResultsError(
                 f"can't write results to {self.root}: {error.strerror or error}; choose another --results-dir"
             ) from error
+
+    def check_shared(self) -> None:
+        """Make sure that this machine sees the folders that `prepare` has made, on whichever machine that was.
+
+        Raises:
+            ResultsError: it does not, so what it would write here nobody would find.
+        """
+        if not self.rounds.is_dir():
+            raise ResultsError(
+                f"{platform.node()} does not see {self.root}, where the results go; on a cluster, --results-dir (or "
+                "FLEXIFED_RESULTS_DIR) has to be a folder that all nodes share under the same path"
+            )
 
     def read(self, cells: Sequence[str]) -> pd.DataFrame:
         """The rows of some cells; those that have no file yet are left out.

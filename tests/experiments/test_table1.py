@@ -5,13 +5,15 @@ from __future__ import annotations
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import ray
 
+from flexifed.grid import parse_options
 from flexifed.profiles import PROFILES
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "table1.py"
@@ -56,6 +58,7 @@ BAD_SETTINGS = [
     (["--num-clients", "0"], "num_clients is 0; it must be a whole number of at least 1"),
     (["--windows-per-shard", "0"], "windows_per_shard is 0; it must be a whole number of at least 1"),
     (["--clients-per-actor", "0"], "clients_per_actor is 0; it must be a whole number of at least 1"),
+    (["--min-nodes", "0"], "min_nodes is 0; it must be a whole number of at least 1"),
     (["--max-concurrent", "-2"], "max_concurrent is -2; it must be a whole number of at least 1"),
     (["--learning-rate", "0"], "learning_rate is 0.0; it must be a finite number above 0"),
     (["--momentum", "1"], "momentum is 1.0; it must be a finite number at least 0 and below 1"),
@@ -156,6 +159,33 @@ def test_a_dry_run_tells_cells_resources_and_time_and_starts_nothing(
     assert "nothing was started" in " ".join(told.split())
     assert not ray.is_initialized()
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_dry_run_from_a_head_without_a_gpu_estimates_no_gpu_time(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexifed.orchestra.cluster.connected", lambda address: nullcontext())
+    monkeypatch.setattr("flexifed.orchestra.cluster.wait_for_nodes", lambda *_: [{"CPU": 0}, {"CPU": 8, "GPU": 1}])
+    monkeypatch.setattr("flexifed.orchestra.estimate.this_machine", lambda: {"CPU": 2.0, "GPU": 0.0})
+    line = [*SMALL, "--address", "10.0.0.1:6379", "--dry-run", "--results-dir", str(tmp_path / "results")]
+    assert main(line) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "a cell is 8 actors of 1 client, each 1 CPU and 0.125 GPU, on cuda" in told
+    assert told.endswith("time: not estimated, because steps are timed in this process and it sees no GPU")
+
+
+def test_a_machine_says_where_its_data_results_and_cluster_are_and_the_line_has_the_last_word() -> None:
+    environ = {"FLEXIFED_DATA_DIR": "/data", "FLEXIFED_RESULTS_DIR": "/shared/results", "RAY_ADDRESS": "10.0.0.1:6379"}
+
+    def options(line: Sequence[str], environ: Mapping[str, str]) -> tuple[str, str, str | None]:
+        parsed = parse_options(line, prog="table1.py", description="", environ=environ)
+        return str(parsed.data_dir), str(parsed.results_dir), parsed.address
+
+    assert options([], {}) == ("data", "results", None)
+    assert options([], environ) == ("/data", "/shared/results", "10.0.0.1:6379")
+    line = ["--data-dir", "a", "--results-dir", "b", "--address", "auto"]
+    assert options(line, environ) == ("a", "b", "auto")
 
 
 def test_help_is_told_without_importing_torch_ray_or_pandas() -> None:

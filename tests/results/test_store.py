@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
@@ -320,3 +321,12 @@ def test_what_decides_no_number_is_not_in_the_run_id(option: dict[str, Any]) -> 
     )
     assert (plain.run_id, plain.name) == (other.run_id, other.name)
     assert plain.run_id in plain.name
+
+
+def test_a_machine_that_does_not_see_the_folder_says_so_and_makes_none(tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path / "shared" / "table1")
+    with pytest.raises(ResultsError, match=f"{platform.node()} does not see {folder.root}.*FLEXIFED_RESULTS_DIR"):
+        folder.check_shared()
+    assert not folder.root.exists()
+    folder.prepare()
+    folder.check_shared()

@@ -1,0 +1,71 @@
+"""Whether two runs of an experiment gave the same numbers, bit for bit, wherever each of them ran.
+
+python clusters/compare_runs.py results-here/table1 results-there/table1
+
+Compares all columns of the rows but those that tell of time and process, and the SHA-256 of what every client holds in
+the end. Exit status 0 if all is the same, 1 if not, 2 if there is nothing to compare.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from flexifed.results.store import ResultsFolder, read_metadata
+
+OF_THE_RUN = ("train_s", "train_started", "eval_s", "round_s", "actor")
+"""Columns that tell of time and process."""
+
+
+def differences(one: Path, other: Path, cell: str) -> list[str]:
+    """What differs between two runs of a cell, one phrase each; empty if they are the same."""
+    files = [ResultsFolder(root).rounds_file(cell) for root in (one, other)]
+    if missing := [str(file) for file in files if not file.exists()]:
+        return [f"missing: {', '.join(missing)}"]
+    first, second = (
+        pd.read_parquet(file).drop(columns=list(OF_THE_RUN)).sort_values(["round", "client"], ignore_index=True)
+        for file in files
+    )
+    found = [f"column {name}" for name in first if not first[name].equals(second[name])]
+    if len(first) != len(second):
+        found = [f"{len(first)} rows and {len(second)} rows"]
+    digests = [read_metadata(file).get("state_sha256") for file in files]
+    if digests[0] is None or digests[0] != digests[1]:
+        found.append("state_sha256")
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compare two folders cell by cell, and print a line for each."""
+    if len(argv) != 2:
+        print("usage: compare_runs.py RESULTS/EXPERIMENT OTHER_RESULTS/EXPERIMENT", file=sys.stderr)
+        return 2
+    one, other = (Path(name).expanduser().resolve() for name in argv)
+    cells = sorted({file.stem for root in (one, other) for file in ResultsFolder(root).rounds.glob("*.parquet")})
+    if not cells:
+        print(f"error: no results in {one / 'rounds'} and {other / 'rounds'}", file=sys.stderr)
+        return 2
+    status = 0
+    for cell in cells:
+        if found := differences(one, other, cell):
+            status = 1
+            print(f"{cell}: DIFFERENT: {'; '.join(found)}")
+            continue
+        metadata = [read_metadata(ResultsFolder(root).rounds_file(cell)) for root in (one, other)]
+        rows = len(pd.read_parquet(ResultsFolder(one).rounds_file(cell), columns=["round"]))
+        print(f"{cell}: the same {rows} rows, the same {len(_strings(metadata[0]['state_sha256']))} final states")
+        for run in metadata:
+            print(f"    {run['placement']}; {'; '.join(_strings(run.get('computed_on', [run['machine']])))}")
+    return status
+
+
+def _strings(value: object) -> list[str]:
+    assert isinstance(value, list)
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

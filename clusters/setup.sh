@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# What every machine of a cluster gets, rented or owned, head or worker. `ray up` runs it on each; again does no harm.
+#
+#   FLEXIFED_SHARED    folder that all machines see under this path: results, and the versions that were installed
+#   FLEXIFED_NFS       where it comes from. Empty: it is there already. head: the head exports it to the others.
+#                      SERVER:/PATH: an NFS server, such as fs-0123.efs.us-west-2.amazonaws.com:/ (EFS)
+#   FLEXIFED_DOWNLOAD  yes: fetch the data sets to this machine, once. no: they are there, or runs use a stand-in
+set -euo pipefail
+
+: "${FLEXIFED_SHARED:?name a folder that all machines see}"
+nfs=${FLEXIFED_NFS:-}
+project=$HOME/flexifed
+venv=$HOME/.venvs/flexifed
+data=$HOME/flexifed-data
+
+# The shared folder. Ray sets RAY_HEAD_IP on workers only.
+if [ "$nfs" = head ] && [ -z "${RAY_HEAD_IP:-}" ]; then
+  sudo apt-get update -qq
+  sudo apt-get install -y -qq nfs-kernel-server
+  sudo mkdir -p "$FLEXIFED_SHARED"
+  sudo chown "$(id -u):$(id -g)" "$FLEXIFED_SHARED"
+  # The firewall keeps the world out: only machines of the cluster's own security group get as far as this.
+  echo "$FLEXIFED_SHARED *(rw,sync,no_subtree_check)" | sudo tee /etc/exports.d/flexifed.exports >/dev/null
+  sudo exportfs -ra
+elif [ -n "$nfs" ] && ! mountpoint -q "$FLEXIFED_SHARED"; then
+  [ "$nfs" = head ] && nfs=$RAY_HEAD_IP:$FLEXIFED_SHARED
+  sudo apt-get update -qq
+  sudo apt-get install -y -qq nfs-common
+  sudo mkdir -p "$FLEXIFED_SHARED"
+  sudo mount -t nfs4 -o nfsvers=4.1,hard,noresvport "$nfs" "$FLEXIFED_SHARED"
+  [ -w "$FLEXIFED_SHARED" ] || sudo chown "$(id -u):$(id -g)" "$FLEXIFED_SHARED" # a new EFS belongs to root
+fi
+if ! mkdir -p "$FLEXIFED_SHARED/results" "$FLEXIFED_SHARED/versions"; then
+  echo "setup.sh: $(hostname) can't write to $FLEXIFED_SHARED; mount it there, or name another FLEXIFED_SHARED" >&2
+  exit 1
+fi
+
+# The project, as on a laptop: by uv, into an environment of its own. The first machine decides which versions that are
+# allowed by pyproject.toml are installed, and all others get the same ones: other versions may mean other bits.
+export PATH="$HOME/.local/bin:$PATH"
+if ! command -v uv >/dev/null; then
+  PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --user uv ||
+    curl -LsSf https://astral.sh/uv/install.sh | sh
+fi
+versions=$FLEXIFED_SHARED/versions/$(sha256sum "$project/pyproject.toml" | cut -c1-16).txt
+uv venv --quiet --allow-existing --python '>=3.11' "$venv"
+if [ -e "$versions" ]; then
+  uv pip install --quiet --python "$venv" --constraint "$versions" --editable "$project[aws]"
+else
+  uv pip install --quiet --python "$venv" --editable "$project[aws]"
+  uv pip freeze --quiet --python "$venv" --exclude-editable >"$versions.$$"
+  mv "$versions.$$" "$versions"
+fi
+
+# What Ray's processes and every login find in their environment. The token in ~/.ray/auth_token came with the files.
+cat >"$HOME/.flexifed.sh" <<END
+export PATH="$venv/bin:\$HOME/.local/bin:\$PATH"
+export FLEXIFED_DATA_DIR="$data"
+export FLEXIFED_RESULTS_DIR="$FLEXIFED_SHARED/results"
+export RAY_AUTH_MODE=token
+export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1
+export RAY_USAGE_STATS_ENABLED=0
+END
+line='. "$HOME/.flexifed.sh"'
+grep -qxF "$line" "$HOME/.bashrc" 2>/dev/null || echo "$line" >>"$HOME/.bashrc"
+
+mkdir -p "$data"
+if [ "${FLEXIFED_DOWNLOAD:-no}" = yes ]; then
+  "$venv/bin/flexifed" data --data-dir "$data" --download
+fi
+echo "setup.sh: $(hostname) is ready"

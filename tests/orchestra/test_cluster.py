@@ -1,0 +1,120 @@
+"""Joining a cluster: which nodes there are, and that it does not matter on which of them clients run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
+from flexifed.data import find_dataset
+from flexifed.errors import ResourceError
+from flexifed.federation.host import assign_clients
+from flexifed.federation.rounds import Federation, Hosts, LocalHosts, make_shards
+from flexifed.orchestra import cluster
+from flexifed.orchestra.actors import ActorHosts
+from flexifed.orchestra.placement import CellPlacement, Resources
+
+HEAD: Resources = {"memory": 1e9, "CPU": 0.0}
+WORKER: Resources = {"memory": 1e9, "CPU": 8.0, "GPU": 1.0}
+
+
+class Joining:
+    """A cluster that one more node joins between two looks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, nodes: Sequence[Resources]) -> None:
+        self.nodes, self.looks = nodes, 0
+        monkeypatch.setattr(cluster, "nodes", self.look)
+
+    def look(self) -> list[Resources]:
+        self.looks += 1
+        return [*self.nodes[: self.looks]]
+
+
+def test_nodes_that_can_hold_no_client_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining, told = Joining(monkeypatch, [HEAD, HEAD, WORKER, WORKER, WORKER]), list[int]()
+    assert cluster.wait_for_nodes(2, told.append, poll_s=0) == [HEAD, HEAD, WORKER, WORKER]
+    assert told == [0, 1], "each number once"
+    assert joining.looks == 4
+
+
+def test_a_cluster_that_is_there_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining = Joining(monkeypatch, [WORKER])
+    assert cluster.wait_for_nodes(1, pytest.fail, timeout_s=0) == [WORKER]
+    assert joining.looks == 1
+
+
+def test_nodes_that_never_come_are_an_error_with_numbers_and_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    Joining(monkeypatch, [HEAD, WORKER])
+    with pytest.raises(ResourceError) as caught:
+        cluster.wait_for_nodes(3, lambda _: None, timeout_s=0)
+    words = ["min_nodes is 3", "after 0 s the cluster has 0 with CPUs", "`ray status`", "--min-nodes"]
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+# --------------------------------------------------------------------------------------------------- on three nodes
+
+NUM_CLIENTS = 8
+INFO = find_dataset("cifar10", data="synthetic", data_dir=Path("nowhere"))
+CONFIG = CellConfig(
+    dataset="cifar10",
+    family="vgg",
+    scheme="max_common",
+    model=ModelConfig(width=0.03),
+    partition=PartitionConfig(num_clients=NUM_CLIENTS, num_shards=800, windows_per_shard=1),
+    training=TrainingConfig(local_epochs=1, batch_size=8),
+)
+
+
+@pytest.fixture(scope="module")
+def three_nodes() -> Iterator[None]:
+    """Three nodes of 4 CPUs each, and this process as their driver."""
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            started.add_node(num_cpus=4)
+        with cluster.connected(started.address):
+            started.wait_for_nodes()
+            yield
+    finally:
+        started.shutdown()
+
+
+def digests(hosts: Hosts) -> tuple[str, ...]:
+    """Of the final states, after two rounds of training and one of scoring."""
+    federation = Federation(CONFIG, INFO, hosts)
+    for round_index in range(3):
+        federation.play_round(train=round_index < 2)
+    return federation.state_sha256()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("three_nodes")
+@pytest.mark.parametrize(
+    ("strategy", "clients_per_actor", "num_nodes"), [("STRICT_SPREAD", 3, 3), ("STRICT_PACK", 3, 1), ("SPREAD", 1, 3)]
+)
+def test_final_states_are_those_of_one_process_wherever_clients_run(
+    strategy: str, clients_per_actor: int, num_nodes: int
+) -> None:
+    def node_of(_: Any) -> str:  # nested, so that it travels by value
+        return str(ray.get_runtime_context().get_node_id())
+
+    assert len(cluster.wait_for_nodes(3, lambda _: None, timeout_s=60)) == 3
+    shards = make_shards(CONFIG, INFO)
+    clients = tuple(assign_clients(NUM_CLIENTS, clients_per_actor, CONFIG.sharing.reduce_block))
+    group = ray.util.placement_group([{"CPU": 1}] * len(clients), strategy=strategy)
+    ray.get(group.ready())
+    hosts = ActorHosts(group)
+    try:
+        hosts.begin(CONFIG, INFO, CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0), shards)
+        found = digests(hosts)
+        places = ray.get([actor.__ray_call__.remote(node_of) for actor in hosts._actors])
+    finally:
+        hosts.shut_down()
+        ray.util.remove_placement_group(group)
+    assert len(set(places)) == num_nodes
+    assert found == digests(LocalHosts(CONFIG, INFO, shards))

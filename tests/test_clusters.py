@@ -1,0 +1,290 @@
+"""The cluster files, the set-up text that they share, and the comparison of runs. Nothing is contacted or installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from numpy.typing import NDArray
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from flexifed.results.store import ResultsFolder, read_metadata, write_table
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SETUP = REPOSITORY / "clusters" / "setup.sh"
+FILES = ("cluster.yaml", "clusters/local.yaml")
+SETUP_COMMAND = re.compile(r"((?:[A-Z_]+=\S* )+)(bash ~/flexifed/clusters/setup\.sh)")
+
+
+def read(name: str) -> dict[str, Any]:
+    return dict(yaml.safe_load((REPOSITORY / name).read_text()))
+
+
+def settings(name: str) -> dict[str, str]:
+    """What stands in front of setup.sh."""
+    (command,) = read(name)["setup_commands"]
+    match = SETUP_COMMAND.fullmatch(command)
+    assert match
+    return dict(setting.split("=", 1) for setting in match[1].split())
+
+
+# ---------------------------------------------------------------------------------------------------- the two files
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_ray_accepts_the_file(name: str) -> None:
+    config = prepare_config(read(name))
+    validate_config(config)
+    assert config["head_setup_commands"] == config["worker_setup_commands"] == read(name)["setup_commands"]
+
+
+def test_both_set_machines_up_and_start_ray_in_the_same_way() -> None:
+    aws, own = (read(name) for name in FILES)
+    own["head_start_ray_commands"] = [
+        line.replace("RAY_enable_autoscaler_v2=0 ", "") for line in own["head_start_ray_commands"]
+    ]
+    shared = {"file_mounts", "rsync_exclude", "head_start_ray_commands", "worker_start_ray_commands"}
+    assert {key: aws[key] for key in shared} == {key: own[key] for key in shared}
+    assert aws.keys() & own.keys() == {"cluster_name", "provider", "auth", "setup_commands", *shared}
+    known = set(re.findall(r"^#   (FLEXIFED_\w+) ", SETUP.read_text(), flags=re.MULTILINE))
+    assert settings(FILES[0]).keys() == settings(FILES[1]).keys() == known
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_ssh_is_open_and_ray_asks_for_a_token(name: str) -> None:
+    config = read(name)
+    (head,) = [line for line in config["head_start_ray_commands"] if "ray start" in line]
+    assert "--dashboard-host=127.0.0.1" in head
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "security_group" not in config["provider"], "Ray's own lets in SSH alone"
+    assert "export RAY_AUTH_MODE=token\n" in SETUP.read_text()
+
+
+def test_all_that_an_installation_needs_is_sent_and_nothing_large() -> None:
+    mounted = {local: remote for remote, local in read(FILES[0])["file_mounts"].items() if not local.startswith("~")}
+    assert mounted == {local: f"~/flexifed/{local}" for local in mounted}
+    assert all((REPOSITORY / local).exists() for local in mounted)
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    needed = {
+        "pyproject.toml",
+        project["project"]["readme"],
+        *project["project"]["license-files"],
+        *project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"],
+    }
+    assert mounted.keys() == needed | {"clusters"}
+
+
+def test_rented_gpu_machines_have_bounds_and_the_head_holds_no_client() -> None:
+    config = prepare_config(read("cluster.yaml"))
+    head, gpu = (config["available_node_types"][name] for name in ("head", "gpu"))
+    assert head["resources"] == {"CPU": 0}
+    assert 0 < gpu["min_workers"] <= gpu["max_workers"] <= config["max_workers"]
+    assert config["idle_timeout_minutes"] > 0
+    assert config["provider"]["cache_stopped_nodes"] is False
+    assert head["node_config"]["ImageId"] == gpu["node_config"]["ImageId"]
+
+
+# -------------------------------------------------------------------------------------------------- the set-up text
+
+STUB = '#!/usr/bin/env bash\necho "$(basename "$0") $*" >>"$CALLS"\n'
+STUBS = {
+    "sudo": STUB + '[ "$1" = tee ] && cat >>"$CALLS" || true\n',
+    "uv": STUB + '[ "$1 $2" = "pip freeze" ] && echo torch==2.11.0 || true\n',
+    "mountpoint": STUB + "exit 1\n",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Runs setup.sh with a home of its own, and with programs that only note how they were called."""
+
+    folder: Path
+    shared: Path
+
+    def set_up(self, **environ: str) -> subprocess.CompletedProcess[str]:
+        home, programs = self.folder / "home", self.folder / "bin"
+        for path in (home / "flexifed", programs):
+            path.mkdir(parents=True, exist_ok=True)
+        (home / "flexifed" / "pyproject.toml").write_text("[project]\n")
+        flexifed = home / ".venvs" / "flexifed" / "bin" / "flexifed"
+        flexifed.parent.mkdir(parents=True, exist_ok=True)
+        for path, text in {flexifed: STUB, **{programs / name: text for name, text in STUBS.items()}}.items():
+            path.write_text(text)
+            path.chmod(0o755)
+        (self.folder / "calls").write_text("")
+        return subprocess.run(
+            ["bash", str(SETUP)],
+            env={
+                "HOME": str(home),
+                "PATH": f"{programs}:{os.environ['PATH']}",
+                "CALLS": str(self.folder / "calls"),
+                "FLEXIFED_SHARED": str(self.shared),
+                **environ,
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def calls(self, program: str) -> list[str]:
+        lines = (self.folder / "calls").read_text().splitlines()
+        return [line for line in lines if line.startswith(f"{program} ")]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Callable[[str], Machine]:
+    (tmp_path / "shared").mkdir()
+    return lambda name: Machine(tmp_path / name, tmp_path / "shared")
+
+
+def test_all_machines_get_the_versions_of_the_first(machine: Callable[[str], Machine]) -> None:
+    head, worker = machine("head"), machine("worker")
+    assert head.set_up().returncode == 0
+    (versions,) = (head.shared / "versions").iterdir()
+    assert versions.read_text() == "torch==2.11.0\n"
+    assert not any("--constraint" in call for call in head.calls("uv"))
+    assert worker.set_up(RAY_HEAD_IP="10.0.0.1").returncode == 0
+    (installed,) = [call for call in worker.calls("uv") if "pip install" in call]
+    assert f"--constraint {versions}" in installed
+    assert not any("freeze" in call for call in worker.calls("uv"))
+
+
+def test_a_login_finds_the_project_its_folders_and_the_token_mode(machine: Callable[[str], Machine]) -> None:
+    head = machine("head")
+    for _ in range(2):
+        assert head.set_up().returncode == 0
+    home = head.folder / "home"
+    assert (home / ".bashrc").read_text() == '. "$HOME/.flexifed.sh"\n', "once, however often it is set up"
+    names = ["RAY_AUTH_MODE", "FLEXIFED_DATA_DIR", "FLEXIFED_RESULTS_DIR"]
+    show = f'. "$HOME/.bashrc"; command -v flexifed; printf "%s\\n" {" ".join(f"${name}" for name in names)}'
+    environ = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
+    told = subprocess.run(["bash", "-c", show], env=environ, capture_output=True, text=True, check=True).stdout.split()
+    assert told == [
+        f"{home}/.venvs/flexifed/bin/flexifed",
+        "token",
+        f"{home}/flexifed-data",
+        f"{head.shared}/results",
+    ]
+
+
+def test_data_are_fetched_only_where_they_are_asked_for(machine: Callable[[str], Machine]) -> None:
+    head = machine("head")
+    assert head.set_up(FLEXIFED_DOWNLOAD="no").returncode == 0
+    assert head.calls("flexifed") == []
+    assert head.set_up(FLEXIFED_DOWNLOAD="yes").returncode == 0
+    assert head.calls("flexifed") == [f"flexifed data --data-dir {head.folder}/home/flexifed-data --download"]
+
+
+@pytest.mark.parametrize(
+    ("nfs", "head_ip", "expected"),
+    [
+        ("", "", []),
+        ("", "10.0.0.1", []),
+        ("head", "", ["exportfs -ra"]),
+        ("head", "10.0.0.1", ["mount -t nfs4 -o nfsvers=4.1,hard,noresvport 10.0.0.1:{shared} {shared}"]),
+        ("fs-1.efs:/", "", ["mount -t nfs4 -o nfsvers=4.1,hard,noresvport fs-1.efs:/ {shared}"]),
+        ("fs-1.efs:/", "10.0.0.1", ["mount -t nfs4 -o nfsvers=4.1,hard,noresvport fs-1.efs:/ {shared}"]),
+    ],
+)
+def test_the_shared_folder_is_there_or_exported_by_the_head_or_mounted(
+    machine: Callable[[str], Machine], nfs: str, head_ip: str, expected: Sequence[str]
+) -> None:
+    one = machine("one")
+    environ = {"FLEXIFED_NFS": nfs} | ({"RAY_HEAD_IP": head_ip} if head_ip else {})
+    assert one.set_up(**environ).returncode == 0
+    called = [call.removeprefix("sudo ") for call in one.calls("sudo")]
+    mounts = [call for call in called if call.startswith(("exportfs", "mount"))]
+    assert mounts == [line.format(shared=one.shared) for line in expected]
+
+
+def test_a_shared_folder_that_cannot_be_written_stops_the_set_up(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    one = Machine(tmp_path / "one", tmp_path / "file" / "shared")
+    done = one.set_up()
+    assert done.returncode == 1
+    assert f"can't write to {one.shared}; mount it there, or name another FLEXIFED_SHARED" in done.stderr
+    assert one.calls("uv") == []
+
+
+# ----------------------------------------------------------------------------------------------- comparing two runs
+
+Compare = Callable[[Sequence[str]], int]
+RECORD = REPOSITORY / "records" / "thin-cifar10-vgg" / "rounds"
+
+
+@pytest.fixture(scope="module")
+def compare() -> Compare:
+    main: Compare = runpy.run_path(str(REPOSITORY / "clusters" / "compare_runs.py"))["main"]
+    return main
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> tuple[Path, Path]:
+    """Two folders with a recorded cell: the second one in another order, and as if by other processes."""
+    source = min(RECORD.glob("*-max_common-seed0-*.parquet"))
+    table = pq.read_table(source, partitioning=None)
+    moved = replaced(table.take([*range(len(table))][::-1]), "actor", np.full(len(table), 7, np.int32))
+    for name, one in (("here", table), ("there", moved)):
+        write_table(file_in(tmp_path / name), one)
+    return tmp_path / "here", tmp_path / "there"
+
+
+def file_in(root: Path) -> Path:
+    return ResultsFolder(root).rounds_file("cell")
+
+
+def replaced(table: pa.Table, column: str, values: NDArray[Any]) -> pa.Table:
+    index = table.schema.get_field_index(column)
+    return table.set_column(index, table.schema.field(column), pa.array(values))
+
+
+def test_runs_that_differ_in_time_and_process_alone_are_the_same(
+    compare: Compare, runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare([str(root) for root in runs]) == 0
+    rows = pq.read_metadata(file_in(runs[0])).num_rows
+    assert f"cell: the same {rows} rows, the same 8 final states\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("column", ["accuracy", "loss"])
+def test_one_value_that_differs_in_its_last_bit_is_found(
+    compare: Compare, runs: tuple[Path, Path], column: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pq.read_table(file_in(runs[1]), partitioning=None)
+    values = table[column].to_numpy().copy()
+    values[3] = np.nextafter(values[3], 2)
+    write_table(file_in(runs[1]), replaced(table, column, values))
+    assert compare([str(root) for root in runs]) == 1
+    assert f"cell: DIFFERENT: column {column}\n" in capsys.readouterr().out
+
+
+def test_states_rows_and_cells_that_differ_are_found(
+    compare: Compare, runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, there = runs
+    table = pq.read_table(file_in(there), partitioning=None)
+    metadata = {**read_metadata(file_in(there)), "state_sha256": ["0" * 64]}
+    write_table(file_in(there), table.replace_schema_metadata({b"flexifed": json.dumps(metadata)}))
+    assert compare([str(here), str(there)]) == 1
+    assert "DIFFERENT: state_sha256\n" in capsys.readouterr().out
+    write_table(file_in(there), table.slice(8))
+    assert compare([str(here), str(there)]) == 1
+    assert f"DIFFERENT: {len(table)} rows and {len(table) - 8} rows\n" in capsys.readouterr().out
+    file_in(there).unlink()
+    assert compare([str(here), str(there)]) == 1
+    assert f"DIFFERENT: missing: {file_in(there)}\n" in capsys.readouterr().out
+    assert compare([str(there), str(there)]) == 2
+    assert "no results in" in capsys.readouterr().err
