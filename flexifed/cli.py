@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,7 +158,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Print the tables of an experiment from its results, one for each set of settings that were run."""
+    """Print the tables of an experiment from its results, and draw its figures, for each set of settings."""
 
     results_dir: Annotated[Path, _POSITIONAL] = Path("results")
     """The --results-dir of the runs."""
@@ -168,15 +169,31 @@ class Report:
     the very last score."""
     profile: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Only runs under this profile. Default: all, a table each."""
+    format: Literal["terminal", "markdown", "latex", "csv"] = "terminal"
+    """What to print. csv: Table 1 only, a line for each number. All formats have the same numbers."""
+    target: float | None = None
+    """Accuracy in percent that the rounds are counted to. Default: what Clustered-FL ends at under the same seed."""
+    figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Draw the figures too, as PNG and PDF, into a folder for each table. Needs the extra `analysis`."""
 
     def run(self, console: Console) -> None:
-        """Print the tables."""
-        from flexifed.report.runs import report
-        from flexifed.results.store import ResultsFolder
+        """Print the tables, and write the figures."""
+        from flexifed.report.study import load_results, report, report_text
 
-        folder = ResultsFolder((self.results_dir.expanduser() / self.experiment).absolute())
-        for part in report(folder, pick=self.pick, profile=self.profile):
-            console.print(part, highlight=False, markup=False)
+        if self.figures is not None:
+            from flexifed.report.figures import drawings  # refuses before anything is read or printed
+        studies = load_results(self.results_dir, self.experiment, self.profile)
+        if self.format == "terminal":
+            for part in report(studies, pick=self.pick, target=self.target):
+                console.print(part, highlight=False, markup=False)
+        else:
+            for text in report_text(studies, self.format, pick=self.pick, target=self.target):
+                print(text)
+        if self.figures is not None:
+            for study in studies:
+                for drawing in drawings(study, self.pick, self.target):
+                    for path in drawing.save(self.figures.expanduser() / study.slug):
+                        print(path, file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
