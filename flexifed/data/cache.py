@@ -183,7 +183,7 @@ def _commit(folder: Path, facts: Mapping[str, object]) -> None:
 def _digest(array: NDArray[Any]) -> str:
     """SHA-256 over type, shape and bytes of a contiguous array."""
     digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
-    content = memoryview(array.reshape(-1).view(np.uint8))
+    content = array.reshape(-1).view(np.uint8).data
     for start in range(0, len(content), HASH_BYTES):
         digest.update(content[start : start + HASH_BYTES])
     return digest.hexdigest()
