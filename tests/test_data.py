@@ -120,7 +120,7 @@ WRITERS = {"binary": write_binary, "python": write_python}
 @pytest.fixture(params=["binary", "python", "synthetic"])
 def dataset(request: pytest.FixtureRequest, records: Records, tmp_path: Path) -> Dataset:
     if request.param == "synthetic":
-        return open_dataset(synthetic.info())
+        return open_dataset(synthetic.info("cifar10"))
     WRITERS[request.param](tmp_path, records)
     return open_dataset(found(tmp_path))
 
@@ -217,7 +217,7 @@ def test_fingerprint_is_of_the_contents_alone(records: Records, tmp_path: Path) 
     infos = [found(tmp_path / folder) for folder in ("one", "two", "three")]
     assert len({info.location for info in infos}) == 3
     assert len({info.fingerprint for info in infos}) == 1
-    assert synthetic.info().fingerprint != infos[0].fingerprint
+    assert synthetic.info("cifar10").fingerprint != infos[0].fingerprint
 
 
 def test_location_is_absolute(records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,11 +450,11 @@ def test_real_set_without_one_file(data_dir: Path, tmp_path: Path) -> None:
 
 
 def test_auto_takes_real_data_where_they_are(records: Records, tmp_path: Path) -> None:
-    assert find_dataset("cifar10", data="auto", data_dir=tmp_path) == synthetic.info()
+    assert find_dataset("cifar10", data="auto", data_dir=tmp_path) == synthetic.info("cifar10")
     write_binary(tmp_path, records)
     assert find_dataset("cifar10", data="auto", data_dir=tmp_path).source == "real"
     assert find_dataset("cifar10", data="real", data_dir=tmp_path).source == "real"
-    assert find_dataset("cifar10", data="synthetic", data_dir=tmp_path) == synthetic.info()
+    assert find_dataset("cifar10", data="synthetic", data_dir=tmp_path) == synthetic.info("cifar10")
 
 
 def test_real_and_nothing_there(tmp_path: Path) -> None:
@@ -546,15 +546,15 @@ def test_download_of_something_else(records: Records, tmp_path: Path, monkeypatc
 
 def test_stand_in_never_changes() -> None:
     """The bytes belong to the fingerprint: raise `synthetic.VERSION` with the digest."""
-    dataset = open_dataset(synthetic.info())
+    dataset = open_dataset(synthetic.info("cifar10"))
     indices = np.arange(0, 10_000, 997)
     content = b"".join(split.take(indices)[0].numpy().tobytes() for split in (dataset.train, dataset.test))
-    assert synthetic.info().fingerprint == "cifar10-synthetic-1"
+    assert synthetic.info("cifar10").fingerprint == "cifar10-synthetic-1"
     assert hashlib.sha256(content).hexdigest() == "9a0453a98258a52700d8e4c0ccfcebaa9e1c79bd0f051ebb32075a6ce4372e99"
 
 
 def test_stand_in_is_made_block_by_block() -> None:
-    train = open_dataset(synthetic.info()).train
+    train = open_dataset(synthetic.info("cifar10")).train
     indices = np.random.default_rng(0).permutation(len(train))[: synthetic.BLOCK + 3]
     images, _ = train.take(indices)
     torch.testing.assert_close(images[-5:], train.take(indices[-5:])[0], rtol=0, atol=0)
@@ -563,7 +563,7 @@ def test_stand_in_is_made_block_by_block() -> None:
 def test_stand_in_is_not_made_when_opened() -> None:
     tracemalloc.start()
     try:
-        open_dataset(synthetic.info())
+        open_dataset(synthetic.info("cifar10"))
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -571,14 +571,14 @@ def test_stand_in_is_not_made_when_opened() -> None:
 
 
 def test_stand_in_has_different_training_and_test_samples() -> None:
-    dataset = open_dataset(synthetic.info())
+    dataset = open_dataset(synthetic.info("cifar10"))
     indices = np.arange(1000)
     images = torch.cat([dataset.train.take(indices)[0], dataset.test.take(indices)[0]])
     assert len({image.numpy().tobytes() for image in images}) == 2000
 
 
 def test_stand_in_has_the_normalisation_that_is_stated() -> None:
-    info = synthetic.info()
+    info = synthetic.info("cifar10")
     images, _ = open_dataset(info).train.take(np.arange(2000))
     pixels = images.double() / 255
     torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.tensor(info.mean).double(), rtol=0, atol=0.01)
@@ -589,7 +589,7 @@ def test_stand_in_has_the_normalisation_that_is_stated() -> None:
 
 def test_stand_in_can_be_learned() -> None:
     """The nearest class mean, fitted on training samples, is far above chance on test samples, and not perfect."""
-    dataset = open_dataset(synthetic.info())
+    dataset = open_dataset(synthetic.info("cifar10"))
     images, labels = dataset.train.take(np.arange(2000))
     images = images.double().flatten(1)
     means = torch.stack([images[labels == label].mean(0) for label in range(10)])
@@ -601,7 +601,7 @@ def test_stand_in_can_be_learned() -> None:
 
 @pytest.mark.slow
 def test_stand_in_teaches_a_thin_network(one_thread: None) -> None:
-    dataset = open_dataset(synthetic.info())
+    dataset = open_dataset(synthetic.info("cifar10"))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (dataset.info.mean, dataset.info.std))
     images, labels = dataset.train.take(np.arange(2000))
     test_images, test_labels = dataset.test.take(np.arange(1000))

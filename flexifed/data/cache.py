@@ -31,6 +31,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from flexifed.data.dataset import changed
 from flexifed.errors import DataError
 
 FOLDER = ".flexifed-cache"
@@ -96,21 +97,34 @@ def cached_arrays(folder: Path, *, name: str, version: int, source_key: str, bui
     return opened
 
 
-def find_cached(folder: Path, *, name: str, fingerprint: str) -> CachedArrays | None:
-    """Open arrays of known contents, whatever they were made from, without a look at the source; None if not there."""
+def reopen(folder: Path, *, name: str, fingerprint: str, make: Callable[[], CachedArrays]) -> CachedArrays:
+    """Open the arrays that another process has described, in any process, without a look at their source.
+
+    Args:
+        folder: as for `cached_arrays`.
+        name: as for `cached_arrays`.
+        fingerprint: theirs.
+        make: gets them by `cached_arrays` on a machine that has not decoded them yet.
+
+    Raises:
+        DataError: what `make` gets are other arrays; and what it raises.
+    """
     for place in _places(folder):
         for manifest in sorted(place.glob(f"{name}-{'?' * 16}/{MANIFEST}")):
             if (opened := _open(manifest.parent)) is not None and opened.fingerprint == fingerprint:
                 return opened
-    return None
+    made = make()
+    if made.fingerprint != fingerprint:
+        raise changed(folder.parent, f"its {name} holds other samples now (SHA-256 {made.fingerprint[:16]}...)")
+    return made
 
 
-def source_key(root: Path, files: Iterable[os.DirEntry[str]]) -> str:
+def source_key(root: Path, files: Iterable[os.DirEntry[str] | Path]) -> str:
     """A quick digest of files below a folder: paths from there, sizes and times of change; contents are not read.
 
     Args:
         root: what their paths are counted from.
-        files: in a fixed order. The entries of `os.scandir` need no further look-up of the path.
+        files: in a fixed order. The entries of `os.scandir` are the quickest.
 
     Raises:
         OSError: a file has gone.
@@ -119,7 +133,8 @@ def source_key(root: Path, files: Iterable[os.DirEntry[str]]) -> str:
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()
-        digest.update(f"{file.path[head:]}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        line = f"{os.fspath(file)[head:]}\0{stat.st_size}\0{stat.st_mtime_ns}\0"
+        digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

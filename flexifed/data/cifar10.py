@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, Samples, check_indices
+from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, Samples, changed, check_indices
 from flexifed.errors import DataError, FlexifedWarning
 
 HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -253,10 +253,10 @@ def _map_records(file: Path) -> NDArray[np.uint8]:
     num_bytes = SAMPLES_PER_FILE * RECORD_BYTES
     try:
         if (found_bytes := file.stat().st_size) != num_bytes:
-            raise _changed(file, f"it has {found_bytes:,} bytes and should have {num_bytes:,}")
+            raise changed(file, f"it has {found_bytes:,} bytes and should have {num_bytes:,}")
         return np.memmap(file, np.uint8, mode="r", shape=(SAMPLES_PER_FILE, RECORD_BYTES))
     except OSError as error:
-        raise _changed(file, error.strerror or str(error)) from error
+        raise changed(file, error.strerror or str(error)) from error
 
 
 def _open_python(info: DatasetInfo) -> Dataset:
@@ -266,14 +266,7 @@ def _open_python(info: DatasetInfo) -> Dataset:
     try:
         loaded = [CIFAR10(info.location, train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise _changed(folder, str(error)) from error
+        raise changed(folder, str(error)) from error
     # torchvision moves the channels to the end; moved back, the view is contiguous as it was in the file.
     train, test = (ArraySplit(one.data.transpose(0, 3, 1, 2), np.asarray(one.targets, np.int64)) for one in loaded)
     return Dataset(info, train, test)
-
-
-def _changed(path: Path, reason: str) -> DataError:
-    return DataError(
-        f"{path} was verified when the run began and can't be opened now, on {socket.gethostname()}: {reason}. "
-        "Every machine of the cluster needs the same data under the same path, and they must stay while it runs."
-    )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexifed.data.cache import MANIFEST, CachedArrays, cached_arrays, find_cached, source_key
+from flexifed.data.cache import MANIFEST, CachedArrays, cached_arrays, reopen, source_key
 from flexifed.errors import DataError
 
 ARRAYS = {
@@ -162,7 +162,6 @@ def misstate(file: Path) -> None:
 def test_what_is_damaged_is_built_anew(folder: Path, builder: Builder, file: str, damage: Any) -> None:
     fingerprint = opened(folder, builder).fingerprint
     damage(built(folder) / file)
-    assert find_cached(folder, name="set", fingerprint=fingerprint) is None
     cached = opened(folder, builder)
     assert builder.calls == 2
     assert cached.fingerprint == fingerprint
@@ -188,14 +187,25 @@ def test_opening_reads_no_contents(folder: Path, builder: Builder) -> None:
     assert builder.calls == 1
 
 
-def test_known_contents_are_found_without_their_source(folder: Path, builder: Builder) -> None:
-    assert find_cached(folder, name="set", fingerprint="none") is None
-    fingerprint = opened(folder, builder).fingerprint
-    found = find_cached(folder, name="set", fingerprint=fingerprint)
-    assert found is not None
-    assert_is(found, ARRAYS)
-    assert find_cached(folder, name="set", fingerprint="other") is None
-    assert find_cached(folder, name="other", fingerprint=fingerprint) is None
+def test_known_contents_are_opened_without_their_source(folder: Path) -> None:
+    fingerprint = opened(folder, Builder()).fingerprint
+
+    def fail() -> CachedArrays:
+        pytest.fail("what is there was not found")
+
+    assert_is(reopen(folder, name="set", fingerprint=fingerprint, make=fail), ARRAYS)
+
+
+def test_known_contents_are_made_where_they_are_not(folder: Path, builder: Builder) -> None:
+    fingerprint = opened(folder, Builder()).fingerprint
+    cut(built(folder) / "labels.npy")
+    assert_is(reopen(folder, name="set", fingerprint=fingerprint, make=lambda: opened(folder, builder)), ARRAYS)
+    assert builder.calls == 1
+
+
+def test_other_contents_are_refused(folder: Path, builder: Builder) -> None:
+    with pytest.raises(DataError, match=rf"{folder.parent} was verified .* its set holds other samples now"):
+        reopen(folder, name="set", fingerprint="0" * 64, make=lambda: opened(folder, builder))
 
 
 def test_failed_build_leaves_nothing(folder: Path, builder: Builder) -> None:
@@ -287,14 +297,13 @@ def test_user_folder_stands_in(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     forbid(monkeypatch, folder)
-    cached = opened(folder, builder)
+    opened(folder, builder)
     said = capsys.readouterr().err
     assert f"set: {folder} can't be written (Permission denied), so decoded arrays go to {user_cache}" in said
     assert_is(opened(folder, builder), ARRAYS)
     assert builder.calls == 1
     assert capsys.readouterr().err == "", "said once, when something is written"
     assert not folder.exists()
-    assert find_cached(folder, name="set", fingerprint=cached.fingerprint) is not None
 
 
 def test_user_folder_keeps_data_folders_apart(
