@@ -171,6 +171,9 @@ def _find_or_download(source: Source, data_dir: Path) -> DatasetInfo | None:
     except DataError:
         info = None
     if info is None or info.source != "real":
-        source.download(data_dir)
+        try:
+            source.download(data_dir)
+        except DataError as error:
+            raise DataError(f"{error} {source.remedy(data_dir)}") from error
         info = source.find(data_dir)
     return info

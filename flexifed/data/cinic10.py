@@ -117,7 +117,7 @@ def remedy(data_dir: Path) -> str:
     """Both ways to get the data, as a sentence."""
     return (
         f"Run with --download to fetch all of it into {data_dir} ({ARCHIVE.size}), or get {ARCHIVE.name} from {HOME} "
-        f"and unpack it into {data_dir / FOLDERS[0]}: train, valid and test there hold a folder for each of "
+        f"and unpack it into a new {data_dir / FOLDERS[0]}: train, valid and test there hold a folder for each of "
         f"{', '.join(CLASSES)}, with 9,000 PNGs each."
     )
 
@@ -129,7 +129,7 @@ def download(data_dir: Path) -> None:
         DataError: no network, no space, a folder that can't be written, or a download that isn't the published file.
     """
     archive = fetch(ARCHIVE, data_dir)
-    unpack(archive, (_folder(data_dir) or data_dir / FOLDERS[0]), contents=SPLITS)
+    unpack(archive, _folder(data_dir) or data_dir / FOLDERS[0])
 
 
 def _folder(data_dir: Path) -> Path | None:

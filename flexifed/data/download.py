@@ -8,6 +8,7 @@ import shutil
 import sys
 import tarfile
 import uuid
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
@@ -84,29 +85,27 @@ def fetch(file: RemoteFile, folder: Path) -> Path:
     return path
 
 
-def unpack(archive: Path, target: Path, *, contents: Sequence[str]) -> None:
-    """Unpack a tar archive to a folder, which is there whole or not at all. What lies there goes aside.
+def unpack(archive: Path, target: Path, *, within: str = ".") -> None:
+    """Unpack a folder of a tar archive, which is there whole or not at all. What lies there goes aside.
 
     Args:
         archive: its path.
         target: the new folder.
-        contents: names that the archive holds at its top.
+        within: the archive's folder that becomes it.
 
     Raises:
         DataError: it is no such archive, there is no space, or the folder can't be written.
     """
-    print(f"unpacking {archive} to {target}", file=sys.stderr, flush=True)
+    print(f"unpacking {archive.name} to {target}", file=sys.stderr, flush=True)
     beside = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
         with tarfile.open(archive) as opened:
             opened.extractall(beside, filter="data")
-        missing = [name for name in contents if not (beside / name).exists()]
-        if missing:
-            raise tarfile.ReadError(f"it does not hold {', '.join(missing)}")
+        (beside / within).stat()
         if target.exists():
             put_aside(target)
-        beside.rename(target)
-    except (OSError, EOFError, tarfile.TarError) as error:
+        (beside / within).rename(target)
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise DataError(
             f"{archive} could not be unpacked to {target}: {type(error).__name__}: {error}. "
             "Make room, or delete the archive to have it fetched anew."
