@@ -16,9 +16,9 @@ from typing import Literal, get_args
 import torch
 
 from flexifed.config import TEXT_LENGTHS, FamilyName
-from flexifed.data import agnews, cifar10, cinic10, synthetic, synthetic_texts
-from flexifed.data.dataset import Dataset, DatasetInfo, Samples, Split
-from flexifed.data.pipeline import ImagePipeline, Pipeline, TextPipeline
+from flexifed.data import agnews, cifar10, cinic10, speech_commands, synthetic, synthetic_speech, synthetic_texts
+from flexifed.data.dataset import Dataset, DatasetInfo, Samples, SpeechDataset, Split
+from flexifed.data.pipeline import ImagePipeline, Pipeline, SpeechPipeline, TextPipeline
 from flexifed.errors import ConfigError, DataError, FlexifedWarning, invalid_choice
 
 __all__ = [
@@ -69,6 +69,24 @@ def _text_pipeline(data: Dataset, family: FamilyName, device: torch.device, chan
     return TextPipeline(TEXT_LENGTHS[family])
 
 
+def _speech_pipeline(data: Dataset, family: FamilyName, device: torch.device, channels_last: bool) -> Pipeline:
+    if not isinstance(data, SpeechDataset):
+        raise TypeError(f"{data.info.name} was opened without background noise")
+    return SpeechPipeline(data.info.mean, data.info.std, data.noise, device, channels_last)
+
+
+def _speech_source(name: str) -> Source:
+    return Source(
+        find=partial(speech_commands.find, name=name),
+        open_real=speech_commands.open_found,
+        download=speech_commands.download,
+        remedy=speech_commands.remedy,
+        synthetic=partial(synthetic_speech.info, name),
+        open_synthetic=synthetic_speech.open_synthetic,
+        pipeline=_speech_pipeline,
+    )
+
+
 SOURCES: Mapping[str, Source] = MappingProxyType(
     {
         "cifar10": Source(
@@ -98,6 +116,8 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             open_synthetic=synthetic_texts.open_synthetic,
             pipeline=_text_pipeline,
         ),
+        "speech_commands": _speech_source(speech_commands.NAME),
+        "speech_commands_12": _speech_source(speech_commands.NAME_12),
     }
 )
 

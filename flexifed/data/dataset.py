@@ -61,7 +61,8 @@ class DatasetInfo:
         num_test: test samples.
         num_classes: labels are 0 to `num_classes - 1`.
         in_channels: channels of what a model of images takes; None for texts.
-        mean: what normalisation subtracts from each channel; pixels count from 0 to 1. Empty for texts.
+        mean: what normalisation subtracts from each channel; pixels count from 0 to 1, a spectrogram's values are
+            natural logarithms. Empty for texts.
         std: what it then divides by.
     """
 
@@ -85,6 +86,17 @@ class Dataset:
     info: DatasetInfo
     train: Split
     test: Split
+
+
+@dataclass(frozen=True, eq=False)
+class SpeechDataset(Dataset):
+    """An opened data set of spoken words.
+
+    Attributes:
+        noise: background noise to be mixed into training samples, int16, shape (noise samples,).
+    """
+
+    noise: NDArray[np.int16]
 
 
 @dataclass(frozen=True, eq=False)
