@@ -30,7 +30,7 @@ VERSION = 1
 """Raise it whenever a sample's bytes change; it is part of the fingerprint."""
 
 SIZES: Mapping[str, tuple[int, int, int]] = MappingProxyType(
-    {"speech_commands": (30, 57_886, 6_835), "speech_commands_12": (12, 24_987, 3_073)}
+    {"speech_commands": (30, 57_886, 6_835), "speech_commands_12": (12, 25_339, 3_081)}
 )
 """Classes, training and test samples, about as in v0.01 of the real set."""
 
