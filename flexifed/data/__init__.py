@@ -78,7 +78,7 @@ def _speech_pipeline(data: Dataset, family: FamilyName, device: torch.device, ch
 def _speech_source(name: str) -> Source:
     return Source(
         find=partial(speech_commands.find, name=name),
-        open_real=speech_commands.open_found,
+        open_real=speech_commands.open_real,
         download=speech_commands.download,
         remedy=speech_commands.remedy,
         synthetic=partial(synthetic_speech.info, name),

@@ -16,6 +16,8 @@ Source: Warden 2018, "Speech Commands: A dataset for limited-vocabulary speech r
 from __future__ import annotations
 
 import os
+import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -152,7 +154,7 @@ def find(data_dir: Path, name: str = NAME) -> DatasetInfo | None:
     )
 
 
-def open_found(info: DatasetInfo) -> Dataset:
+def open_real(info: DatasetInfo) -> Dataset:
     """Open what `find` has found, in this process or in another one; it costs no memory.
 
     On a machine where the same files were not decoded yet, they are now.
@@ -176,11 +178,11 @@ def open_found(info: DatasetInfo) -> Dataset:
 
 def remedy(data_dir: Path) -> str:
     """Both ways to get the data, as a sentence."""
+    first, second = (data_dir / "SpeechCommands" / version.folder for version in VERSIONS)
     return (
-        f"Run with --download to fetch v0.01, the paper's, into {data_dir} ({V1_ARCHIVE.size}), or get "
-        f"{V1.url} or {V2.url} and unpack it "
-        f"to {data_dir / 'SpeechCommands' / V1.folder} or {data_dir / 'SpeechCommands' / V2.folder}: a folder for each "
-        f"word, {NOISE_FOLDER}, {VALIDATION_LIST} and {TESTING_LIST}."
+        f"Run with --download to fetch v0.01, the paper's, into {data_dir} ({V1_ARCHIVE.size}), or get {V1.url} or "
+        f"{V2.url} and unpack it to {first} or {second}: a folder for each word, {NOISE_FOLDER}, {VALIDATION_LIST} and "
+        f"{TESTING_LIST}."
     )
 
 
@@ -293,6 +295,9 @@ def _decoded(data_dir: Path, version: Version, folder: Path) -> CachedArrays:
 
 def _decode(files: _Files, folder: Path, version: Version, into: Path) -> dict[str, object]:
     """Write both splits' clips and labels and the background noise; returns the normalisation."""
+    num_clips = sum(map(len, files.clips.values()))
+    print(f"{NAME}: decoding {num_clips:,} clips in {folder}, once", file=sys.stderr, flush=True)
+    began = time.monotonic()
     testing = read_list(folder / TESTING_LIST, version.words)
     if both := testing & read_list(folder / VALIDATION_LIST, version.words):
         raise DataError(
@@ -314,6 +319,7 @@ def _decode(files: _Files, folder: Path, version: Version, into: Path) -> dict[s
     np.save(into / "train_noise.npy", train_noise)
     np.save(into / "test_noise.npy", test_noise)
     mean, std = measure_normalisation(np.load(into / "train_samples.npy", mmap_mode="r"), train_noise)
+    print(f"{NAME}: decoded in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return {"mean": mean, "std": std}
 
 
