@@ -318,7 +318,7 @@ def _decode(files: _Files, folder: Path, version: Version, into: Path) -> dict[s
     train_noise, test_noise = _read_noise([Path(entry) for entry in files.noises])
     np.save(into / "train_noise.npy", train_noise)
     np.save(into / "test_noise.npy", test_noise)
-    mean, std = measure_normalisation(np.load(into / "train_samples.npy", mmap_mode="r"), train_noise)
+    mean, std = measure_normalisation(np.load(into / "train_samples.npy", mmap_mode="r"))
     print(f"{NAME}: decoded in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return {"mean": mean, "std": std}
 
@@ -345,23 +345,20 @@ def read_list(file: Path, words: Iterable[str]) -> frozenset[str]:
     return frozenset(named)
 
 
-def measure_normalisation(samples: NDArray[np.int16], noise: NDArray[np.int16]) -> tuple[float, float]:
+def measure_normalisation(samples: NDArray[np.int16]) -> tuple[float, float]:
     """Mean and deviation of log-mel values over evenly spread clips, rounded to what every machine agrees on.
 
     Args:
         samples: clips, shape (clips, 16000).
-        noise: background noise, which is not used here.
     """
-    pipeline = SpeechPipeline((0.0,), (1.0,), noise, torch.device("cpu"), channels_last=False)
+    pipeline = SpeechPipeline((0.0,), (1.0,), np.empty(0, np.int16), torch.device("cpu"), channels_last=False)
     step = max(1, len(samples) // MEASURED_CLIPS)
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(samples), step * 64):
         values = pipeline.prepare(torch.from_numpy(np.array(samples[start : start + step * 64 : step]))).double()
-        count, total, squares = (
-            count + values.numel(),
-            total + values.sum().item(),
-            squares + values.square().sum().item(),
-        )
+        count += values.numel()
+        total += values.sum().item()
+        squares += values.square().sum().item()
     mean = total / count
     return round(mean, 2), round((squares / count - mean**2) ** 0.5, 2)
 
