@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torchaudio.transforms import MelSpectrogram
 
+from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
 from flexifed.data import Dataset, DatasetInfo, find_dataset, make_pipeline, open_dataset, speech_commands
 from flexifed.data.augment import shift_and_add_noise
 from flexifed.data.pipeline import SpeechPipeline
@@ -27,6 +28,7 @@ from flexifed.data.speech_commands import NAME, NAME_12, V1, V2, Version
 from flexifed.data.speech_commands_12 import COMMANDS, SILENCE, UNKNOWN
 from flexifed.data.wav import read_clip, read_wav
 from flexifed.errors import DataError, FlexifedWarning
+from flexifed.federation.rounds import Federation, LocalHosts, make_shards
 
 CLIPS_OF_WORD = 7
 PARTIAL = pytest.mark.filterwarnings("ignore::flexifed.errors.FlexifedWarning")
@@ -150,6 +152,30 @@ def test_it_opens_where_it_was_not_decoded_yet(written: Path, tmp_path: Path, mo
     monkeypatch.setenv("FLEXIFED_CACHE_DIR", str(tmp_path / "another machine"))
     again = all_of(open_dataset(info).test)
     assert all(torch.equal(one, other) for one, other in zip(expected, again, strict=True))
+
+
+@PARTIAL
+def test_a_cell_ends_the_same_with_a_cold_a_warm_and_a_deleted_cache(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CellConfig(
+        dataset=NAME,
+        family="vgg",
+        scheme="max_common",
+        model=ModelConfig(width=0.03125),
+        partition=PartitionConfig(num_clients=4, num_shards=4, windows_per_shard=1),
+        training=TrainingConfig(local_epochs=1, batch_size=16),
+    )
+
+    def digests() -> tuple[str, ...]:
+        info = found(written)
+        federation = Federation(config, info, LocalHosts(config, info, make_shards(config, info)))
+        federation.play_round()
+        return federation.state_sha256()
+
+    cold, warm = digests(), digests()
+    shutil.rmtree(tmp_path / "cache")
+    assert cold == warm == digests()
 
 
 @PARTIAL
