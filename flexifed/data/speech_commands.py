@@ -193,7 +193,7 @@ def download(data_dir: Path) -> None:
         DataError: no network, no space, a folder that can't be written, or a download that isn't the published file.
     """
     archive = fetch(V1_ARCHIVE, data_dir)
-    unpack(archive, data_dir / "SpeechCommands" / V1.folder, contents=(*V1.words, VALIDATION_LIST, TESTING_LIST))
+    unpack(archive, data_dir / "SpeechCommands" / V1.folder)
 
 
 def _splits(cached: CachedArrays, version: Version, name: str) -> tuple[Split, Split]:
