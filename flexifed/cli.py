@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from flexifed.config import (
     Weighting,
     client_model,
 )
-from flexifed.errors import ConfigError, DataError
+from flexifed.errors import ConfigError, DataError, FlexifedWarning
 from flexifed.launch import guarded
 
 if TYPE_CHECKING:
@@ -173,30 +174,41 @@ class Data:
     data_dir: Path = field(default_factory=lambda: Path(os.environ.get("FLEXIFED_DATA_DIR") or "data"))
     """Where data sets lie. Default: $FLEXIFED_DATA_DIR, or ./data."""
     download: bool = False
-    """Get what is missing from its publisher."""
+    """Get what is missing, damaged or only partly there from its publisher."""
 
     def run(self, console: Console) -> None:
         """Print a paragraph for each data set.
 
         Raises:
-            DataError: data are damaged, or can't be downloaded.
+            DataError: data are damaged, or can't be downloaded; raised after all were listed.
         """
+        from flexifed.data import SOURCES
+
+        failed = []
+        for name in SOURCES:
+            try:
+                text = self._describe(name)
+            except DataError as error:
+                failed.append(name)
+                text = f"can't be used. {error}"
+            console.print(f"{name}: {text}", highlight=False, markup=False, soft_wrap=True)
+        if failed:
+            raise DataError(f"{', '.join(failed)} can't be used; see above")
+
+    def _describe(self, name: str) -> str:
         from flexifed.data import SOURCES, find_dataset
 
         data_dir = self.data_dir.expanduser()
-        for name, source in SOURCES.items():
-            if self.download:
-                find_dataset(name, data="real", data_dir=data_dir, download=True)
-            try:
-                info = source.find(data_dir)
-            except DataError as error:
-                raise DataError(f"{name}: {error}") from error
-            if info is None:
-                text = f"{name}: not in {data_dir}; runs use a synthetic stand-in. {source.remedy(data_dir)}"
-            else:
-                samples = f"{info.num_train:,} training and {info.num_test:,} test samples, {info.num_classes} classes"
-                text = f"{name}: {info.source}, {info.layout} version in {info.location}: {samples}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", FlexifedWarning)
+            info = find_dataset(name, data="auto", data_dir=data_dir, download=self.download)
+        remedy = SOURCES[name].remedy(data_dir)
+        if info.source == "synthetic":
+            return f"not in {data_dir}; runs use a synthetic stand-in. {remedy}"
+        samples = f"{info.num_train:,} training and {info.num_test:,} test samples, {info.num_classes} classes"
+        parts = [f"{info.source}, {info.layout} version in {info.location}: {samples}."]
+        parts += [str(one.message) for one in caught]
+        return " ".join(parts if info.source == "real" else [*parts, remedy])
 
 
 @dataclass(frozen=True, kw_only=True)

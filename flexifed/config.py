@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 from flexifed.errors import ConfigError, invalid_choice
 
-DatasetName = Literal["cifar10", "cinic10", "agnews", "speech_commands"]
+DatasetName = Literal["cifar10", "cinic10", "agnews", "speech_commands", "speech_commands_12"]
 FamilyName = Literal["vgg", "vgg_plain", "resnet", "charcnn", "vdcnn"]
 SchemeName = Literal["standalone", "clustered_fl", "basic_common", "clustered_common", "max_common"]
 InputKind = Literal["image", "text"]
@@ -49,7 +49,13 @@ FAMILY_INPUTS: Mapping[str, InputKind] = MappingProxyType(
 """What a family's models take: images, float (batch, channels, height, width), or texts as indices of characters, int64
 (batch, length)."""
 DATASET_INPUTS: Mapping[str, InputKind] = MappingProxyType(
-    {"cifar10": "image", "cinic10": "image", "agnews": "text", "speech_commands": "image"}
+    {
+        "cifar10": "image",
+        "cinic10": "image",
+        "agnews": "text",
+        "speech_commands": "image",
+        "speech_commands_12": "image",
+    }
 )
 """What a data set's samples are when they reach a model: a spoken word is a spectrogram, an image of one channel."""
 TEXT_LENGTHS: Mapping[str, int] = MappingProxyType({"charcnn": 1014, "vdcnn": 1024})

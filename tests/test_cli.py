@@ -14,6 +14,7 @@ from rich.filesize import decimal
 from flexifed.cli import main
 from flexifed.config import FAMILIES, SCHEMES, CellConfig
 from flexifed.core.schemes import SharingPlan, sharing_plan
+from flexifed.data import SOURCES
 from flexifed.models import build_model, input_kind
 from flexifed.profiles import PROFILES
 from flexifed.report.plan import Branch, Segment, plan_summary
@@ -231,15 +232,35 @@ def test_the_docs_table_of_shares_is_what_the_command_prints(capsys: pytest.Capt
 
 def test_data_says_how_to_get_what_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["data", "--data-dir", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert f"cifar10: not in {tmp_path}" in said
-    assert "--download" in said
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == list(SOURCES)
+    for line in lines:
+        assert f": not in {tmp_path}; runs use a synthetic stand-in. Run with --download to fetch" in line
 
 
-def test_damaged_data_end_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_damaged_data_hide_no_others_and_end_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "cifar-10-batches-bin").mkdir()
+    (tmp_path / "ag_news_csv").mkdir()
     assert main(["data", "--data-dir", str(tmp_path)]) == 2
-    assert "cifar10: CIFAR-10 in" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "cifar10: can't be used. CIFAR-10 in" in said.out
+    assert "cinic10: not in" in said.out
+    assert f"agnews: can't be used. {tmp_path / 'ag_news_csv' / 'train.csv'} is missing" in said.out
+    assert said.err == "error: cifar10, agnews can't be used; see above\n"
+
+
+def test_data_says_what_is_partly_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FLEXIFED_CACHE_DIR", raising=False)
+    (tmp_path / "ag_news_csv").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "ag_news_csv" / f"{name}.csv").write_text('"1","a","b"\n')
+    assert main(["data", "--data-dir", str(tmp_path)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("agnews: "))
+    assert f"real-partial, csv version in {tmp_path}: 1 training and 1 test samples, 4 classes. AG News in" in line
+    assert "train.csv holds 1 texts (published: 120,000); test.csv holds 1 texts (published: 7,600)." in line
+    assert line.endswith("title and description."), "the remedy comes last"
 
 
 def test_data_describes_real_data(capsys: pytest.CaptureFixture[str], data_dir: Path) -> None:

@@ -12,8 +12,9 @@ import tarfile
 import tracemalloc
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torchvision.datasets import CIFAR10
 
-from flexifed.data import Dataset, DatasetInfo, cifar10, find_dataset, open_dataset, synthetic
+from flexifed.data import (
+    SOURCES,
+    Dataset,
+    DatasetInfo,
+    cifar10,
+    download,
+    find_dataset,
+    open_dataset,
+    synthetic,
+    synthetic_texts,
+)
 from flexifed.data.dataset import ArraySplit
 from flexifed.data.partition import iid_shards, window
 from flexifed.errors import ConfigError, DataError, FlexifedWarning
@@ -42,6 +53,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("a test tried to reach the network")
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(download, "urlopen", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
 
 
@@ -120,7 +132,7 @@ WRITERS = {"binary": write_binary, "python": write_python}
 @pytest.fixture(params=["binary", "python", "synthetic"])
 def dataset(request: pytest.FixtureRequest, records: Records, tmp_path: Path) -> Dataset:
     if request.param == "synthetic":
-        return open_dataset(synthetic.info())
+        return open_dataset(synthetic.info("cifar10"))
     WRITERS[request.param](tmp_path, records)
     return open_dataset(found(tmp_path))
 
@@ -217,7 +229,7 @@ def test_fingerprint_is_of_the_contents_alone(records: Records, tmp_path: Path) 
     infos = [found(tmp_path / folder) for folder in ("one", "two", "three")]
     assert len({info.location for info in infos}) == 3
     assert len({info.fingerprint for info in infos}) == 1
-    assert synthetic.info().fingerprint != infos[0].fingerprint
+    assert synthetic.info("cifar10").fingerprint != infos[0].fingerprint
 
 
 def test_location_is_absolute(records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +300,7 @@ def test_damage_is_an_error_that_says_all(
 
 
 def check_remedy(text: str, data_dir: Path) -> None:
-    assert f"--download to fetch the Python version into {data_dir}" in text
+    assert f"--download to fetch the Python version (170.5 MB) into {data_dir}" in text
     assert f"{data_dir / BINARY} holds data_batch_1.bin to data_batch_5.bin and test_batch.bin" in text
     assert f"{data_dir / PYTHON} holds data_batch_1 to data_batch_5, test_batch and batches.meta" in text
 
@@ -450,11 +462,11 @@ def test_real_set_without_one_file(data_dir: Path, tmp_path: Path) -> None:
 
 
 def test_auto_takes_real_data_where_they_are(records: Records, tmp_path: Path) -> None:
-    assert find_dataset("cifar10", data="auto", data_dir=tmp_path) == synthetic.info()
+    assert find_dataset("cifar10", data="auto", data_dir=tmp_path) == synthetic.info("cifar10")
     write_binary(tmp_path, records)
     assert find_dataset("cifar10", data="auto", data_dir=tmp_path).source == "real"
     assert find_dataset("cifar10", data="real", data_dir=tmp_path).source == "real"
-    assert find_dataset("cifar10", data="synthetic", data_dir=tmp_path) == synthetic.info()
+    assert find_dataset("cifar10", data="synthetic", data_dir=tmp_path) == synthetic.info("cifar10")
 
 
 def test_real_and_nothing_there(tmp_path: Path) -> None:
@@ -465,7 +477,7 @@ def test_real_and_nothing_there(tmp_path: Path) -> None:
 
 
 def test_unknown_names_and_choices(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="dataset is 'cifar'; choose one of: cifar10"):
+    with pytest.raises(ConfigError, match="dataset is 'cifar'; choose one of: cifar10, cinic10, agnews"):
         find_dataset("cifar", data="auto", data_dir=tmp_path)
     with pytest.raises(ConfigError, match="data is 'fake'; choose one of: auto, real, synthetic"):
         find_dataset("cifar10", data="fake", data_dir=tmp_path)  # type: ignore[arg-type]
@@ -480,15 +492,16 @@ def test_home_folder_is_expanded(records: Records, tmp_path: Path, monkeypatch: 
 
 
 def write_archive(data_dir: Path, records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the archive where a download leaves it, so that torchvision need not fetch it."""
+    """Put the archive where a download leaves it, so that it need not be fetched."""
     data_dir.mkdir(exist_ok=True)
-    archive = data_dir / CIFAR10.filename
+    archive = data_dir / cifar10.ARCHIVE.name
     with tarfile.open(archive, "w:gz") as opened:
         for name, content in python_version(records).items():
             member = tarfile.TarInfo(f"{PYTHON}/{name}")
             member.size = len(content)
             opened.addfile(member, io.BytesIO(content))
-    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    checksum = f"md5:{hashlib.md5(archive.read_bytes()).hexdigest()}"
+    monkeypatch.setattr(cifar10, "ARCHIVE", replace(cifar10.ARCHIVE, checksum=checksum))
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -510,18 +523,19 @@ def test_download_leaves_whole_data_alone(records: Records, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("data", ["auto", "real"])
 def test_download_without_network(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timeouts = []
-
     def unreachable(*_: object, **__: object) -> None:
-        timeouts.append(socket.getdefaulttimeout())
         raise urllib.error.URLError("Name or service not known")
 
-    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(download, "urlopen", unreachable)
     with pytest.raises(DataError, match=r"could not be downloaded from https.* Name or service not known") as caught:
         find_dataset("cifar10", data=data, data_dir=tmp_path / "new", download=True)  # type: ignore[arg-type]
     check_remedy(str(caught.value), tmp_path / "new")
-    assert set(timeouts) == {cifar10.DOWNLOAD_TIMEOUT_S}
-    assert socket.getdefaulttimeout() is None
+
+
+def test_download_is_the_file_that_torchvision_knows() -> None:
+    assert cifar10.ARCHIVE.urls == (CIFAR10.url,)
+    assert cifar10.ARCHIVE.name == CIFAR10.filename
+    assert cifar10.ARCHIVE.checksum == f"md5:{CIFAR10.tgz_md5}"
 
 
 def test_download_into_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
@@ -530,31 +544,29 @@ def test_download_into_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         cifar10.download(tmp_path / "file" / "below")
 
 
-def test_download_of_something_else(records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Response(io.BytesIO):
-        url = CIFAR10.url
-        length = 9
-
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Response(b"not found"))
-    with pytest.raises(DataError, match="could not be downloaded"):
-        cifar10.download(tmp_path)
-    assert not (tmp_path / PYTHON).exists()
-
-
 # The stand-in
 
 
-def test_stand_in_never_changes() -> None:
-    """The bytes belong to the fingerprint: raise `synthetic.VERSION` with the digest."""
-    dataset = open_dataset(synthetic.info())
-    indices = np.arange(0, 10_000, 997)
+@pytest.mark.parametrize(
+    ("info", "digest"),
+    [
+        (synthetic.info("cifar10"), "9a0453a98258a52700d8e4c0ccfcebaa9e1c79bd0f051ebb32075a6ce4372e99"),
+        (synthetic.info("cinic10"), "744a75cfa48229580a71621ac67c9de90c2064772dd154199958d9a09b62276a"),
+        (synthetic_texts.info(), "f51f66bd0fe0fb45d66557a6ab5a007e31a35b8cb07d15b32ce96eff8bef24ca"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_stand_in_never_changes(info: DatasetInfo, digest: str) -> None:
+    """The bytes belong to the fingerprint: raise the module's `VERSION` with the digest."""
+    dataset = open_dataset(info)
+    indices = np.arange(0, 7_600, 757) if info.name == "agnews" else np.arange(0, 10_000, 997)
     content = b"".join(split.take(indices)[0].numpy().tobytes() for split in (dataset.train, dataset.test))
-    assert synthetic.info().fingerprint == "cifar10-synthetic-1"
-    assert hashlib.sha256(content).hexdigest() == "9a0453a98258a52700d8e4c0ccfcebaa9e1c79bd0f051ebb32075a6ce4372e99"
+    assert info.fingerprint == f"{info.name}-synthetic-1"
+    assert hashlib.sha256(content).hexdigest() == digest
 
 
 def test_stand_in_is_made_block_by_block() -> None:
-    train = open_dataset(synthetic.info()).train
+    train = open_dataset(synthetic.info("cifar10")).train
     indices = np.random.default_rng(0).permutation(len(train))[: synthetic.BLOCK + 3]
     images, _ = train.take(indices)
     torch.testing.assert_close(images[-5:], train.take(indices[-5:])[0], rtol=0, atol=0)
@@ -563,22 +575,24 @@ def test_stand_in_is_made_block_by_block() -> None:
 def test_stand_in_is_not_made_when_opened() -> None:
     tracemalloc.start()
     try:
-        open_dataset(synthetic.info())
+        open_dataset(synthetic.info("cifar10"))
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert 1 << 20 < peak_bytes < 8 << 20, "the noise is 1 MiB, all samples are 184"
 
 
-def test_stand_in_has_different_training_and_test_samples() -> None:
-    dataset = open_dataset(synthetic.info())
+@pytest.mark.parametrize("name", ["cifar10", "cinic10", "agnews"])
+def test_stand_in_has_different_training_and_test_samples(name: str) -> None:
+    dataset = open_dataset(SOURCES[name].synthetic())
     indices = np.arange(1000)
     images = torch.cat([dataset.train.take(indices)[0], dataset.test.take(indices)[0]])
     assert len({image.numpy().tobytes() for image in images}) == 2000
 
 
-def test_stand_in_has_the_normalisation_that_is_stated() -> None:
-    info = synthetic.info()
+@pytest.mark.parametrize("name", synthetic.STAND_INS)
+def test_stand_in_has_the_normalisation_that_is_stated(name: str) -> None:
+    info = synthetic.info(name)
     images, _ = open_dataset(info).train.take(np.arange(2000))
     pixels = images.double() / 255
     torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.tensor(info.mean).double(), rtol=0, atol=0.01)
@@ -587,9 +601,10 @@ def test_stand_in_has_the_normalisation_that_is_stated() -> None:
     assert clipped.double().mean() < 0.01
 
 
-def test_stand_in_can_be_learned() -> None:
+@pytest.mark.parametrize("name", synthetic.STAND_INS)
+def test_stand_in_can_be_learned(name: str) -> None:
     """The nearest class mean, fitted on training samples, is far above chance on test samples, and not perfect."""
-    dataset = open_dataset(synthetic.info())
+    dataset = open_dataset(synthetic.info(name))
     images, labels = dataset.train.take(np.arange(2000))
     images = images.double().flatten(1)
     means = torch.stack([images[labels == label].mean(0) for label in range(10)])
@@ -599,9 +614,56 @@ def test_stand_in_can_be_learned() -> None:
     assert 0.5 < accuracy < 0.95
 
 
+@pytest.mark.parametrize(("name", "sizes"), [("cinic10", (180_000, 90_000)), ("agnews", (120_000, 7_600))])
+def test_stand_in_has_the_published_size(name: str, sizes: tuple[int, int]) -> None:
+    info = SOURCES[name].synthetic()
+    dataset = open_dataset(info)
+    assert (info.num_train, info.num_test) == (len(dataset.train), len(dataset.test)) == sizes
+    last, labels = dataset.train.take(np.array([sizes[0] - 1]))
+    assert last.any()
+    assert labels.tolist() == dataset.train.labels[-1:].tolist() == [info.num_classes - 1]
+
+
+def test_texts_are_made_of_words_that_say_their_class() -> None:
+    dataset = open_dataset(synthetic_texts.info())
+    texts, labels = dataset.train.take(np.arange(600))
+    some, _ = dataset.train.take(np.array([599, 3]))
+    torch.testing.assert_close(some, texts[[599, 3]], rtol=0, atol=0)
+    assert texts.max() == synthetic_texts.LETTERS
+    spoken = [bytes(text.tolist()).rstrip(b"\0").split(b"\0") for text in texts]
+    assert {len(words) for words in spoken} <= set(range(20, 52))
+    assert {len(word) for words in spoken for word in words} == set(range(2, 10))
+    training, test = spoken[:400], spoken[400:]
+    frequent = [Counter(itertools.chain(*training[label::4])) for label in range(4)]
+    guesses = [max(range(4), key=lambda label: sum(frequent[label][word] for word in words)) for words in test]
+    assert 0.8 < np.mean(np.array(guesses) == labels[400:].numpy()) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "length"), [("charcnn3", 1014), ("vdcnn9", 1024)])
+def test_text_stand_in_teaches_thin_networks(name: str, length: int, one_thread: None) -> None:
+    dataset = open_dataset(synthetic_texts.info())
+    (texts, labels), (test_texts, test_labels) = dataset.train.take(np.arange(500)), dataset.test.take(np.arange(400))
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # dropout has no generator of its own
+        model = build_model(name, num_classes=4, width=1 / 16, generator=generator)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        for _ in range(16):
+            for batch in torch.randperm(500, generator=generator).split(16):
+                optimizer.zero_grad()
+                scores = model(texts[batch, :length].long())
+                torch.nn.functional.cross_entropy(scores, labels[batch]).backward()
+                optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        accuracy = (model(test_texts[:, :length].long()).argmax(1) == test_labels).double().mean()
+    assert 0.45 < accuracy < 0.98
+
+
 @pytest.mark.slow
 def test_stand_in_teaches_a_thin_network(one_thread: None) -> None:
-    dataset = open_dataset(synthetic.info())
+    dataset = open_dataset(synthetic.info("cifar10"))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (dataset.info.mean, dataset.info.std))
     images, labels = dataset.train.take(np.arange(2000))
     test_images, test_labels = dataset.test.take(np.arange(1000))

@@ -5,8 +5,10 @@ A further data set is a module with the functions of `Source` and an entry in `S
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -14,10 +16,10 @@ from typing import Literal, get_args
 import torch
 
 from flexifed.config import TEXT_LENGTHS, FamilyName
-from flexifed.data import cifar10, synthetic
-from flexifed.data.dataset import Dataset, DatasetInfo, Samples, Split
-from flexifed.data.pipeline import ImagePipeline, Pipeline, TextPipeline
-from flexifed.errors import ConfigError, DataError, invalid_choice
+from flexifed.data import agnews, cifar10, cinic10, speech_commands, synthetic, synthetic_speech, synthetic_texts
+from flexifed.data.dataset import Dataset, DatasetInfo, Samples, SpeechDataset, Split
+from flexifed.data.pipeline import ImagePipeline, Pipeline, SpeechPipeline, TextPipeline
+from flexifed.errors import ConfigError, DataError, FlexifedWarning, invalid_choice
 
 __all__ = [
     "SOURCES",
@@ -40,7 +42,8 @@ class Source:
     """How one data set is found, got and opened.
 
     Attributes:
-        find: verify the data under a folder; None where there is nothing.
+        find: verify the data under a folder, and decode them for the first time; None where there is nothing. Data that
+            are only partly there are `real-partial`, with a warning.
         open_real: open what `find` has found.
         download: get the data into a folder.
         remedy: how to get the data into a folder, as a sentence.
@@ -66,6 +69,24 @@ def _text_pipeline(data: Dataset, family: FamilyName, device: torch.device, chan
     return TextPipeline(TEXT_LENGTHS[family])
 
 
+def _speech_pipeline(data: Dataset, family: FamilyName, device: torch.device, channels_last: bool) -> Pipeline:
+    if not isinstance(data, SpeechDataset):
+        raise TypeError(f"{data.info.name} was opened without background noise")
+    return SpeechPipeline(data.info.mean, data.info.std, data.noise, device, channels_last)
+
+
+def _speech_source(name: str) -> Source:
+    return Source(
+        find=partial(speech_commands.find, name=name),
+        open_real=speech_commands.open_real,
+        download=speech_commands.download,
+        remedy=speech_commands.remedy,
+        synthetic=partial(synthetic_speech.info, name),
+        open_synthetic=synthetic_speech.open_synthetic,
+        pipeline=_speech_pipeline,
+    )
+
+
 SOURCES: Mapping[str, Source] = MappingProxyType(
     {
         "cifar10": Source(
@@ -73,10 +94,30 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             open_real=cifar10.open_verified,
             download=cifar10.download,
             remedy=cifar10.remedy,
-            synthetic=synthetic.info,
+            synthetic=partial(synthetic.info, "cifar10"),
             open_synthetic=synthetic.open_synthetic,
             pipeline=_image_pipeline,
-        )
+        ),
+        "cinic10": Source(
+            find=cinic10.find,
+            open_real=cinic10.open_real,
+            download=cinic10.download,
+            remedy=cinic10.remedy,
+            synthetic=partial(synthetic.info, "cinic10"),
+            open_synthetic=synthetic.open_synthetic,
+            pipeline=_image_pipeline,
+        ),
+        "agnews": Source(
+            find=agnews.find,
+            open_real=agnews.open_real,
+            download=agnews.download,
+            remedy=agnews.remedy,
+            synthetic=synthetic_texts.info,
+            open_synthetic=synthetic_texts.open_synthetic,
+            pipeline=_text_pipeline,
+        ),
+        "speech_commands": _speech_source(speech_commands.NAME),
+        "speech_commands_12": _speech_source(speech_commands.NAME_12),
     }
 )
 
@@ -89,7 +130,7 @@ def find_dataset(name: str, *, data: DataChoice, data_dir: Path, download: bool 
         data: `real`, `synthetic`, or `auto`: real where they are found, else synthetic. Damaged data are an error
             under `auto` too.
         data_dir: the folder in which real data are looked for; unused for `synthetic`.
-        download: get real data that are missing or damaged.
+        download: get real data that are missing, damaged, or only partly there.
 
     Raises:
         ConfigError: an unknown name or choice, or a download of synthetic data.
@@ -143,12 +184,16 @@ def _source(name: str) -> Source:
 
 
 def _find_or_download(source: Source, data_dir: Path) -> DatasetInfo | None:
-    """Find the data; where they are missing or damaged, download them first."""
+    """Find the data; where they are missing, damaged, or only partly there, download them first."""
     try:
-        info = source.find(data_dir)
+        with warnings.catch_warnings(action="ignore", category=FlexifedWarning):
+            info = source.find(data_dir)
     except DataError:
         info = None
-    if info is None:
-        source.download(data_dir)
+    if info is None or info.source != "real":
+        try:
+            source.download(data_dir)
+        except DataError as error:
+            raise DataError(f"{error} {source.remedy(data_dir)}") from error
         info = source.find(data_dir)
     return info

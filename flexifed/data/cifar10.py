@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
-import tarfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from http.client import HTTPException
 from pathlib import Path
 from types import MappingProxyType
 
@@ -25,7 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, Samples, check_indices
+from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, Samples, changed, check_indices
+from flexifed.data.download import RemoteFile, fetch, unpack
 from flexifed.errors import DataError, FlexifedWarning
 
 HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -53,7 +51,12 @@ BINARY_SHA256: Mapping[str, str] = MappingProxyType(
 FINGERPRINT = "cifar10-" + hashlib.sha256("".join(BINARY_SHA256.values()).encode()).hexdigest()
 """Of the published contents, so the same for both versions: each is accepted only if it is the published one."""
 
-DOWNLOAD_TIMEOUT_S = 60.0
+ARCHIVE = RemoteFile(
+    name="cifar-10-python.tar.gz",
+    urls=("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
+    num_bytes=170_498_071,
+    checksum="md5:c58f30108f718f92721af3b95e74349a",
+)
 
 
 def find(data_dir: Path) -> DatasetInfo | None:
@@ -93,9 +96,9 @@ def find(data_dir: Path) -> DatasetInfo | None:
 def remedy(data_dir: Path) -> str:
     """Both ways to get the data, as a sentence, with the names of the files that are looked for."""
     return (
-        f"Run with --download to fetch the Python version into {data_dir}, or get either version from {HOME} and "
-        f"unpack it there: {data_dir / BINARY_FOLDER} holds data_batch_1.bin to data_batch_5.bin and test_batch.bin, "
-        f"{data_dir / PYTHON_FOLDER} holds data_batch_1 to data_batch_5, test_batch and batches.meta."
+        f"Run with --download to fetch the Python version ({ARCHIVE.size}) into {data_dir}, or get either version from "
+        f"{HOME} and unpack it there: {data_dir / BINARY_FOLDER} holds data_batch_1.bin to data_batch_5.bin and "
+        f"test_batch.bin, {data_dir / PYTHON_FOLDER} holds data_batch_1 to data_batch_5, test_batch and batches.meta."
     )
 
 
@@ -114,25 +117,13 @@ def open_verified(info: DatasetInfo) -> Dataset:
 def download(data_dir: Path) -> None:
     """Fetch the Python version from its author's address into a folder, check it and unpack it.
 
-    An archive that already lies there is used if it is whole.
+    An archive that already lies there is used if it is whole. A damaged copy goes aside, to `cifar-10-batches-py.old`.
 
     Raises:
         DataError: no network, no space, a folder that can't be written, or a download that isn't the published file.
     """
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    timeout_before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none, and would wait forever
-    try:
-        download_and_extract_archive(CIFAR10.url, data_dir, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
-    except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError) as error:
-        raise DataError(
-            f"CIFAR-10 could not be downloaded from {CIFAR10.url} into {data_dir}: {type(error).__name__}: {error}. "
-            f"It takes a network, and 360 MB in a folder that you may write to. {remedy(data_dir)}"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout_before)
+    archive = fetch(ARCHIVE, data_dir)
+    unpack(archive, data_dir / PYTHON_FOLDER, within=PYTHON_FOLDER)
 
 
 @dataclass(frozen=True)
@@ -253,10 +244,10 @@ def _map_records(file: Path) -> NDArray[np.uint8]:
     num_bytes = SAMPLES_PER_FILE * RECORD_BYTES
     try:
         if (found_bytes := file.stat().st_size) != num_bytes:
-            raise _changed(file, f"it has {found_bytes:,} bytes and should have {num_bytes:,}")
+            raise changed(file, f"it has {found_bytes:,} bytes and should have {num_bytes:,}")
         return np.memmap(file, np.uint8, mode="r", shape=(SAMPLES_PER_FILE, RECORD_BYTES))
     except OSError as error:
-        raise _changed(file, error.strerror or str(error)) from error
+        raise changed(file, error.strerror or str(error)) from error
 
 
 def _open_python(info: DatasetInfo) -> Dataset:
@@ -266,14 +257,7 @@ def _open_python(info: DatasetInfo) -> Dataset:
     try:
         loaded = [CIFAR10(info.location, train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise _changed(folder, str(error)) from error
+        raise changed(folder, str(error)) from error
     # torchvision moves the channels to the end; moved back, the view is contiguous as it was in the file.
     train, test = (ArraySplit(one.data.transpose(0, 3, 1, 2), np.asarray(one.targets, np.int64)) for one in loaded)
     return Dataset(info, train, test)
-
-
-def _changed(path: Path, reason: str) -> DataError:
-    return DataError(
-        f"{path} was verified when the run began and can't be opened now, on {socket.gethostname()}: {reason}. "
-        "Every machine of the cluster needs the same data under the same path, and they must stay while it runs."
-    )

@@ -6,12 +6,16 @@ process opens the data itself and takes the samples that its clients need.
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from flexifed.errors import DataError
 
 Samples = tuple[torch.Tensor, torch.Tensor]
 """Samples as they are stored, of shape (n, ...), and labels, int64 of shape (n,).
@@ -50,13 +54,15 @@ class DatasetInfo:
         name: the data set's name in a config.
         source: `real`, `real-partial` (real samples, but not all that were published), or `synthetic`.
         location: the data folder it was found in, absolute; empty for synthetic data.
-        layout: in which of its published forms it was found: `binary`, `python`, or `synthetic`.
+        layout: in which form it was found: one of its published ones, as `binary` and `python` for CIFAR-10, or
+            `synthetic`.
         fingerprint: stands for the contents, wherever they lie and whatever the layout.
         num_train: training samples.
         num_test: test samples.
         num_classes: labels are 0 to `num_classes - 1`.
         in_channels: channels of what a model of images takes; None for texts.
-        mean: what normalisation subtracts from each channel; pixels count from 0 to 1. Empty for texts.
+        mean: what normalisation subtracts from each channel; pixels count from 0 to 1, a spectrogram's values are
+            natural logarithms. Empty for texts.
         std: what it then divides by.
     """
 
@@ -80,6 +86,17 @@ class Dataset:
     info: DatasetInfo
     train: Split
     test: Split
+
+
+@dataclass(frozen=True, eq=False)
+class SpeechDataset(Dataset):
+    """An opened data set of spoken words.
+
+    Attributes:
+        noise: background noise to be mixed into training samples, int16, shape (noise samples,).
+    """
+
+    noise: NDArray[np.int16]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,3 +136,11 @@ def check_indices(indices: NDArray[np.int64], num_samples: int) -> None:
     if outside.any():
         first = int(indices[outside][0])
         raise IndexError(f"sample {first} of a split of {num_samples}; indices are 0 to {num_samples - 1}")
+
+
+def changed(path: Path, reason: str) -> DataError:
+    """The error for data that are not as they were when the run began, or not the same on all machines."""
+    return DataError(
+        f"{path} was verified when the run began and can't be opened now, on {socket.gethostname()}: {reason}. "
+        "Every machine of the cluster needs the same data under the same path, and they must stay while it runs."
+    )

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from flexifed.data.augment import random_crop_and_flip
+from flexifed.data.augment import random_crop_and_flip, shift_and_add_noise
+from flexifed.data.wav import SAMPLE_RATE
+
+MEL_BANDS = 32
+FFT_SAMPLES, HOP_SAMPLES = 1_024, 512
+"""A frame is 64 ms, the next begins 32 ms later: they are centred on samples 0, 512, ..., 15,872, which makes 32."""
+FLOOR = 1e-6
+"""Added to a band's power before the logarithm, which silence would send to minus infinity."""
+
+BLOCK = 32
+"""Waveforms whose spectra are made at a time: what lies between them and the spectrograms is large, and a processor's
+caches are small."""
 
 
 class Pipeline(Protocol):
@@ -63,3 +76,55 @@ class TextPipeline:
     def augment(self, samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """As `prepare`; nothing is drawn."""
         return self.prepare(samples)
+
+
+class SpeechPipeline:
+    """Log-mel spectrograms of waveforms, as images of one channel; time shift and background noise for training.
+
+    Args:
+        mean: of the log-mel values, one number.
+        std: their deviation, one number.
+        noise: int16 (noise samples,), what background noise is cut from.
+        device: where the waveforms are.
+        channels_last: memory format of what comes out.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        noise: NDArray[np.int16],
+        device: torch.device,
+        channels_last: bool,
+    ) -> None:
+        from torchaudio.transforms import MelScale, Spectrogram  # only who hears speech waits for their import
+
+        self._spectrum: Any = Spectrogram(n_fft=FFT_SAMPLES, hop_length=HOP_SAMPLES, power=None).to(device)
+        self._mel_scale: Any = MelScale(MEL_BANDS, SAMPLE_RATE, n_stft=FFT_SAMPLES // 2 + 1).to(device)
+        (self._mean,), (self._std,) = mean, std
+        self._noise = _in_unit_range(torch.tensor(noise, device=device))
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def prepare(self, samples: torch.Tensor) -> torch.Tensor:
+        """From int16 (batch, 16000) to float32 (batch, 1, 32 bands, 32 frames), of mean 0 and deviation 1."""
+        return self._features(_in_unit_range(samples))
+
+    def augment(self, samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The same of what `shift_and_add_noise` makes of the waveforms."""
+        return self._features(shift_and_add_noise(_in_unit_range(samples), self._noise, generator))
+
+    def _features(self, waveforms: torch.Tensor) -> torch.Tensor:
+        log_mel = torch.cat([self._log_mel(block) for block in waveforms.split(BLOCK)])
+        normalised = log_mel.sub_(self._mean).div_(self._std)
+        return normalised[:, None].contiguous(memory_format=self._memory_format)
+
+    def _log_mel(self, waveforms: torch.Tensor) -> torch.Tensor:
+        spectrum = self._spectrum(waveforms)
+        power = spectrum.real.square() + spectrum.imag.square()  # a fifth of the time of abs().square()
+        log_mel: torch.Tensor = (self._mel_scale(power) + FLOOR).log_()
+        return log_mel
+
+
+def _in_unit_range(samples: torch.Tensor) -> torch.Tensor:
+    """From int16 to float32 in -1 to 1."""
+    return samples.float() / 2**15

@@ -1,4 +1,5 @@
-"""A learnable stand-in of CIFAR-10's shape, for running where no real data are: its results say nothing about Table 1.
+"""Learnable stand-ins for sets of small images, for running where no real data are: their results say nothing about
+Table 1. Those for CIFAR-10 and CINIC-10 differ in their patterns and in how many samples they have.
 
 Sample i of class c is a smooth pattern of the class, moved and scaled, on a smooth background that says nothing about
 the class, under noise:
@@ -12,8 +13,10 @@ same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ from flexifed.seeding import derive_seed
 VERSION = 1
 """Raise it whenever a sample's bytes change; it is part of the fingerprint."""
 
-NUM_TRAIN, NUM_TEST, NUM_CLASSES, NUM_BACKGROUNDS = 50_000, 10_000, 10, 16
+NUM_CLASSES, NUM_BACKGROUNDS = 10, 16
 SIDE, CHANNELS = 32, 3
 GRID = 8
 """Side of the coarse grid that patterns are interpolated from."""
@@ -40,28 +43,67 @@ BLOCK = 512
 _ROOT_SEED = 0  # the data are one fixed set; a run's own seed has no part in them
 
 
-def info() -> DatasetInfo:
-    """The stand-in's description."""
+@dataclass(frozen=True, kw_only=True)
+class StandIn:
+    """What the stand-in of one data set has for itself.
+
+    Attributes:
+        first_stream: its patterns, backgrounds, noise, training and test samples come from five streams from here on.
+        mean: of each channel, of pixels in 0 to 1.
+        std: the deviation over all pixels.
+    """
+
+    first_stream: int
+    num_train: int
+    num_test: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+STAND_INS: Mapping[str, StandIn] = MappingProxyType(
+    {
+        "cifar10": StandIn(
+            first_stream=0,
+            num_train=50_000,
+            num_test=10_000,
+            mean=(0.495, 0.493, 0.497),
+            std=(0.173, 0.173, 0.173),
+        ),
+        "cinic10": StandIn(
+            first_stream=10,
+            num_train=180_000,
+            num_test=90_000,
+            mean=(0.498, 0.496, 0.498),
+            std=(0.172, 0.172, 0.172),
+        ),
+    }
+)
+
+
+def info(name: str = "cifar10") -> DatasetInfo:
+    """The description of a data set's stand-in: `cifar10` or `cinic10`."""
+    stand_in = STAND_INS[name]
     return DatasetInfo(
-        name="cifar10",
+        name=name,
         source="synthetic",
         location="",
         layout="synthetic",
-        fingerprint=f"cifar10-synthetic-{VERSION}",
-        num_train=NUM_TRAIN,
-        num_test=NUM_TEST,
+        fingerprint=f"{name}-synthetic-{VERSION}",
+        num_train=stand_in.num_train,
+        num_test=stand_in.num_test,
         num_classes=NUM_CLASSES,
         in_channels=CHANNELS,
-        mean=(0.495, 0.493, 0.497),
-        std=(0.173, 0.173, 0.173),
+        mean=stand_in.mean,
+        std=stand_in.std,
     )
 
 
 def open_synthetic(info: DatasetInfo) -> Dataset:
-    """Open the stand-in: 1 MiB of noise and a few patterns are drawn, no sample is made."""
-    patterns = Patterns.draw()
-    train = SyntheticSplit(patterns, NUM_TRAIN, derive_seed(_ROOT_SEED, "synthetic", 3))
-    test = SyntheticSplit(patterns, NUM_TEST, derive_seed(_ROOT_SEED, "synthetic", 4))
+    """Open a stand-in: 1 MiB of noise and a few patterns are drawn, no sample is made."""
+    first = STAND_INS[info.name].first_stream
+    patterns = Patterns.draw(first)
+    train = SyntheticSplit(patterns, info.num_train, derive_seed(_ROOT_SEED, "synthetic", first + 3))
+    test = SyntheticSplit(patterns, info.num_test, derive_seed(_ROOT_SEED, "synthetic", first + 4))
     return Dataset(info, train, test)
 
 
@@ -80,12 +122,12 @@ class Patterns:
     noise: NDArray[np.int8]
 
     @classmethod
-    def draw(cls) -> Patterns:
-        """Draw the patterns of this version of the stand-in."""
+    def draw(cls, first_stream: int) -> Patterns:
+        """Draw the patterns of a stand-in, from three streams."""
         return cls(
-            _smooth(_random_bytes(0, NUM_CLASSES * CHANNELS * GRID * GRID), SIDE + MAX_SHIFT),
-            _smooth(_random_bytes(1, NUM_BACKGROUNDS * CHANNELS * GRID * GRID), 2 * SIDE),
-            _random_bytes(2, NOISE_BYTES),
+            _smooth(random_bytes(first_stream, NUM_CLASSES * CHANNELS * GRID * GRID), SIDE + MAX_SHIFT),
+            _smooth(random_bytes(first_stream + 1, NUM_BACKGROUNDS * CHANNELS * GRID * GRID), 2 * SIDE),
+            random_bytes(first_stream + 2, NOISE_BYTES),
         )
 
 
@@ -115,13 +157,13 @@ class SyntheticSplit:
 
     def _make(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Images of shape (n, 3, 32, 32)."""
-        where, how = _hash(indices, self.seed), _hash(indices, self.seed + 1)
-        row, column = _field(where, 0, 8) % MAX_SHIFT, _field(where, 8, 8) % MAX_SHIFT
-        background_row, background_column = _field(where, 16, 5), _field(where, 21, 5)
-        noise_offset = _field(where, 32, 20) % (NOISE_BYTES - CHANNELS * SIDE * SIDE)
-        contrast = _scale(16 + _field(how, 0, 4))
-        background_contrast = _scale(_field(how, 8, 6) - 32)
-        background = _field(how, 16, 4)
+        where, how = hashes(indices, self.seed), hashes(indices, self.seed + 1)
+        row, column = field(where, 0, 8) % MAX_SHIFT, field(where, 8, 8) % MAX_SHIFT
+        background_row, background_column = field(where, 16, 5), field(where, 21, 5)
+        noise_offset = field(where, 32, 20) % (NOISE_BYTES - CHANNELS * SIDE * SIDE)
+        contrast = _scale(16 + field(how, 0, 4))
+        background_contrast = _scale(field(how, 8, 6) - 32)
+        background = field(how, 16, 4)
 
         pattern = _windows(self.patterns.classes)[self.labels[indices], :, row, column]
         behind = _windows(self.patterns.backgrounds)[background, :, background_row, background_column]
@@ -132,7 +174,8 @@ class SyntheticSplit:
         return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
-def _random_bytes(stream: int, count: int) -> NDArray[np.int8]:
+def random_bytes(stream: int, count: int) -> NDArray[np.int8]:
+    """Random bytes of one of the stand-ins' streams, shape (count,)."""
     raw = np.random.PCG64(derive_seed(_ROOT_SEED, "synthetic", stream)).random_raw(-(-count // 8))
     return raw.astype("<u8").view(np.int8)[:count]
 
@@ -158,7 +201,7 @@ def _windows(patterns: NDArray[np.int16]) -> NDArray[np.int16]:
     return np.lib.stride_tricks.sliding_window_view(patterns, (SIDE, SIDE), axis=(2, 3))
 
 
-def _hash(indices: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+def hashes(indices: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
     """SplitMix64 (Steele, Lea and Flood 2014) at position `index` of the stream that `seed` begins; shape (n,)."""
     state = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -166,7 +209,7 @@ def _hash(indices: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
     return state ^ (state >> np.uint64(31))
 
 
-def _field(bits: NDArray[np.uint64], first: int, width: int) -> NDArray[np.int64]:
+def field(bits: NDArray[np.uint64], first: int, width: int) -> NDArray[np.int64]:
     """`width` bits of each hash as a whole number."""
     return (bits >> np.uint64(first) & np.uint64((1 << width) - 1)).astype(np.int64)
 

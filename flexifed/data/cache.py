@@ -1,0 +1,275 @@
+"""Decoded arrays beside the data: made once, then mapped into memory by all processes of a machine.
+
+    <folder>/lock                                held by the process that builds
+    <folder>/building-<random>/                  what it has so far
+    <folder>/<name>-<digest>/train_samples.npy   NumPy's own format, one file for each array
+    <folder>/<name>-<digest>/manifest.json       sizes and checksums of the others; written last
+
+The digest is of the source and of the decoding code's version, so a change of either leads elsewhere, and what it led
+to before is deleted after the next build. A folder is built aside, flushed and renamed: another process sees it whole
+or not at all. The lock is the kernel's and ends with the process that holds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from flexifed.data.dataset import changed
+from flexifed.errors import DataError
+
+FOLDER = ".flexifed-cache"
+"""In a data folder, the place of its data sets' caches."""
+MANIFEST = "manifest.json"
+HASH_BYTES = 1 << 24
+
+Build = Callable[[Path], Mapping[str, object]]
+
+
+@dataclass(frozen=True, eq=False)
+class CachedArrays:
+    """Arrays mapped from files, read-only. They stay readable when their files are deleted.
+
+    Attributes:
+        facts: what the build has told of them.
+        fingerprint: SHA-256 over names, types, shapes and bytes of all arrays, in hexadecimal.
+    """
+
+    facts: Mapping[str, Any]
+    fingerprint: str
+    _arrays: Mapping[str, NDArray[Any]]
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One array, mapped.
+
+        Raises:
+            KeyError: the build made no such array.
+        """
+        return self._arrays[name]
+
+
+def cached_arrays(folder: Path, *, name: str, version: int, source_key: str, build: Build) -> CachedArrays:
+    """Open the arrays made from a source, and make them first where that was not done yet.
+
+    Any number of processes may call this at once: one builds, the others wait for it. Opening reads sizes and times,
+    and no contents but those of files that something has touched since.
+
+    Args:
+        folder: the cache's place, unless $FLEXIFED_CACHE_DIR names another. One that can't be written is read if it
+            holds what is wanted; else flexifed in $XDG_CACHE_HOME, or in ~/.cache, takes its place.
+        name: what is cached. Different names don't disturb each other in one folder.
+        version: of the decoding code. Raise it when the same source would give other arrays or facts.
+        source_key: stands for the source, as `source_key` makes it.
+        build: writes `.npy` files, at least one, into the empty folder it is given (`np.lib.format.open_memmap` writes
+            more than fits into memory), and returns facts that JSON can hold.
+
+    Raises:
+        DataError: no folder can be written, or there is no room; and what `build` raises.
+    """
+    key = f"{name}-{hashlib.sha256(f'{version}/{source_key}'.encode()).hexdigest()[:16]}"
+    places = _places(folder)
+    for place in places:
+        if (opened := _open(place / key)) is not None:
+            return opened
+    place = _writable(places, name)
+    with _locked(place, name):
+        if (opened := _open(place / key)) is None:
+            opened = _build(place, key, name, build)
+            for old in place.glob(f"{name}-{'?' * 16}"):
+                if old.name != key:
+                    shutil.rmtree(old, ignore_errors=True)
+    return opened
+
+
+def reopen(folder: Path, *, name: str, fingerprint: str, make: Callable[[], CachedArrays]) -> CachedArrays:
+    """Open the arrays that another process has described, in any process, without a look at their source.
+
+    Args:
+        folder: as for `cached_arrays`.
+        name: as for `cached_arrays`.
+        fingerprint: theirs.
+        make: gets them by `cached_arrays` on a machine that has not decoded them yet.
+
+    Raises:
+        DataError: what `make` gets are other arrays; and what it raises.
+    """
+    for place in _places(folder):
+        for manifest in sorted(place.glob(f"{name}-{'?' * 16}/{MANIFEST}")):
+            if (opened := _open(manifest.parent)) is not None and opened.fingerprint == fingerprint:
+                return opened
+    made = make()
+    if made.fingerprint != fingerprint:
+        raise changed(folder.parent, f"its {name} holds other samples now (SHA-256 {made.fingerprint[:16]}...)")
+    return made
+
+
+def source_key(root: Path, files: Iterable[os.DirEntry[str] | Path]) -> str:
+    """A quick digest of files below a folder: paths from there, sizes and times of change; contents are not read.
+
+    Args:
+        root: what their paths are counted from.
+        files: in a fixed order. The entries of `os.scandir` are the quickest.
+
+    Raises:
+        OSError: a file has gone.
+    """
+    head = len(os.fspath(root))
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        line = f"{os.fspath(file)[head:]}\0{stat.st_size}\0{stat.st_mtime_ns}\0"
+        digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _open(folder: Path) -> CachedArrays | None:
+    """Open what a build has finished; None where it is not there or not as it was built."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        content = manifest["content"]
+        if manifest["checksum"] != _checksum(content):
+            return None
+        arrays = {}
+        for name, expected in content["arrays"].items():
+            path = folder / f"{name}.npy"
+            stat = path.stat()
+            if stat.st_size != expected["bytes"]:
+                return None
+            arrays[name] = np.load(path, mmap_mode="r")
+            if stat.st_mtime_ns != expected["mtime_ns"] and _digest(arrays[name]) != expected["sha256"]:
+                return None
+        return CachedArrays(MappingProxyType(content["facts"]), content["fingerprint"], MappingProxyType(arrays))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _build(place: Path, key: str, name: str, build: Build) -> CachedArrays:
+    """Build the arrays aside and move them to their place."""
+    with _explained(place, name):
+        for unfinished in place.glob("building-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        folder = place / f"building-{uuid.uuid4().hex}"
+        folder.mkdir()
+        try:
+            facts = build(folder)
+            _commit(folder, facts)
+            shutil.rmtree(place / key, ignore_errors=True)  # one that is damaged
+            folder.rename(place / key)
+            _flush(place)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    if (opened := _open(place / key)) is None:
+        raise DataError(f"{name}: {place / key} changed while it was made; is another program writing there?")
+    return opened
+
+
+def _commit(folder: Path, facts: Mapping[str, object]) -> None:
+    """Flush what was built, and describe it in a manifest."""
+    arrays: dict[str, dict[str, object]] = {}
+    for path in sorted(folder.glob("*.npy")):
+        _flush(path)
+        stat = path.stat()
+        digest = _digest(np.load(path, mmap_mode="r"))
+        arrays[path.stem] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
+    digests = [[name, array["sha256"]] for name, array in arrays.items()]
+    content = {"arrays": arrays, "facts": dict(facts), "fingerprint": _checksum(digests)}
+    (folder / MANIFEST).write_text(json.dumps({"checksum": _checksum(content), "content": content}, indent=1))
+    _flush(folder / MANIFEST)
+    _flush(folder)
+
+
+def _digest(array: NDArray[Any]) -> str:
+    """SHA-256 over type, shape and bytes of a contiguous array."""
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
+    content = array.reshape(-1).view(np.uint8).data
+    for start in range(0, len(content), HASH_BYTES):
+        digest.update(content[start : start + HASH_BYTES])
+    return digest.hexdigest()
+
+
+def _checksum(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _places(folder: Path) -> tuple[Path, ...]:
+    """Where arrays may lie, the preferred place first. For each data folder the user's folder has one of its own."""
+    own = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]
+    if named := os.environ.get("FLEXIFED_CACHE_DIR"):
+        return (Path(named).expanduser() / own, folder)
+    return (folder, Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexifed" / own)
+
+
+def _writable(places: Sequence[Path], name: str) -> Path:
+    """The first place where folders and files can be made.
+
+    Raises:
+        DataError: there is none.
+    """
+    problems = []
+    for place in places:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with open(place / "lock", "a"), TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            problems.append(f"{place} can't be written ({error.strerror})")
+            continue
+        if problems:
+            print(f"{name}: {problems[0]}, so decoded arrays go to {place}", file=sys.stderr, flush=True)
+        return place
+    raise DataError(
+        f"{name}: no place for decoded arrays on {socket.gethostname()}: {'; '.join(problems)}. "
+        "Mend one of these folders, or name another in FLEXIFED_CACHE_DIR."
+    )
+
+
+@contextmanager
+def _locked(place: Path, name: str) -> Iterator[None]:
+    """Hold a folder's lock, after whoever holds it now."""
+    lock = FileLock(place / "lock", mode=0o666)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{name}: waiting for another process that decodes it into {place}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _explained(place: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{name}: its decoded arrays can't be written to {place} on {socket.gethostname()}: {error}. "
+            "Make room or mend the folder, or name another in FLEXIFED_CACHE_DIR."
+        ) from error

@@ -1,0 +1,374 @@
+"""The array cache: built once, whatever happens to who builds it, and never used when it isn't what was built."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexifed.data.cache import MANIFEST, CachedArrays, cached_arrays, reopen, source_key
+from flexifed.errors import DataError
+
+ARRAYS = {
+    "samples": np.random.default_rng(0).integers(0, 256, (50, 3, 4), dtype=np.uint8),
+    "labels": np.arange(50, dtype=np.int64),
+}
+
+
+class Builder:
+    """Builds `arrays`, and counts how often."""
+
+    def __init__(self, arrays: Mapping[str, Any] = ARRAYS) -> None:
+        self.arrays = arrays
+        self.calls = 0
+
+    def __call__(self, folder: Path) -> dict[str, object]:
+        self.calls += 1
+        for name, array in self.arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        return {"num_classes": 50}
+
+
+@pytest.fixture
+def builder() -> Builder:
+    return Builder()
+
+
+@pytest.fixture(autouse=True)
+def user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's cache folder that is nobody's own."""
+    monkeypatch.delenv("FLEXIFED_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    return tmp_path / "user" / "flexifed"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "cache"
+
+
+def opened(folder: Path, builder: Any, *, name: str = "set", version: int = 1, key: str = "source") -> CachedArrays:
+    return cached_arrays(folder, name=name, version=version, source_key=key, build=builder)
+
+
+def assert_is(cached: CachedArrays, arrays: Mapping[str, Any]) -> None:
+    for name, expected in arrays.items():
+        assert cached.array(name).dtype == expected.dtype
+        np.testing.assert_array_equal(cached.array(name), expected)
+
+
+def built(folder: Path, name: str = "set") -> Path:
+    (found,) = folder.glob(f"{name}-*")
+    return found
+
+
+def test_arrays_are_built_once_and_mapped(folder: Path, builder: Builder) -> None:
+    first, second = opened(folder, builder), opened(folder, builder)
+    assert builder.calls == 1
+    assert first.fingerprint == second.fingerprint
+    assert dict(second.facts) == {"num_classes": 50}
+    assert_is(first, ARRAYS)
+    assert_is(second, ARRAYS)
+    assert isinstance(second.array("samples"), np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        second.array("samples")[0] = 0
+    with pytest.raises(KeyError):
+        second.array("other")
+    assert {path.name for path in folder.iterdir()} == {"lock", built(folder).name}
+
+
+def test_fingerprint_is_of_the_contents_alone(folder: Path, tmp_path: Path, builder: Builder) -> None:
+    fingerprints = {
+        opened(folder, builder).fingerprint,
+        opened(tmp_path / "elsewhere", builder).fingerprint,
+        opened(folder, builder, key="other source").fingerprint,
+        opened(folder, builder, name="other", version=2).fingerprint,
+    }
+    assert len(fingerprints) == 1
+    changes: list[Mapping[str, Any]] = [
+        {**ARRAYS, "labels": ARRAYS["labels"][::-1]},
+        {**ARRAYS, "labels": ARRAYS["labels"].view(np.uint64)},
+        {**ARRAYS, "samples": ARRAYS["samples"].reshape(50, 4, 3)},
+        {"samples": ARRAYS["labels"], "labels": ARRAYS["samples"]},
+        {"samples": ARRAYS["samples"]},
+    ]
+    for index, arrays in enumerate(changes):
+        fingerprints.add(opened(tmp_path / str(index), Builder(arrays)).fingerprint)
+    assert len(fingerprints) == 1 + len(changes)
+
+
+@pytest.mark.parametrize("change", [{"version": 2}, {"key": "changed"}])
+def test_another_source_or_version_is_built_and_the_old_one_deleted(folder: Path, change: dict[str, Any]) -> None:
+    opened(folder, Builder())
+    old = built(folder)
+    other = Builder({"samples": np.zeros(3)})
+    assert_is(opened(folder, other, **change), other.arrays)
+    assert other.calls == 1
+    assert not old.exists()
+    assert_is(opened(folder, other, **change), other.arrays)
+    assert other.calls == 1
+
+
+def test_names_share_a_folder(folder: Path) -> None:
+    one, other = Builder(), Builder({"samples": np.zeros(3)})
+    for _ in range(2):
+        assert_is(opened(folder, one, name="set-v1"), one.arrays)
+        assert_is(opened(folder, other, name="set-v2"), other.arrays)
+    assert (one.calls, other.calls) == (1, 1)
+
+
+def test_mapped_arrays_outlive_their_files(folder: Path, builder: Builder) -> None:
+    cached = opened(folder, builder)
+    shutil.rmtree(folder)
+    assert_is(cached, ARRAYS)
+    again = opened(folder, builder)
+    assert builder.calls == 2
+    assert again.fingerprint == cached.fingerprint
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def misstate(file: Path) -> None:
+    file.write_text(file.read_text().replace('"num_classes": 50', '"num_classes": 51'))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("samples.npy", cut),
+        ("samples.npy", flip),
+        ("labels.npy", Path.unlink),
+        (MANIFEST, cut),
+        (MANIFEST, misstate),
+        (MANIFEST, Path.unlink),
+    ],
+)
+def test_what_is_damaged_is_built_anew(folder: Path, builder: Builder, file: str, damage: Any) -> None:
+    fingerprint = opened(folder, builder).fingerprint
+    damage(built(folder) / file)
+    cached = opened(folder, builder)
+    assert builder.calls == 2
+    assert cached.fingerprint == fingerprint
+    assert dict(cached.facts) == {"num_classes": 50}
+    assert_is(cached, ARRAYS)
+
+
+def test_touched_files_are_used_if_their_contents_are_whole(folder: Path, builder: Builder) -> None:
+    opened(folder, builder)
+    os.utime(built(folder) / "samples.npy", ns=(0, 0))
+    assert_is(opened(folder, builder), ARRAYS)
+    assert builder.calls == 1
+
+
+def test_opening_reads_no_contents(folder: Path, builder: Builder) -> None:
+    """A byte that changed under an unchanged time is not seen: nobody hashes gigabytes to start a run."""
+    opened(folder, builder)
+    file = built(folder) / "samples.npy"
+    stat = file.stat()
+    flip(file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert opened(folder, builder).array("samples")[-1, -1, -1] == ARRAYS["samples"][-1, -1, -1] ^ 1
+    assert builder.calls == 1
+
+
+def test_known_contents_are_opened_without_their_source(folder: Path) -> None:
+    fingerprint = opened(folder, Builder()).fingerprint
+
+    def fail() -> CachedArrays:
+        pytest.fail("what is there was not found")
+
+    assert_is(reopen(folder, name="set", fingerprint=fingerprint, make=fail), ARRAYS)
+
+
+def test_known_contents_are_made_where_they_are_not(folder: Path, builder: Builder) -> None:
+    fingerprint = opened(folder, Builder()).fingerprint
+    cut(built(folder) / "labels.npy")
+    assert_is(reopen(folder, name="set", fingerprint=fingerprint, make=lambda: opened(folder, builder)), ARRAYS)
+    assert builder.calls == 1
+
+
+def test_other_contents_are_refused(folder: Path, builder: Builder) -> None:
+    with pytest.raises(DataError, match=rf"{folder.parent} was verified .* its set holds other samples now"):
+        reopen(folder, name="set", fingerprint="0" * 64, make=lambda: opened(folder, builder))
+
+
+def test_failed_build_leaves_nothing(folder: Path, builder: Builder) -> None:
+    def fail(into: Path) -> dict[str, object]:
+        np.save(into / "samples.npy", ARRAYS["samples"])
+        raise DataError("bird.png is not a PNG")
+
+    with pytest.raises(DataError, match="is not a PNG"):
+        opened(folder, fail)
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    assert_is(opened(folder, builder), ARRAYS)
+
+
+def test_full_disk_is_explained(folder: Path) -> None:
+    def fill(into: Path) -> dict[str, object]:
+        raise OSError(28, "No space left on device", str(into / "samples.npy"))
+
+    with pytest.raises(DataError, match=r"set: its decoded arrays can't be written to .*No space left.*Make room"):
+        opened(folder, fill)
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+# Several processes
+
+Forked = multiprocessing.get_context("fork")
+
+
+def build_slowly(folder: Path, started: Any, go_on: Any) -> dict[str, object]:
+    started.release()
+    np.save(folder / "samples.npy", ARRAYS["samples"])
+    go_on.wait()
+    np.save(folder / "labels.npy", ARRAYS["labels"])
+    return {"num_classes": 50}
+
+
+def open_and_tell(folder: Path, started: Any, go_on: Any, told: Any) -> None:
+    cached = opened(folder, lambda into: build_slowly(into, started, go_on))
+    told.put((cached.fingerprint, cached.array("labels").tolist()))
+
+
+def test_several_processes_at_once_build_once(folder: Path) -> None:
+    started, go_on, told = Forked.Semaphore(0), Forked.Event(), Forked.Queue()
+    processes = [Forked.Process(target=open_and_tell, args=(folder, started, go_on, told)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    started.acquire()
+    go_on.set()
+    answers = [told.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert not started.acquire(block=False), "a second build has begun"
+    assert answers == [(opened(folder, Builder()).fingerprint, list(range(50)))] * 4
+
+
+def test_killed_builder_leaves_nothing_that_is_used(folder: Path, builder: Builder) -> None:
+    started, go_on, told = Forked.Semaphore(0), Forked.Event(), Forked.Queue()
+    process = Forked.Process(target=open_and_tell, args=(folder, started, go_on, told))
+    process.start()
+    started.acquire()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert list(folder.glob("building-*"))
+    assert_is(opened(folder, builder), ARRAYS)
+    assert builder.calls == 1
+    assert not list(folder.glob("building-*"))
+
+
+# Folders that can't be written
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let a folder refuse new files, to the superuser too."""
+    mkdir = Path.mkdir
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.is_relative_to(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+
+
+def test_user_folder_stands_in(
+    folder: Path,
+    user_cache: Path,
+    builder: Builder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    forbid(monkeypatch, folder)
+    opened(folder, builder)
+    said = capsys.readouterr().err
+    assert f"set: {folder} can't be written (Permission denied), so decoded arrays go to {user_cache}" in said
+    assert_is(opened(folder, builder), ARRAYS)
+    assert builder.calls == 1
+    assert capsys.readouterr().err == "", "said once, when something is written"
+    assert not folder.exists()
+
+
+def test_user_folder_keeps_data_folders_apart(
+    folder: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid(monkeypatch, tmp_path / "data")
+    opened(folder, builder, key="one")
+    opened(tmp_path / "data" / "other", builder, key="two")
+    assert_is(opened(folder, builder, key="one"), ARRAYS)
+    assert builder.calls == 2
+
+
+def test_folder_that_cannot_be_written_can_be_read(
+    folder: Path, user_cache: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(folder, builder)
+    forbid(monkeypatch, folder)
+    assert_is(opened(folder, builder), ARRAYS)
+    assert builder.calls == 1
+    assert not user_cache.exists()
+
+
+def test_folder_of_the_users_choice(
+    folder: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLEXIFED_CACHE_DIR", str(tmp_path / "chosen"))
+    opened(folder, builder)
+    assert not folder.exists()
+    assert list((tmp_path / "chosen").glob(f"*/set-*/{MANIFEST}"))
+
+
+def test_no_folder_at_all(folder: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid(monkeypatch, tmp_path)
+    with pytest.raises(DataError, match=r"set: no place for decoded arrays .*cache can't.*user.* FLEXIFED_CACHE_DIR"):
+        opened(folder, builder)
+    assert builder.calls == 0
+
+
+# Sources
+
+
+def test_source_key_follows_names_sizes_and_times(tmp_path: Path) -> None:
+    def key(root: Path) -> str:
+        return source_key(root, sorted(os.scandir(root), key=lambda entry: entry.name))
+
+    root = tmp_path / "one"
+    root.mkdir()
+    keys = [key(root)]
+    (root / "a.png").write_bytes(b"12")
+    os.utime(root / "a.png", ns=(0, 10))
+    keys.append(key(root))
+    (root / "a.png").write_bytes(b"123")
+    os.utime(root / "a.png", ns=(0, 10))
+    keys.append(key(root))
+    os.utime(root / "a.png", ns=(0, 11))
+    keys.append(key(root))
+    (root / "a.png").rename(root / "b.png")
+    keys.append(key(root))
+    assert len(set(keys)) == 5
+    shutil.copytree(root, tmp_path / "two")
+    assert key(tmp_path / "two") == keys[-1], "wherever they lie"
+
+
+def test_manifest_is_readable(folder: Path, builder: Builder) -> None:
+    opened(folder, builder)
+    content = json.loads((built(folder) / MANIFEST).read_text())["content"]
+    assert set(content["arrays"]) == set(ARRAYS)
+    assert content["facts"] == {"num_classes": 50}

@@ -1,0 +1,205 @@
+"""Downloads, from a server on this machine that cuts them off, forgets where they were, or serves something else."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import socket
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexifed.data.download import ATTEMPTS, RemoteFile, fetch, unpack
+from flexifed.errors import DataError
+
+CONTENT = np.random.default_rng(0).bytes(100_000)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `content`; `cut_after` bytes of an answer the connection breaks."""
+
+    content = CONTENT
+    cut_after: int | None = None
+    knows_ranges = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[str | None] = []
+
+    def file(self, path: str = "/set.tar.gz", content: bytes = CONTENT) -> RemoteFile:
+        """The file as its publisher describes it."""
+        url = f"http://127.0.0.1:{self.server_port}{path}"
+        checksum = f"md5:{hashlib.md5(content).hexdigest()}"
+        return RemoteFile(name="set.tar.gz", urls=(url,), num_bytes=len(content), checksum=checksum)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        asked = self.headers["Range"]
+        self.server.asked.append(asked)
+        if self.path != "/set.tar.gz":
+            self.send_error(404)
+            return
+        total = len(self.server.content)
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.server.knows_ranges else 0  # type: ignore[index]
+        if start >= total:
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+        self.send_header("Content-Length", str(total - start))
+        self.end_headers()
+        self.wfile.write(self.server.content[start:][: self.server.cut_after])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name[0] != "."}
+
+
+def test_file_is_fetched_once_and_its_size_shown(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert fetch(server.file(), tmp_path / "new").read_bytes() == CONTENT
+    assert server.asked == [None]
+    assert names(tmp_path / "new") == {"set.tar.gz"}
+    assert "downloading set.tar.gz, 100.0 kB, into " in capsys.readouterr().err
+
+
+def test_cut_download_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
+    server.cut_after = 30_000
+    assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=30000-", "bytes=60000-", "bytes=90000-"]
+
+
+def test_another_call_goes_on_where_the_last_one_was(server: Server, tmp_path: Path) -> None:
+    server.cut_after = 15_000
+    with pytest.raises(DataError, match=r"set.tar.gz could not .* cut off.* 75.0 kB of it have come, and the same com"):
+        fetch(server.file(), tmp_path)
+    assert len(server.asked) == ATTEMPTS
+    assert names(tmp_path) == {"set.tar.gz.part"}
+    server.cut_after = None
+    assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
+    assert server.asked[-1] == "bytes=75000-"
+
+
+def test_server_without_ranges_begins_anew(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "set.tar.gz.part").write_bytes(CONTENT[:100])
+    server.knows_ranges = False
+    assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
+
+
+def test_part_that_is_whole_already(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "set.tar.gz.part").write_bytes(CONTENT)
+    assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
+
+
+def test_something_else_is_not_kept(server: Server, tmp_path: Path) -> None:
+    server.content = b"not the published file"
+    with pytest.raises(DataError, match=r"what came from http.* has the checksum md5:\w+ and should have md5:\w+"):
+        fetch(server.file(), tmp_path)
+    assert names(tmp_path) == set()
+
+
+def test_damaged_part_is_given_up(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "set.tar.gz.part").write_bytes(b"x" * 1000)
+    with pytest.raises(DataError, match="should have md5"):
+        fetch(server.file(), tmp_path)
+    assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
+
+
+def test_other_addresses_are_tried(server: Server, tmp_path: Path) -> None:
+    gone, there = server.file("/gone"), server.file()
+    file = RemoteFile(name=there.name, urls=(*gone.urls, *there.urls), num_bytes=1, checksum=there.checksum)
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    with pytest.raises(DataError, match=r"HTTPError: HTTP Error 404"):
+        fetch(gone, tmp_path / "other")
+
+
+def test_another_file_of_that_name_goes_aside(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(2):
+        (tmp_path / "set.tar.gz").write_bytes(b"%d" % index)
+        fetch(server.file(), tmp_path)
+    assert names(tmp_path) == {"set.tar.gz", "set.tar.gz.old", "set.tar.gz.old2"}
+    assert (tmp_path / "set.tar.gz.old2").read_bytes() == b"1"
+    assert "is set.tar.gz.old2 now" in capsys.readouterr().err
+
+
+def test_no_network(tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/set.tar.gz"
+        with pytest.raises(DataError, match=r"Connection refused.* It takes a network, and 5 bytes in a folder"):
+            fetch(RemoteFile(name="set.tar.gz", urls=(url,), num_bytes=5, checksum="md5:0"), tmp_path)
+
+
+# Unpacking
+
+
+def write_tar(path: Path, contents: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz") as opened:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            opened.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_archive_is_unpacked_to_its_place(tmp_path: Path) -> None:
+    archive = write_tar(tmp_path / "set.tar.gz", {"./train/cat/1.png": b"1", "./readme": b"2"})
+    unpack(archive, tmp_path / "set")
+    assert (tmp_path / "set" / "train" / "cat" / "1.png").read_bytes() == b"1"
+    unpack(write_tar(archive, {"within/2.png": b"2"}), tmp_path / "set", within="within")
+    assert names(tmp_path / "set") == {"2.png"}
+    assert (tmp_path / "set.old" / "readme").read_bytes() == b"2"
+    assert {path.name for path in tmp_path.iterdir()} == {"set.tar.gz", "set", "set.old"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "escape", "without"])
+def test_bad_archive_changes_nothing(damage: str, tmp_path: Path) -> None:
+    name = {"escape": "../outside", "without": "elsewhere/1.png"}.get(damage, "set/1.png")
+    archive = write_tar(tmp_path / "set.tar.gz", {name: CONTENT})
+    content = bytearray(archive.read_bytes())
+    if damage == "cut":
+        del content[len(content) // 2 :]
+    elif damage == "other":
+        content[:] = b"not found"
+    archive.write_bytes(content)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "mine").touch()
+    with pytest.raises(
+        DataError, match=r"(?s)set.tar.gz could not be unpacked to .*set: .* Make room, or delete the ar"
+    ):
+        unpack(archive, tmp_path / "set", within="set")
+    assert {path.name for path in tmp_path.iterdir()} == {"set.tar.gz", "set"}
+    assert names(tmp_path / "set") == {"mine"}
