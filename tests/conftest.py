@@ -11,7 +11,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--data-dir",
         type=Path,
         default=None,
-        help="folder with real data (cifar-10-batches-bin or cifar-10-batches-py); default: FLEXIFED_DATA_DIR",
+        help="folder with real data in their publishers' layouts (see `flexifed data`); default: FLEXIFED_DATA_DIR",
     )
 
 

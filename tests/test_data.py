@@ -476,6 +476,12 @@ def test_real_and_nothing_there(tmp_path: Path) -> None:
     assert "data=synthetic" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", SOURCES)
+def test_data_folder_that_cannot_be_looked_at(name: str) -> None:
+    with pytest.raises(DataError, match=r"can't be .*\(File name too long\)"):
+        find_dataset(name, data="auto", data_dir=Path("x" * 300))
+
+
 def test_unknown_names_and_choices(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dataset is 'cifar'; choose one of: cifar10, cinic10, agnews"):
         find_dataset("cifar", data="auto", data_dir=tmp_path)

@@ -27,7 +27,7 @@ import numpy as np
 
 from flexifed.config import TEXT_LENGTHS
 from flexifed.data import cache
-from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo
+from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, is_folder
 from flexifed.data.download import RemoteFile, fetch
 from flexifed.errors import DataError, FlexifedWarning
 
@@ -97,7 +97,7 @@ def find(data_dir: Path) -> DatasetInfo | None:
         FlexifedWarning: they are not the published files.
     """
     folder = data_dir / FOLDER
-    if not folder.is_dir():
+    if not is_folder(folder):
         return None
     arrays = _encoded(data_dir)
     problems = list(_differences(arrays.facts))

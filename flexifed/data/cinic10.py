@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexifed.data import cache
-from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo
+from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, is_folder
 from flexifed.data.download import RemoteFile, fetch, unpack
 from flexifed.errors import DataError, FlexifedWarning
 
@@ -133,7 +133,7 @@ def download(data_dir: Path) -> None:
 
 
 def _folder(data_dir: Path) -> Path | None:
-    return next((data_dir / name for name in FOLDERS if (data_dir / name).is_dir()), None)
+    return next((data_dir / name for name in FOLDERS if is_folder(data_dir / name)), None)
 
 
 def _decoded(data_dir: Path, folder: Path) -> cache.CachedArrays:

@@ -7,6 +7,7 @@ process opens the data itself and takes the samples that its clients need.
 from __future__ import annotations
 
 import socket
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -136,6 +137,22 @@ def check_indices(indices: NDArray[np.int64], num_samples: int) -> None:
     if outside.any():
         first = int(indices[outside][0])
         raise IndexError(f"sample {first} of a split of {num_samples}; indices are 0 to {num_samples - 1}")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there.
+
+    Raises:
+        DataError: that can't be found out.
+    """
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise DataError(
+            f"{path} can't be looked at ({error.strerror}); choose another data folder, or mend it"
+        ) from error
 
 
 def changed(path: Path, reason: str) -> DataError:
