@@ -13,8 +13,17 @@ from collections.abc import Sequence
 from flexifed.grid import make_cells
 from flexifed.launch import run_experiment
 
-ROWS = (("cifar10", "vgg"), ("cifar10", "resnet"))
-"""The rows of the paper's table that can be run: (data set, family)."""
+ROWS = (
+    ("cifar10", "vgg"),
+    ("cifar10", "resnet"),
+    ("cinic10", "vgg"),
+    ("cinic10", "resnet"),
+    ("agnews", "charcnn"),
+    ("agnews", "vdcnn"),
+    ("speech_commands", "vgg"),
+    ("speech_commands", "resnet"),
+)
+"""The rows of the paper's table: (data set, family)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -242,7 +242,8 @@ class Report:
         root = newest_folder(results_dir, _EXPERIMENT) if self.experiment is None else results_dir / self.experiment
         folders = experiment_folders(results_dir, self.experiment or _EXPERIMENT)
         if others := [folder.name for folder in folders if folder != root]:
-            print(f"{root}; there are also (choose with --experiment): {', '.join(others)}", file=sys.stderr)
+            note = f"{root}; there are also (choose with --experiment): {', '.join(others)}"
+            print(note, file=sys.stdout if self.format == "terminal" else sys.stderr)
         studies = load_results(results_dir, root.name, self.profile)
         if self.format == "terminal":
             for part in report(studies, pick=self.pick, target=self.target):

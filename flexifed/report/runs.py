@@ -179,13 +179,13 @@ def stored_cell(path: Path) -> StoredCell | None:
 
 
 def _settings(config: Mapping[str, object]) -> dict[str, object]:
-    """A config, flat, without what names the cell, and without what is not set: see `CellConfig.run_id`."""
-    flat = _flat({name: value for name, value in config.items() if name not in _OF_THE_CELL})
-    return {name: value for name, value in flat.items() if value is not None}
+    """A config, flat, without what names the cell."""
+    return _flat({name: value for name, value in config.items() if name not in _OF_THE_CELL})
 
 
 def _common_key(cell: StoredCell) -> tuple[str, ...]:
-    settings = json.dumps(dict(cell.settings), sort_keys=True)
+    # Like a run's id: a setting that is None is none, so files from before it was thought of are of the same edition.
+    settings = json.dumps({name: value for name, value in cell.settings.items() if value is not None}, sort_keys=True)
     return (cell.profile, f"{cell.rounds:09}", cell.data_source, settings)
 
 

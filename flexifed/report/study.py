@@ -33,6 +33,7 @@ from flexifed.report.table import (
     render,
     summarise,
 )
+from flexifed.results.attempts import newest_folder
 from flexifed.results.store import ResultsFolder
 
 COLUMNS = [*CELL, "data_source", "seed", "version", "round", "accuracy", "bytes_up"]
@@ -185,9 +186,10 @@ def load(folder: ResultsFolder, profile: str | None = None) -> list[Study]:
     ]
 
 
-def load_results(results_dir: str | Path, experiment: str = "table1", profile: str | None = None) -> list[Study]:
-    """As `load`, by the --results-dir of the runs and the experiment's name."""
-    return load(ResultsFolder((Path(results_dir).expanduser() / experiment).absolute()), profile)
+def load_results(results_dir: str | Path, experiment: str | None = None, profile: str | None = None) -> list[Study]:
+    """As `load`, by the --results-dir of the runs and the folder of the experiment in it; None: the newest `table1`."""
+    root = Path(results_dir).expanduser().absolute()
+    return load(ResultsFolder(root / experiment if experiment else newest_folder(root, "table1")), profile)
 
 
 def report(studies: Sequence[Study], *, pick: Pick = "last", target: Target = None) -> Iterator[Sheet | str]:
