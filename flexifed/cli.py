@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,7 +201,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Print the tables of an experiment from its results, one for each set of settings that were run."""
+    """Print the tables of an experiment from its results, and draw its figures, for each set of settings."""
 
     results_dir: Annotated[Path, _POSITIONAL] = Path("results")
     """The --results-dir of the runs."""
@@ -211,22 +212,38 @@ class Report:
     the very last score."""
     profile: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Only runs under this profile. Default: all, a table each."""
+    format: Literal["terminal", "markdown", "latex", "csv"] = "terminal"
+    """What to print. csv: Table 1 only, a line for each number. All formats have the same numbers."""
+    target: float | None = None
+    """Accuracy in percent that the rounds are counted to. Default: what Clustered-FL ends at under the same seed."""
+    figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Draw the figures too, as PNG and PDF, into a folder for each table. Needs the extra `analysis`."""
 
     def run(self, console: Console) -> None:
-        """Print the tables."""
-        from flexifed.report.runs import report
+        """Print the tables, and write the figures."""
+        from flexifed.report.study import load_results, report, report_text
         from flexifed.results.attempts import experiment_folders, newest_folder
-        from flexifed.results.store import ResultsFolder
 
+        if self.figures is not None:
+            from flexifed.report.figures import drawings  # refuses before anything is read or printed
         results_dir = self.results_dir.expanduser().absolute()
         root = newest_folder(results_dir, _EXPERIMENT) if self.experiment is None else results_dir / self.experiment
         folders = experiment_folders(results_dir, self.experiment or _EXPERIMENT)
         if others := [folder.name for folder in folders if folder != root]:
             note = f"{root}; there are also (choose with --experiment): {', '.join(others)}"
-            console.print(note, highlight=False, markup=False, soft_wrap=True)
-        folder = ResultsFolder(root)
-        for part in report(folder, pick=self.pick, profile=self.profile):
-            console.print(part, highlight=False, markup=False)
+            print(note, file=sys.stdout if self.format == "terminal" else sys.stderr)
+        studies = load_results(results_dir, root.name, self.profile)
+        if self.format == "terminal":
+            for part in report(studies, pick=self.pick, target=self.target):
+                console.print(part, highlight=False, markup=False)
+        else:
+            for text in report_text(studies, self.format, pick=self.pick, target=self.target):
+                print(text)
+        if self.figures is not None:
+            for study in studies:
+                for drawing in drawings(study, self.pick, self.target):
+                    for path in drawing.save(self.figures.expanduser() / study.slug):
+                        print(path, file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -296,10 +296,10 @@ def _show_table(folder: ResultsFolder, options: GridOptions, runs: Sequence[Cell
         return
     rows = folder.read([run.name for run in runs])
     summary = summarise(rows, options.rounds)
-    first = stored_cell(folder, folder.rounds_file(runs[0].name))
+    first = stored_cell(folder.rounds_file(runs[0].name))
     changed = changed_settings(first) if first else {}
     for part in render(summary, profile=options.profile, rounds=options.rounds, seeds=options.seeds, changed=changed):
-        console.print(part, highlight=False)
+        console.print("", part, sep="\n", highlight=False)
     if len(options.seeds) > 1 and (differences := paired_differences(per_seed(rows, options.rounds))):
         console.print(render_differences(differences, PAIRED))
         by_seed = paired_differences(per_seed(rows, options.rounds), by_seed=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import pandas as pd
-from rich.table import Table
-from scipy import stats
+from scipy.special import stdtrit
 
-from flexifed.report.table import VERSIONS
+from flexifed.report.sheet import Cell, Column, Section, Sheet
+from flexifed.report.table import DIGITS, VERSIONS, in_paper_order, source_label
 
 COMPARISONS = (
     ("clustered_fl", "standalone"),
@@ -56,7 +58,9 @@ def paired_differences(
     """
     versions = [version for version in VERSIONS if version in numbers]
     found = []
-    for (dataset, family, source), cells in numbers.groupby(["dataset", "family", "data_source"], sort=False):
+    for (dataset, family, source), cells in in_paper_order(numbers).groupby(
+        ["dataset", "family", "data_source"], sort=False
+    ):
         by_scheme = {scheme: rows.set_index("seed")[versions] for scheme, rows in cells.groupby("scheme")}
         for scheme, against in comparisons:
             if scheme in by_scheme and against in by_scheme:
@@ -75,20 +79,22 @@ def _interval(values: Sequence[float]) -> tuple[int, float, float, float]:
     mean = sum(values) / count
     if count < 2:
         return count, mean, math.nan, math.nan
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(values))
+    error = statistics.stdev(values) / math.sqrt(count)
+    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
     return count, mean, mean - half, mean + half
 
 
-def render_differences(differences: Sequence[PairedDifference], title: str) -> Table:
-    """The differences as a table for a terminal."""
-    table = Table(title=title, title_justify="left")
-    for header in ("", "scheme", "against"):
-        table.add_column(header, no_wrap=True)
-    for header in ("points", "95 % interval", "n"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for one in differences:
-        interval = "" if math.isnan(one.low) else f"{one.low:+.1f} to {one.high:+.1f}"
-        where = f"{one.dataset}/{one.family}" + ("" if one.data_source == "real" else f" {one.data_source.upper()}")
-        row = (where, one.scheme, one.against, f"{one.mean:+.1f}", interval, str(one.pairs))
-        table.add_row(*row)
-    return table
+def render_differences(differences: Sequence[PairedDifference], title: str) -> Sheet:
+    """The differences as a table."""
+    sections = []
+    for where, group in groupby(differences, key=lambda one: (one.dataset, one.family, one.data_source)):
+        rows = [(f"{one.scheme} - {one.against}", _cells(one)) for one in group]
+        dataset, family, source = where
+        sections.append(Section(f"{dataset} / {family}{source_label(source)}", tuple(rows)))
+    columns = tuple(map(Column, ("points", "95 % interval", "n")))
+    return Sheet(title, columns, tuple(sections))
+
+
+def _cells(one: PairedDifference) -> tuple[Cell, ...]:
+    interval = "" if math.isnan(one.low) else f"{one.low:+z.{DIGITS}f} to {one.high:+z.{DIGITS}f}"
+    return (f"{one.mean:+z.{DIGITS}f}",), (interval,), (str(one.pairs),)

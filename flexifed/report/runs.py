@@ -7,19 +7,14 @@ into editions, by what their files say about themselves; each edition gets its o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from rich.table import Table
-
 from flexifed.config import CellConfig, NumericsConfig, SharingConfig
-from flexifed.errors import ResultsError
 from flexifed.profiles import PROFILES
-from flexifed.report.compare import PAIRED, paired_differences, render_differences
-from flexifed.report.table import Pick, per_seed, render, summarise
-from flexifed.results.store import ResultsFolder, read_metadata
+from flexifed.results.store import ResultsFolder, read_summary
 
 _OF_THE_CELL = ("dataset", "family", "scheme", "seed")
 
@@ -102,7 +97,7 @@ def stored_cells(folder: ResultsFolder) -> list[StoredCell]:
         ResultsError: a file is damaged.
     """
     paths = sorted(path for path in folder.rounds.glob("*.parquet") if not path.name.startswith("."))
-    return [one for path in paths if (one := stored_cell(folder, path)) is not None]
+    return [one for path in paths if (one := stored_cell(path)) is not None]
 
 
 def editions(cells: Sequence[StoredCell]) -> list[Edition]:
@@ -146,7 +141,7 @@ def forerunner(
     now = _settings(asdict(config)) | {"data": fingerprint}
     closest: tuple[StoredCell, dict[str, str]] | None = None
     for path in folder.rounds.glob(f"{config.dataset}-*-{config.family}-{config.scheme}-seed{config.seed}-*.parquet"):
-        cell = stored_cell(folder, path)
+        cell = stored_cell(path)
         if cell is None or cell.profile != profile:
             continue
         before = {**cell.settings, "data": cell.fingerprint}
@@ -160,60 +155,20 @@ def forerunner(
     return (closest[0], ", ".join(closest[1].values())) if closest else None
 
 
-def report(folder: ResultsFolder, *, pick: Pick = "last", profile: str | None = None) -> Iterator[Table | str]:
-    """The tables of a results folder, one edition after another, each with what it is and what is not finished.
-
-    Args:
-        folder: of one experiment.
-        pick: which rounds a number is of; see `flexifed.report.table.per_seed`.
-        profile: only cells that ran under this profile; None for all.
-
-    Raises:
-        ResultsError: nothing is there, or nothing of this profile, or a file is damaged.
-    """
-    cells = stored_cells(folder)
-    if not cells:
-        raise ResultsError(_nothing_there(folder))
-    chosen = [one for one in cells if profile in (None, one.profile)]
-    if not chosen:
-        there = ", ".join(sorted({one.profile for one in cells}))
-        raise ResultsError(f"no results of profile {profile!r} in {folder.root}; there are some of: {there}")
-    for edition in editions(chosen):
-        yield ""
-        yield edition.title
-        yield from _edition_parts(folder, edition, pick)
-
-
-def _edition_parts(folder: ResultsFolder, edition: Edition, pick: Pick) -> Iterator[Table | str]:
-    finished = edition.finished
-    if finished:
-        rounds, seeds = finished[0].rounds, sorted({one.seed for one in finished})
-        rows = folder.read([one.name for one in finished])
-        summary = summarise(rows, rounds, pick)
-        yield from render(summary, profile=finished[0].profile, rounds=rounds, seeds=seeds, pick=pick)
-        if len(seeds) > 1 and (differences := paired_differences(per_seed(rows, rounds, pick))):
-            yield render_differences(differences, PAIRED)
-    else:
-        yield "No cell is finished."
-    if edition.unfinished:
-        yield "\n".join(["Unfinished, left out of the table:", *(f"  {one.progress}" for one in edition.unfinished)])
-
-
-def stored_cell(folder: ResultsFolder, path: Path) -> StoredCell | None:
+def stored_cell(path: Path) -> StoredCell | None:
     """What a file says about itself; None where it has no rows.
 
     Raises:
         ResultsError: the file is damaged.
     """
-    rows = folder.read([path.stem])
-    if rows.empty:
+    content, first = read_summary(path)
+    if first is None:
         return None
-    first, last_round = rows.iloc[0], int(rows["round"].max())
-    metadata = cast(dict[str, Any], read_metadata(path))
+    metadata, last_round = cast(dict[str, Any], content), cast(int, first["last_round"])
     return StoredCell(
         name=path.stem,
         cell=f"{first['dataset']}/{first['family']}/{first['scheme']}",
-        seed=int(first["seed"]),
+        seed=cast(int, first["seed"]),
         last_round=last_round,
         rounds=int(metadata.get("rounds", last_round)),
         profile=str(first["profile"]),
@@ -229,7 +184,8 @@ def _settings(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def _common_key(cell: StoredCell) -> tuple[str, ...]:
-    settings = json.dumps(dict(cell.settings), sort_keys=True)
+    # Like a run's id: a setting that is None is none, so files from before it was thought of are of the same edition.
+    settings = json.dumps({name: value for name, value in cell.settings.items() if value is not None}, sort_keys=True)
     return (cell.profile, f"{cell.rounds:09}", cell.data_source, settings)
 
 
@@ -242,7 +198,8 @@ def _flat(nested: Mapping[str, object]) -> dict[str, object]:
     return flat
 
 
-def _nothing_there(folder: ResultsFolder) -> str:
+def nothing_there(folder: ResultsFolder) -> str:
+    """What to say, and what to do, where a folder has no results."""
     above = folder.root.parent
     others = sorted(one.parent.name for one in above.glob("*/rounds") if any(one.glob("*.parquet")))
     has = f"; {above} has results of: {', '.join(others)} (choose with --experiment)" if others else ""

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, Literal
 
 import pandas as pd
-from rich.markup import escape
-from rich.table import Table
 
 from flexifed.config import SCHEMES
 from flexifed.errors import ConfigError, invalid_choice
+from flexifed.report.sheet import Cell, Column, Section, Sheet
 
 Pick = Literal["last", "best", "final"]
 PICKS: tuple[Pick, ...] = ("last", "best", "final")
 VERSIONS = ("v1", "v2", "v3", "v4")
 CELL = ["dataset", "family", "scheme"]
+SCHEME_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "standalone": "Standalone",
+        "clustered_fl": "Clustered-FL",
+        "basic_common": "Basic-Common",
+        "clustered_common": "Clustered-Common",
+        "max_common": "Max-Common",
+    }
+)
+"""The paper's names of the schemes."""
+assert tuple(SCHEME_NAMES) == SCHEMES
+NUMBERS = [*CELL, "version", "data_source", "seeds", "mean", "spread", "paper", "difference"]
+"""The columns of `Summary.numbers`."""
+DIGITS = 1
+"""Digits after the point of every accuracy that is shown; the paper has as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Accuracies in percent, indexed by (dataset, family, scheme), one column for each version.
+    """Accuracies in percent, indexed by (dataset, family, scheme), one column for each version, in the paper's order.
 
     Attributes:
         mean: over seeds; each seed's number is the mean over the clients of a version and over the rounds that count.
@@ -37,6 +52,23 @@ class Summary:
     spread: pd.DataFrame
     sources: pd.Series[str]
     seeds: pd.Series[int]
+
+    def numbers(self) -> pd.DataFrame:
+        """What every format shows: a row for each cell and version, rounded once, here.
+
+        Columns: dataset, family, scheme, version, data_source, seeds, mean, spread, paper, difference; accuracies in
+        percent with `DIGITS` digits, `difference` is mean - paper. The paper's number stands beside those from all of
+        the real data only: beside others it would mean nothing.
+        """
+        paper = paper_table().reindex(index=self.mean.index, columns=self.mean.columns)
+        paper = paper.where(self.sources.eq("real"))
+        columns = {"mean": self.mean, "spread": self.spread, "paper": paper, "difference": self.mean - paper}
+        long = pd.DataFrame({name: frame.stack(future_stack=True) for name, frame in columns.items()}).round(DIGITS)
+        long = long.dropna(subset="mean") + 0.0  # no -0.0
+        long.index = long.index.set_names([*CELL, "version"])
+        of_the_cell = pd.DataFrame({"data_source": self.sources, "seeds": self.seeds})
+        named = long.reset_index().merge(of_the_cell.reset_index(), on=CELL)
+        return named[NUMBERS]
 
 
 def counted_rounds(rounds: int) -> int:
@@ -54,6 +86,23 @@ def paper_table() -> pd.DataFrame:
         return pd.read_csv(file, index_col=CELL)
 
 
+def in_paper_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sort rows by their columns or index levels dataset, family and scheme: as in the paper, what it has not last."""
+    names = [name for name in CELL if name in [*frame.columns, *frame.index.names]]
+    ranks = {name: rank for rank, name in enumerate([*_paper_names(), *SCHEMES])}
+
+    def rank(values: pd.Index) -> pd.Index:
+        return pd.Index([(ranks.get(str(value), len(ranks)), str(value)) for value in values], tupleize_cols=False)
+
+    return frame.sort_values(names, key=rank, kind="stable")  # type: ignore[call-overload]
+
+
+@cache
+def _paper_names() -> tuple[str, ...]:
+    index = paper_table().index
+    return tuple(dict.fromkeys(str(key[level]) for level in (0, 1) for key in index))
+
+
 def per_seed(rows: pd.DataFrame, rounds: int, pick: Pick = "last") -> pd.DataFrame:
     """One accuracy, in percent, for each cell, seed and version.
 
@@ -68,12 +117,9 @@ def per_seed(rows: pd.DataFrame, rounds: int, pick: Pick = "last") -> pd.DataFra
     """
     if pick not in PICKS:
         raise ConfigError(invalid_choice("pick", pick, PICKS))
-    rows = rows[rows["round"] <= rounds]
-    curves = rows.groupby([*CELL, "data_source", "seed", "version", "round"])["accuracy"].mean().mul(100)
-    if pick == "last":
-        curves = curves[curves.index.get_level_values("round") > rounds - counted_rounds(rounds)]
-    elif pick == "final":
-        curves = curves[curves.index.get_level_values("round") == rounds]
+    first = {"last": rounds - counted_rounds(rounds) + 1, "best": 0, "final": rounds}[pick]
+    counted = rows[rows["round"].between(first, rounds)]
+    curves = counted.groupby([*CELL, "data_source", "seed", "version", "round"])["accuracy"].mean().mul(100)
     by_version = curves.groupby([*CELL, "data_source", "seed", "version"])
     return (by_version.max() if pick == "best" else by_version.mean()).unstack("version").reset_index()
 
@@ -84,7 +130,7 @@ def summarise(rows: pd.DataFrame, rounds: int, pick: Pick = "last") -> Summary:
     Raises:
         ConfigError: rows of one cell come from different data, or an unknown `pick`.
     """
-    numbers = per_seed(rows, rounds, pick)
+    numbers = in_paper_order(per_seed(rows, rounds, pick))
     groups = numbers.groupby(CELL, sort=False)
     if (mixed := groups["data_source"].nunique() > 1).any():
         cells = ", ".join("/".join(cell) for cell in mixed[mixed].index)
@@ -106,10 +152,8 @@ def render(
     seeds: Sequence[int],
     pick: Pick = "last",
     changed: Mapping[str, object] = MappingProxyType({}),
-) -> list[Table | str]:
-    """Table 1 for a terminal of 80 columns: a table for each data set and family, and a line that says what it is.
-
-    The paper's numbers stand in brackets beside those from real data. Beside synthetic data they would mean nothing.
+) -> list[Sheet]:
+    """Table 1, with notes that say what it is.
 
     Args:
         summary: the numbers.
@@ -119,60 +163,72 @@ def render(
         pick: which rounds a number is of.
         changed: settings that are not the profile's.
     """
-    paper = paper_table().to_dict("index")
-    parts: list[Table | str] = []
-    for dataset, family in dict.fromkeys((str(key[0]), str(key[1])) for key in summary.mean.index):
-        cells = {
-            scheme: (dataset, family, scheme) for scheme in SCHEMES if (dataset, family, scheme) in summary.mean.index
-        }
-        sources = {str(summary.sources.loc[key]) for key in cells.values()}
-        named = "" if sources == {"real"} else escape(f"  [{' AND '.join(sorted(sources)).upper()} DATA]")
-        table = Table(title=f"{dataset} / {family}{named}", title_justify="left", title_style="bold")
-        table.add_column("accuracy, %" + ("\n(paper)" if "real" in sources else ""), no_wrap=True)
-        for version in summary.mean.columns:
-            table.add_column(version.upper(), justify="right", no_wrap=True)
-        for scheme, key in cells.items():
-            source = str(summary.sources.loc[key])
-            beside = paper.get(key) if source == "real" else None
-            label = scheme if len(sources) == 1 else f"{scheme}, {source}"
-            table.add_row(label, *(_number(summary, key, version, beside) for version in summary.mean.columns))
-        parts.append(table)
+    numbers = summary.numbers()
+    compared = numbers["paper"].notna().any()
+    versions = [version for version in VERSIONS if version in set(numbers["version"])]
+    columns = tuple(Column(version.upper(), ("paper", "diff") if compared else ()) for version in versions)
+    sections = []
+    for (dataset, family), cells in numbers.groupby(["dataset", "family"], sort=False):
+        sources = cells["data_source"].unique()
+        rows = []
+        for (scheme, source), cell in cells.groupby(["scheme", "data_source"], sort=False):
+            shown = {str(one["version"]): _cell(one) for one in cell.to_dict("records")}
+            label = str(scheme) if len(sources) == 1 else f"{scheme}, {source}"
+            rows.append((label, tuple(shown.get(version, ("",)) for version in versions)))
+        sections.append(Section(f"{dataset} / {family}" + source_label(*sources), tuple(rows)))
     settings = profile + "".join(f", {name}={value}" for name, value in changed.items())
-    parts.append(_caption(summary, settings=settings, rounds=rounds, seeds=seeds, pick=pick))
-    return parts
+    notes = _notes(summary, settings=settings, rounds=rounds, seeds=seeds, pick=pick, compared=bool(compared))
+    return [Sheet("Accuracy in percent (Table 1)", columns, tuple(sections), notes)]
 
 
-def _number(summary: Summary, key: tuple[str, str, str], version: str, paper: Mapping[Any, float] | None) -> str:
-    """Mean, spread where there are several seeds, and the paper's number: below, where a line has no room for three."""
-    mean, spread = (float(numbers.to_dict("index")[key][version]) for numbers in (summary.mean, summary.spread))
-    several = not math.isnan(spread)
-    text = f"{mean:.1f}±{spread:.1f}" if several else f"{mean:.1f}"
-    return text if paper is None else text + ("\n" if several else " ") + f"({paper[version]:.1f})"
+def source_label(*sources: str) -> str:
+    """What follows a name wherever data are not the whole real set: `  [SYNTHETIC DATA]`."""
+    return "" if set(sources) == {"real"} else f" [{' AND '.join(sorted(sources)).upper()} DATA]"
 
 
-def _caption(summary: Summary, *, settings: str, rounds: int, seeds: Sequence[int], pick: Pick) -> str:
+def picked_rounds(rounds: int, pick: Pick) -> str:
+    """Which rounds a number is of, in words."""
     count = counted_rounds(rounds)
-    what = {
+    return {
         "last": f"mean of the last {count} scored rounds" if count > 1 else "last scored round",
         "best": "best round",
         "final": "last scored round",
     }[pick]
-    several = len(seeds) > 1
-    spread = f", mean ± standard deviation over {len(seeds)} seeds" if several else ""
-    sources = ", ".join(sorted(set(summary.sources)))
-    lines = [
-        f"Data: {sources}. Profile: {settings}. Rounds: {rounds}. Seeds: {' '.join(map(str, seeds))}.",
-        f"Accuracy on the clients' test shards: {what}{spread}.",
+
+
+def data_warnings(sources: Sequence[str]) -> list[str]:
+    """What has to be said of data that are not the whole real set."""
+    said = {
+        "synthetic": "SYNTHETIC data are a stand-in: these numbers show that the line works and nothing about the "
+        "paper.",
+        "real-partial": "REAL-PARTIAL data are a part of the real set: these numbers are not the paper's Table 1.",
+    }
+    return [text for source, text in said.items() if source in sources]
+
+
+def _cell(one: Mapping[Hashable, Any]) -> Cell:
+    """Mean, with the spread where there are several seeds; the paper's number and the difference where they apply."""
+    mean, spread, paper, difference = (float(one[name]) for name in ("mean", "spread", "paper", "difference"))
+    number = f"{mean:.{DIGITS}f}" + ("" if math.isnan(spread) else f"±{spread:.{DIGITS}f}")
+    return (number,) if math.isnan(paper) else (number, f"{paper:.{DIGITS}f}", f"{difference:+.{DIGITS}f}")
+
+
+def _notes(
+    summary: Summary, *, settings: str, rounds: int, seeds: Sequence[int], pick: Pick, compared: bool
+) -> tuple[str, ...]:
+    spread = f", mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else ""
+    sources = sorted(set(summary.sources))
+    notes = [
+        f"Data: {', '.join(sources)}. Profile: {settings}. Rounds: {rounds}. Seeds: {' '.join(map(str, seeds))}.",
+        f"Accuracy on the clients' test shards: {picked_rounds(rounds, pick)}{spread}.",
     ]
     fewer = {
         "/".join(key): count for key, count in zip(summary.mean.index, summary.seeds, strict=True) if count < len(seeds)
     }
     if fewer:
-        lines.append("Fewer seeds: " + ", ".join(f"{cell} {n} of {len(seeds)}" for cell, n in fewer.items()) + ".")
-    if "real" in sources.split(", "):
-        lines.append("In brackets: the paper's Table 1, from its full protocol (profiles authors and paper).")
-    if "synthetic" in sources:
-        lines.append(
-            "SYNTHETIC data are a stand-in: these numbers show that the line works and nothing about the paper."
+        notes.append("Fewer seeds: " + ", ".join(f"{cell} {n} of {len(seeds)}" for cell, n in fewer.items()) + ".")
+    if compared:
+        notes.append(
+            "Beside them: the paper's Table 1, from its full protocol (profiles authors and paper), and the difference."
         )
-    return "\n".join(lines)
+    return (*notes, *data_warnings(sources))

@@ -27,6 +27,7 @@ from flexifed.errors import ResultsError
 from flexifed.results.schema import SCHEMA
 
 _METADATA_KEY = b"flexifed"
+_SAME_IN_ALL_ROWS = ["dataset", "family", "scheme", "seed", "profile", "data_source"]
 _WRITE_SHARE = 0.05  # of the time may go into rewriting a file that grows with every round
 
 Row = Mapping[str, object]
@@ -89,14 +90,19 @@ class ResultsFolder:
                 "FLEXIFED_RESULTS_DIR) has to be a folder that all nodes share under the same path"
             )
 
-    def read(self, cells: Sequence[str]) -> pd.DataFrame:
+    def read(self, cells: Sequence[str], columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The rows of some cells; those that have no file yet are left out.
+
+        Args:
+            cells: the names of their files, without the ending.
+            columns: only these; None for all.
 
         Raises:
             ResultsError: a file is damaged.
         """
-        tables = [_read(path) for cell in cells if (path := self.rounds_file(cell)).exists()]
-        return (pa.concat_tables(tables) if tables else SCHEMA.empty_table()).to_pandas()
+        schema = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
+        tables = [_read(path, columns) for cell in cells if (path := self.rounds_file(cell)).exists()]
+        return (pa.concat_tables(tables) if tables else schema.empty_table()).to_pandas()
 
     def rows_before(self, cell: str, round_index: int) -> pa.Table:
         """The rows of a cell's rounds before `round_index`.
@@ -208,18 +214,34 @@ def explained(path: Path) -> Iterator[None]:
         ) from error
 
 
+def read_summary(path: Path) -> tuple[dict[str, object], dict[str, object] | None]:
+    """A file's metadata, as from `read_metadata`, and its first row, with `last_round` beside; None if it has no rows.
+
+    Raises:
+        ResultsError: the file is damaged.
+    """
+    table = _read(path, [*_SAME_IN_ALL_ROWS, "round"])
+    if not table.num_rows:
+        return _metadata(table), None
+    first = dict(table.slice(0, 1).to_pylist()[0])
+    return _metadata(table), first | {"last_round": pc.max(table["round"]).as_py()}
+
+
 def read_metadata(path: Path) -> dict[str, object]:
     """What was stored beside a file's rows: config, versions, and, once the run has ended, its final states' digests.
 
     Raises:
         ResultsError: the file is damaged.
     """
-    metadata = _read(path, columns=["round"]).schema.metadata or {}
-    return dict(json.loads(metadata.get(_METADATA_KEY, b"{}")))
+    return _metadata(_read(path, columns=["round"]))
 
 
-def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
+def _metadata(table: pa.Table) -> dict[str, object]:
+    return dict(json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}")))
+
+
+def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     try:
-        return pq.read_table(path, columns=columns, partitioning=None)
+        return pq.read_table(path, columns=None if columns is None else list(columns), partitioning=None)
     except (OSError, pa.ArrowException) as error:
         raise ResultsError(f"can't read {path}: {error}; move it away, and its cell is run again") from error

@@ -1,0 +1,273 @@
+"""Results that may stand in one table, with their rows, and every table and figure of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from flexifed.config import SCHEMES
+from flexifed.errors import ResultsError
+from flexifed.profiles import PROFILES
+from flexifed.report.compare import PAIRED, paired_differences, render_differences
+from flexifed.report.curves import BASELINE, REACHED, Target, growing, render_speedups, rounds_to_target, speedups
+from flexifed.report.runs import Edition, changed_settings, editions, nothing_there, stored_cells
+from flexifed.report.sheet import Column, Section, Sheet, latex, markdown
+from flexifed.report.table import (
+    CELL,
+    DIGITS,
+    NUMBERS,
+    SCHEME_NAMES,
+    Pick,
+    Summary,
+    data_warnings,
+    in_paper_order,
+    paper_table,
+    per_seed,
+    picked_rounds,
+    render,
+    summarise,
+)
+from flexifed.results.attempts import newest_folder
+from flexifed.results.store import ResultsFolder
+
+COLUMNS = [*CELL, "data_source", "seed", "version", "round", "accuracy", "bytes_up"]
+_NUMBERS = ["study", "profile", "rounds", "changed", "pick", *NUMBERS]
+_NAMED = 8  # unfinished cells, before it is only said how many more there are
+
+
+TextFormat = Literal["markdown", "latex", "csv"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One edition of results. Tables are of its finished cells.
+
+    Attributes:
+        edition: its cells.
+        finished: rows of the finished cells; `COLUMNS` of the rounds files.
+        unfinished: rows of the others.
+    """
+
+    edition: Edition
+    finished: pd.DataFrame
+    unfinished: pd.DataFrame
+
+    @property
+    def title(self) -> str:
+        """Profile, rounds, data, and settings that are not the profile's."""
+        return self.edition.title
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of training that were asked for."""
+        return self.edition.cells[0].rounds
+
+    @property
+    def data_source(self) -> str:
+        """`real`, `real-partial` or `synthetic`: one for all cells."""
+        return self.edition.cells[0].data_source
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of the finished cells; of all cells, if none is finished."""
+        return sorted({one.seed for one in self.edition.finished or self.edition.cells})
+
+    @property
+    def slug(self) -> str:
+        """A name for files: profile, rounds, data; more where settings are not the profile's."""
+        one = self.edition.cells[0]
+        words = [one.profile, str(one.rounds), one.data_source]
+        if changed_settings(one) or one.profile not in PROFILES or self.edition.fingerprint:
+            content = json.dumps([dict(one.settings), self.edition.fingerprint], sort_keys=True)
+            words.append(hashlib.sha256(content.encode()).hexdigest()[:8])
+        return "-".join([*words, *[str(one.settings[name]) for name in ("device",) if name in one.settings]])
+
+    def contents(self) -> list[str]:
+        """What is shown, what is unfinished, and what of the paper's table is not there at all, in a line each."""
+        cells = self.edition.cells
+        done, names = self.edition.finished, {one.cell for one in cells}
+        missing = [name for name in _paper_cells() if name not in names]
+        lines = [
+            f"Here: {_counted(len(names), 'cell')}, {_counted(len(done), 'finished run')} of {len(cells)}"
+            f" ({_counted(len({one.seed for one in cells}), 'seed')}); {len(_paper_cells()) - len(missing)} of the "
+            f"{len(_paper_cells())} cells of the paper's Table 1."
+        ]
+        if not done:
+            lines.append("No cell is finished.")
+        if under_way := [one.progress for one in self.edition.unfinished]:
+            more = [f"and {len(under_way) - _NAMED} more"] if len(under_way) > _NAMED else []
+            shown = [f"  {one}" for one in [*under_way[:_NAMED], *more]]
+            lines += ["Unfinished, left out of the tables:", *shown]
+        return lines
+
+    def summary(self, pick: Pick = "last") -> Summary:
+        """The numbers of Table 1."""
+        return summarise(self.finished, self.rounds, pick)
+
+    def describe(self) -> Sheet:
+        """`contents`, under the title."""
+        return Sheet(self.title, (), (), tuple(self.contents()))
+
+    def table(self, pick: Pick = "last") -> Sheet:
+        """Table 1, beside the paper's where data are real."""
+        if self.finished.empty:
+            return self._nothing("Accuracy in percent (Table 1)")
+        one = self.edition.cells[0]
+        changed = changed_settings(one)
+        summary = self.summary(pick)
+        return render(summary, profile=one.profile, rounds=self.rounds, seeds=self.seeds, pick=pick, changed=changed)[0]
+
+    def differences(self, pick: Pick = "last") -> Sheet:
+        """Schemes against each other, over several seeds."""
+        if self.finished.empty:
+            return self._nothing(PAIRED)
+        found = paired_differences(per_seed(self.finished, self.rounds, pick)) if len(self.seeds) > 1 else []
+        if not found:
+            return self._nothing(PAIRED, "Needs two seeds, and two schemes on the same data set and family.")
+        return self._noted(render_differences(found, PAIRED), pick)
+
+    def speedups(self, pick: Pick = "last", target: Target = None) -> Sheet:
+        """Rounds to a target and the speed-up over Clustered-FL."""
+        if self.finished.empty:
+            return self._nothing(REACHED)
+        reached = rounds_to_target(self.finished, self.rounds, target, pick)
+        if reached.empty:
+            return self._nothing(REACHED, f"Needs a finished run of {BASELINE}, or a target.")
+        return self._noted(render_speedups(speedups(reached), rounds=self.rounds, target=target, pick=pick), pick)
+
+    def sheets(self, pick: Pick = "last", target: Target = None) -> list[Sheet]:
+        """Every table that there are rows for."""
+        found = (self.table(pick), self.differences(pick), self.speedups(pick, target))
+        return [sheet for sheet in found if sheet.sections]
+
+    def _nothing(self, title: str, why: str = "No cell is finished.") -> Sheet:
+        return Sheet(f"{title}, {self.title}", (), (), (why,))
+
+    def _noted(self, sheet: Sheet, pick: Pick) -> Sheet:
+        """With the settings, the data and a warning of data that are not real in the notes, as Table 1 has them."""
+        about = f"{self.title[0].upper()}{self.title[1:]}. Accuracy: {picked_rounds(self.rounds, pick)}."
+        return replace(sheet, notes=(*sheet.notes, about, *data_warnings([self.data_source])))
+
+    def curve_rows(self) -> pd.DataFrame:
+        """The rows that figures are drawn from; see `flexifed.report.curves.growing`."""
+        return growing(self.unfinished, self.finished)
+
+
+def load(folder: ResultsFolder, profile: str | None = None) -> list[Study]:
+    """The studies of a results folder.
+
+    Args:
+        folder: of one experiment.
+        profile: only cells that ran under this profile; None for all.
+
+    Raises:
+        ResultsError: nothing is there, or nothing of this profile, or a file is damaged.
+    """
+    cells = stored_cells(folder)
+    if not cells:
+        raise ResultsError(nothing_there(folder))
+    chosen = [one for one in cells if profile in (None, one.profile)]
+    if not chosen:
+        there = ", ".join(sorted({one.profile for one in cells}))
+        raise ResultsError(f"no results of profile {profile!r} in {folder.root}; there are some of: {there}")
+    return [
+        Study(
+            edition,
+            folder.read([one.name for one in edition.finished], COLUMNS),
+            folder.read([one.name for one in edition.unfinished], COLUMNS),
+        )
+        for edition in editions(chosen)
+    ]
+
+
+def load_results(results_dir: str | Path, experiment: str | None = None, profile: str | None = None) -> list[Study]:
+    """As `load`, by the --results-dir of the runs and the folder of the experiment in it; None: the newest `table1`."""
+    root = Path(results_dir).expanduser().absolute()
+    return load(ResultsFolder(root / experiment if experiment else newest_folder(root, "table1")), profile)
+
+
+def report(studies: Sequence[Study], *, pick: Pick = "last", target: Target = None) -> Iterator[Sheet | str]:
+    """All tables for a terminal, one study after another, each with what it is and what is not finished."""
+    for study in studies:
+        yield ""
+        yield study.title
+        yield "\n".join(study.contents())
+        for sheet in study.sheets(pick, target):
+            yield ""
+            yield sheet
+
+
+def report_text(
+    studies: Sequence[Study], form: TextFormat, *, pick: Pick = "last", target: Target = None
+) -> Iterator[str]:
+    """The same for a file. CSV has Table 1 only: see `numbers`."""
+    if form == "csv":
+        yield numbers(studies, pick).to_csv(index=False, float_format=f"%.{DIGITS}f").rstrip("\n")
+        return
+    for study in studies:
+        if form == "markdown":
+            yield f"## {study.title}\n"
+            yield "\n".join(f"- {line.strip()}" for line in study.contents()) + "\n"
+            yield from (markdown(sheet) + "\n" for sheet in study.sheets(pick, target))
+        else:
+            yield "\n".join(f"% {line}" for line in (study.title, *study.contents()))
+            yield from (latex(sheet, SCHEME_NAMES) for sheet in study.sheets(pick, target))
+
+
+def overview(studies: Sequence[Study]) -> Sheet:
+    """Which runs are there: for each data set and family, how many seeds of each scheme are finished, of how many."""
+    sections = []
+    for study in studies:
+        counts: dict[tuple[str, str], dict[str, list[bool]]] = {}
+        for one in study.edition.cells:
+            dataset, family, scheme = one.cell.split("/")
+            counts.setdefault((dataset, family), {}).setdefault(scheme, []).append(one.is_finished)
+        order = in_paper_order(pd.DataFrame(list(counts), columns=["dataset", "family"]))
+        rows = [
+            (
+                f"{dataset} / {family}",
+                tuple((f"{sum(done)} of {len(done)}" if (done := schemes.get(name)) else "-",) for name in SCHEMES),
+            )
+            for dataset, family in order.itertuples(index=False, name=None)
+            if (schemes := counts[dataset, family])
+        ]
+        sections.append(Section(study.title, tuple(rows)))
+    return Sheet(
+        "Runs that are finished, of those that are there",
+        tuple(map(Column, SCHEMES)),
+        tuple(sections),
+        ("A run is a cell under one seed. What stands under one heading may be compared; tables never mix them.",),
+    )
+
+
+def numbers(studies: Sequence[Study], pick: Pick = "last") -> pd.DataFrame:
+    """Table 1 of every study as one table for machines: `Summary.numbers`, with the study's name and settings."""
+    frames = []
+    for study in studies:
+        if not study.finished.empty:
+            one = study.edition.cells[0]
+            changed = " ".join(f"{name}={value}" for name, value in changed_settings(one).items())
+            named = {
+                "study": study.slug,
+                "profile": one.profile,
+                "rounds": study.rounds,
+                "changed": changed,
+                "pick": pick,
+            }
+            frame = study.summary(pick).numbers()
+            frames.append(pd.DataFrame(named, index=frame.index).join(frame))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=_NUMBERS)
+
+
+def _paper_cells() -> list[str]:
+    return ["/".join(key) for key in paper_table().index]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,202 @@
+"""What a results folder shows: one cell, forty, unfinished ones, real and synthetic ones; in every format alike."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from flexifed.cli import main
+from flexifed.config import SCHEMES
+from flexifed.report.study import Study, load_results, numbers, overview, report_text
+from flexifed.report.table import PICKS, SCHEME_NAMES, paper_table
+
+NUMBER = r"[+-]?\d+\.\d"
+Shown = dict[tuple[str, str, str], list[str]]
+"""(data set, family, scheme) -> the numbers that stand there, in order: mean, spread, paper, difference, by version."""
+
+
+def said(capsys: pytest.CaptureFixture[str], results: Path, *options: str) -> str:
+    assert main(["report", str(results), *options]) == 0
+    return capsys.readouterr().out
+
+
+def table_of(text: str) -> str:
+    """The part of a text that holds Table 1."""
+    return text.split("Accuracy in percent (Table 1)")[1].split("Paired differences")[0]
+
+
+def numbers_by_row(text: str, heading: str, schemes: dict[str, str]) -> Shown:
+    """Read a table in which headings with a data set and family go before the rows of their schemes."""
+    found: Shown = {}
+    where = ("", "")
+    for line in text.replace("\\_", "_").splitlines():
+        if named := re.search(heading, line):
+            where = (named[1], named[2])
+        for scheme, name in schemes.items():
+            if re.match(rf"\W*(\*\*.*\*\* \| )?{name}\b", line):
+                found.setdefault((*where, scheme), []).extend(re.findall(NUMBER, line))
+                break
+        else:
+            if found and re.match(r" +\d", line):  # what stands below the numbers, in a narrow terminal
+                found[list(found)[-1]].extend(re.findall(NUMBER, line))
+    return found
+
+
+def from_csv(text: str) -> Shown:
+    found: Shown = {}
+    for row in csv.DictReader(io.StringIO(text)):
+        shown = [row["mean"], row["spread"], row["paper"], row["difference"] and f"{float(row['difference']):+.1f}"]
+        found.setdefault((row["dataset"], row["family"], row["scheme"]), []).extend(one for one in shown if one)
+    return found
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_terminal_markdown_latex_and_csv_have_the_same_numbers(
+    real_grid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pick: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    plain = {scheme: scheme for scheme in SCHEMES}
+    options = ("--pick", pick)
+    terminal = numbers_by_row(table_of(said(capsys, real_grid, *options)), r"^(\w+) / (\w+)$", plain)
+    written = table_of(said(capsys, real_grid, *options, "--format", "markdown"))
+    markdown = numbers_by_row(written, r"\*\*(\w+) / (\w+)\*\*", plain)
+    printed = table_of(said(capsys, real_grid, *options, "--format", "latex"))
+    printed = printed.replace("$", "")
+    latex = numbers_by_row(printed, r"\\textbf\{(\w+) / (\w+)\}", dict(SCHEME_NAMES))
+    machine = from_csv(said(capsys, real_grid, *options, "--format", "csv"))
+
+    assert len(machine) == 40
+    assert {len(shown) for shown in machine.values()} == {16}
+    assert terminal == machine
+    assert markdown == machine
+    assert latex == machine
+
+
+def test_the_papers_numbers_and_the_differences_are_those_of_its_table(real_grid: Path) -> None:
+    table = numbers(load_results(real_grid)).set_index(["dataset", "family", "scheme", "version"])
+    paper = paper_table().stack(future_stack=True)
+    assert table["paper"].to_dict() == pytest.approx(paper.to_dict())
+    assert (table["mean"] - table["paper"]).to_dict() == pytest.approx(table["difference"].to_dict(), abs=1e-9)
+
+
+def test_forty_cells_are_one_table_that_fits_100_columns(
+    real_grid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = said(capsys, real_grid)
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.count("Accuracy in percent") == 1
+    table = table_of(text).splitlines()
+    assert len([line for line in table if re.match(rf"({'|'.join(SCHEMES)}) ", line)]) == 40
+    headings = [line for line in table if re.fullmatch(r"\w+ / \w+", line)]
+    order = dict.fromkeys(f"{dataset} / {family}" for dataset, family, _ in paper_table().index)
+    assert headings == list(order)
+    assert "Here: 40 cells, 120 finished runs of 120 (3 seeds); 40 of the 40 cells of the paper's Table 1." in text
+
+
+def test_a_mixed_folder_is_shown_apart_and_each_part_says_what_it_is(
+    mixed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = said(capsys, mixed)
+    parts = dict(zip(("real", "real-partial", "synthetic"), re.split(r"(?m)^profile ", text)[1:], strict=True))
+    for source, part in parts.items():
+        assert part.startswith(f"authors, 20 rounds, {source} data")
+        assert f"Data: {source}." in part
+        assert ("[SYNTHETIC DATA]" in part) == (source == "synthetic")
+        assert ("SYNTHETIC data are a stand-in" in part) == (source == "synthetic")
+        assert ("[REAL-PARTIAL DATA]" in part) == (source == "real-partial")
+        assert ("the paper's Table 1, from its full protocol" in part) == (source == "real")
+    assert "6 cells, 10 finished runs of 12 (3 seeds); 6 of the 40" in parts["real"]
+    assert "cifar10/vgg/max_common seed 2: round 6 of 20" in parts["real"]
+    assert "cifar10/resnet/max_common seed 0: round 4 of 20" in parts["real"]
+    assert "cifar10 / resnet" not in table_of(parts["real"])
+
+
+def test_no_number_is_of_two_kinds_of_data(mixed: Path) -> None:
+    """Each number is what a plain mean over the rows of one source gives."""
+    rows = pd.read_parquet(mixed / "table1" / "rounds")
+    rows = rows[rows["round"] > 20 - 2]  # of the last two scores; unfinished cells have none
+    plain = rows.groupby(["data_source", "dataset", "family", "scheme", "version"])["accuracy"].mean().mul(100)
+    table = numbers(load_results(mixed)).set_index(list(plain.index.names))["mean"]
+    assert set(table.index) == set(plain.index)
+    assert table.to_dict() == pytest.approx(plain.to_dict(), abs=0.0501)
+
+
+def test_the_paper_stands_beside_the_whole_real_data_only(mixed: Path) -> None:
+    table = numbers(load_results(mixed))
+    assert set(table.loc[table["paper"].notna(), "data_source"]) == {"real"}
+    assert table.loc[table["data_source"] == "real", "paper"].notna().all()
+    assert table.loc[table["paper"].isna(), "difference"].isna().all()
+
+
+def test_unfinished_results_are_named_and_make_no_number(
+    write_grid: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("agnews", "vdcnn", "max_common")], played=3)
+    for form in ("terminal", "markdown", "latex"):
+        text = said(capsys, tmp_path, "--format", form)
+        assert "No cell is finished." in text
+        assert "agnews/vdcnn/max_common seed 0: round 2 of 20" in text
+        assert "Accuracy in percent" not in text
+    assert said(capsys, tmp_path, "--format", "csv").splitlines() == [",".join(numbers([]).columns)]
+
+
+def test_many_unfinished_cells_are_counted_and_not_all_named(write_grid: Callable[..., int], tmp_path: Path) -> None:
+    cells = [key for key in paper_table().index if key[1] == "vgg"]
+    write_grid(tmp_path, rounds=20, seeds=(0,), cells=cells, played=1)
+    [study] = load_results(tmp_path)
+    assert study.contents()[-1] == f"  and {len(cells) - 8} more"
+
+
+def test_one_cell(write_grid: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_grid(tmp_path, rounds=2, seeds=(0,), cells=[("speech_commands", "resnet", "max_common")], clients=4)
+    text = said(capsys, tmp_path)
+    assert "Here: 1 cell, 1 finished run of 1 (1 seed); 1 of the 40 cells" in text
+    assert "Paired differences" not in text
+    assert "Rounds to a target" not in text
+    assert "max_common" in said(capsys, tmp_path, "--target", "50").split("Rounds to a target")[1]
+
+
+def test_every_table_of_a_file_says_which_data_it_is_of(mixed: Path) -> None:
+    """A table that is copied out of a report still says so."""
+    for study in load_results(mixed):
+        sheets = study.sheets()
+        assert len(sheets) == (3 if study.data_source == "real" else 2)  # one seed has no paired differences
+        for sheet in sheets:
+            notes = " ".join(sheet.notes)
+            assert study.data_source in notes
+            assert ("SYNTHETIC data are a stand-in" in notes) == (study.data_source == "synthetic")
+
+
+def test_overview_counts_runs_by_row_and_scheme(mixed: Path) -> None:
+    studies = load_results(mixed)
+    real = overview(studies).sections[0]
+    assert real.heading == studies[0].title
+    rows = {label: [cell[0] for cell in cells] for label, cells in real.rows}
+    assert rows["cifar10 / vgg"] == ["2 of 2", "2 of 2", "2 of 2", "2 of 2", "2 of 3"]
+    assert rows["cifar10 / resnet"] == ["-", "-", "-", "-", "0 of 1"]
+
+
+def test_slugs_tell_studies_apart(mixed: Path, real_grid: Path) -> None:
+    slugs = [study.slug for study in load_results(mixed)]
+    assert slugs == ["authors-20-real", "authors-20-real-partial", "authors-20-synthetic"]
+    assert [study.slug for study in load_results(real_grid)] == ["authors-20-real"]
+
+
+def test_report_text_of_latex_holds_whole_tables(mixed: Path) -> None:
+    studies: list[Study] = load_results(mixed)
+    text = "\n".join(report_text(studies, "latex"))
+    assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 7
+    assert text.count("{") - text.count("}") == text.count(r"\{") - text.count(r"\}")
+
+
+def test_a_bad_target_ends_with_status_2(real_grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(real_grid), "--target", "0"]) == 2
+    assert "target is 0; it must be an accuracy in percent" in capsys.readouterr().err
