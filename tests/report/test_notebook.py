@@ -1,0 +1,85 @@
+"""The notebook: stored without outputs, calls the package only, and runs from end to end on any results folder."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from flexifed.report.sheet import markdown
+from flexifed.report.study import load_results
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOK = ROOT / "analysis" / "table1.ipynb"
+NO_HEAVY_IMPORTS = "import sys; print('heavy:', sorted({'ray', 'torch'} & set(sys.modules)))"
+
+
+def read() -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def executed(results: Path) -> nbformat.NotebookNode:
+    """The notebook, run where it lies, on other results than its own."""
+    notebook = read()
+    [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert parameters.source.count('"../results"') == 1
+    parameters.source = parameters.source.replace('"../results"', repr(str(results)))
+    notebook.cells.append(nbformat.v4.new_code_cell(NO_HEAVY_IMPORTS))
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    return notebook
+
+
+def shown(notebook: nbformat.NotebookNode) -> tuple[str, int]:
+    """All text of its outputs, and the number of its images."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    data = [output.get("data", {"text/plain": output.get("text", "")}) for output in outputs]
+    texts = [one.get("text/markdown") or one.get("text/plain", "") for one in data]
+    return "\n".join(texts), sum("image/png" in one for one in data)
+
+
+def test_it_is_stored_without_outputs() -> None:
+    notebook = read()
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert (cell.outputs, cell.execution_count) == ([], None)
+
+
+def test_its_cells_import_nothing_but_the_report() -> None:
+    code = "\n".join(cell.source for cell in read().cells if cell.cell_type == "code")
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert imports
+    for node in imports:
+        assert isinstance(node, ast.ImportFrom)
+        assert (node.module or "").startswith("flexifed.report.")
+
+
+def test_it_runs_on_a_mixed_folder_and_shows_the_numbers_of_the_command(mixed: Path) -> None:
+    text, images = shown(executed(mixed))
+    studies = load_results(mixed)
+    assert len(studies) == 3
+    for study in studies:
+        for sheet in (study.describe(), study.table(), study.differences(), study.speedups()):
+            assert markdown(sheet) in text
+    assert images == 4 * len(studies)
+    assert "heavy: []" in text
+
+
+@pytest.mark.slow
+def test_it_runs_on_the_rows_of_a_real_run(tmp_path: Path) -> None:
+    line = [sys.executable, "experiments/table1.py", "--profile", "smoke", "--data", "synthetic", "--seeds", "0", "1"]
+    line += ["--only", "cifar10/vgg/*", "--results-dir", str(tmp_path)]
+    environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    subprocess.run(line, cwd=ROOT, env=environ, check=True, timeout=280)
+    text, images = shown(executed(tmp_path))
+    [study] = load_results(tmp_path)
+    assert (len(study.edition.finished), study.data_source) == (10, "synthetic")
+    assert markdown(study.table()) in text
+    assert "SYNTHETIC DATA" in text
+    assert images == 4
