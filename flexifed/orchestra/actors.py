@@ -212,7 +212,9 @@ class ActorHosts:
         clients = names.get(getattr(error, "actor_id", None))
         process = f"the process of clients {clients[0]} to {clients[-1]}" if clients else "a process"
         reason = f"{process} is gone: {str(error).strip().splitlines()[-1]}"
-        return LostError(reason) if self.has_place() else GroupLostError(reason)
+        # A node whose death is not confirmed yet makes its actors unavailable; a process alone that dies is known dead.
+        unsure = isinstance(error, ray.exceptions.ActorUnavailableError)
+        return GroupLostError(reason) if unsure or not self.has_place() else LostError(reason)
 
     def shut_down(self) -> None:
         """End the actors' processes."""
