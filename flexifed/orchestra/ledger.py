@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Literal, Protocol
 
 from flexifed.orchestra.placement import CellPlacement
@@ -12,6 +13,8 @@ from flexifed.results.runlog import add_line
 
 PATIENCE = 3
 """A cell that loses processes so many times in a row, without a round that it had not played before, is given up."""
+
+_REASON_WIDTH = 300
 
 CellState = Literal["playing", "lost", "finished", "failed", "out_of_memory", "stopped"]
 
@@ -115,7 +118,8 @@ class Ledger:
     def _lost(self, report: CellReport) -> None:
         losses = self._losses[report.name] = self._losses.get(report.name, 0) + 1
         if losses < PATIENCE:
-            self._note(report.name, f"{report.reason}; all its clients go back to the last checkpoint")
+            reason = shorten(report.reason, _REASON_WIDTH)  # Ray adds lists of possible causes
+            self._note(report.name, f"{reason}; all its clients go back to the last checkpoint")
             return
         reason = f"lost {losses} times in a row without a new round, the last time because {report.reason}"
         add_line(self._run_folders[report.name], f"failed: {reason}")

@@ -309,14 +309,14 @@ def hold_second_round(markers: Path, go: Path) -> Hook:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("head_cpus", "cpus"), [(0, 2), (1, 1)], ids=["room is left", "to be placed anew"])
+@pytest.mark.parametrize("clients_per_actor", [2, 1], ids=["room is left", "to be placed anew"])
 def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(
-    tmp_path: Path, head_cpus: int, cpus: int, undisturbed: CellRun
+    tmp_path: Path, clients_per_actor: int, undisturbed: CellRun
 ) -> None:
     markers, go = tmp_path / "markers", tmp_path / "go"
     markers.mkdir()
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus})
-    workers = {worker.node_id: worker for worker in (nodes.add_node(num_cpus=cpus) for _ in range(2))}
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    workers = {worker.node_id: worker for worker in (nodes.add_node(num_cpus=2) for _ in range(2))}
     try:
         ray.init(
             address=nodes.address,
@@ -334,11 +334,13 @@ def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(
         thread = threading.Thread(target=remove, daemon=True)
         thread.start()
         run, heard = cell(tmp_path / "lost"), Heard()
-        options = PlacementOptions(clients_per_actor=2 if cpus == 2 else None)
+        options = PlacementOptions(clients_per_actor=clients_per_actor)
         assert run_cells([run], options, heard) == {}
         thread.join()
         assert [note for note in heard.notes if "all its clients go back to the last checkpoint" in note]
-        assert bool([note for note in heard.notes if "cells go on with other places" in note]) == (cpus == 1)
+        assert bool([note for note in heard.notes if "cells go on with other places" in note]) == (
+            clients_per_actor == 1
+        )
         assert_equal(run, undisturbed)
     finally:
         ray.shutdown()
