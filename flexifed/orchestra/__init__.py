@@ -10,8 +10,6 @@ import os
 _RAY_ENVIRONMENT = {
     # Under `uv run` Ray would rebuild the environment in every worker, from a copy of the working folder.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    # On a loaded machine a node's agents come up late; by default the node gives up after some seconds.
-    "RAY_agent_register_timeout_ms": "60000",
     # An actor without GPUs sees none, instead of all.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # Progress, results and signals are ours; Tune's own files and boxes would only repeat them.
