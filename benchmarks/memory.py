@@ -29,6 +29,7 @@ from flexifed.orchestra import cluster
 from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.placement import PlacementOptions, place_cell
 from flexifed.orchestra.sweep import CellReport, PlacedRun, run_grid
+from flexifed.results.store import ResultsFolder
 
 MIB = 2**20
 TITLES = {"ray::ClientActor": "client actor", "ray::ResourceTrainable": "driver", "ray::CellTrial": "driver"}
@@ -104,6 +105,13 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     growth = {name: last["uss_mib"][name] / before - 1 for name, before in base["uss_mib"].items()}
     between = [later - earlier for earlier, later in zip(sampler.arrived, sampler.arrived[1:], strict=False)]
     window = max(1, options.rounds // 10)
+    rows = ResultsFolder(results).read([run.name])
+    round_s = rows[rows["client"] == 0].sort_values("round")["round_s"].tolist()[:-1]
+
+    def early_and_late(seconds: list[float]) -> dict[str, float]:
+        early = statistics.median(seconds[options.base_round : options.base_round + window])
+        return {"early": round(early, 4), "late": round(statistics.median(seconds[-window:]), 4)}
+
     return {
         "machine": f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} CPUs, load {psutil.getloadavg()}",
         "versions": {name: version(name) for name in ("flexifed", "torch", "ray", "pyarrow")},
@@ -111,10 +119,8 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         "base_round": options.base_round,
         "growth": {name: round(value, 4) for name, value in growth.items()},
         "store_grown_mib": round(last["store_mib"] - base["store_mib"], 2),
-        "round_s": {
-            "median_early": statistics.median(between[options.base_round : options.base_round + window]),
-            "median_late": statistics.median(between[-window - 1 : -1]),
-        },
+        "median_round_s": early_and_late(round_s),
+        "median_between_reports_s": early_and_late(between[:-1]),
         "samples": sampler.samples,
     }
 

@@ -28,6 +28,7 @@ from flexifed.results.schema import SCHEMA
 
 _METADATA_KEY = b"flexifed"
 _SAME_IN_ALL_ROWS = ["dataset", "family", "scheme", "seed", "profile", "data_source"]
+_CHUNKS = 32  # rounds kept as tables of their own; each costs kilobytes, however few rows it has
 _WRITE_SHARE = 0.05  # of the time may go into rewriting a file that grows with every round
 
 Row = Mapping[str, object]
@@ -155,6 +156,8 @@ class RoundsWriter:
         """Take the rows of a round, and write them now, or soon where writing has become slow."""
         table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
         self._rows.append(table)
+        if len(self._rows) >= _CHUNKS:
+            self._rows = [self._all_rows()]
         self._last_round = max(self._last_round, pc.max(table["round"]).as_py() or 0)
         if time.monotonic() >= self._write_after:
             self.flush()
@@ -172,10 +175,14 @@ class RoundsWriter:
         if self._last_round < self._at_least:
             return
         started = time.monotonic()
-        table = pa.concat_tables(self._rows).replace_schema_metadata({_METADATA_KEY: json.dumps(self._metadata)})
-        write_table(self._path, table)
+        self._rows = [self._all_rows()]
+        metadata = {_METADATA_KEY: json.dumps(self._metadata)}
+        write_table(self._path, self._rows[0].replace_schema_metadata(metadata))
         finished = time.monotonic()
         self._write_after = finished + (finished - started) / _WRITE_SHARE
+
+    def _all_rows(self) -> pa.Table:
+        return pa.concat_tables(self._rows).combine_chunks()
 
 
 def write_table(path: Path, table: pa.Table) -> None:

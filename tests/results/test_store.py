@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -177,6 +178,20 @@ def test_slow_writing_is_spread_out_and_the_last_flush_holds_everything(
     assert seen == [0] * 20 + [20] * 20, "a second of writing, then twenty of anything else"
     writer.flush()
     assert len(folder.read(["one"])) == 40
+
+
+def test_a_round_costs_what_its_rows_cost(folder: ResultsFolder) -> None:
+    writer = RoundsWriter(folder.rounds_file("one"), {})
+    writer.append([row(0)])
+    writer._write_after = float("inf")
+    before = pa.total_allocated_bytes()
+    rounds = 1000
+    for index in range(1, rounds):
+        writer.append([row(index, client) for client in range(4)])
+    assert (pa.total_allocated_bytes() - before) / rounds < 4 * 400
+    assert len(writer._rows) < 100
+    writer.flush()
+    assert len(folder.read(["one"])) == 4 * (rounds - 1) + 1
 
 
 def test_a_longer_file_stays_until_there_are_as_many_rounds(folder: ResultsFolder) -> None:
