@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,8 +14,10 @@ import pytest
 
 from flexifed.cli import main
 from flexifed.config import SCHEMES
+from flexifed.report.runs import editions, stored_cells
 from flexifed.report.study import Study, load_results, numbers, overview, report_text
 from flexifed.report.table import PICKS, SCHEME_NAMES, paper_table
+from flexifed.results.store import ResultsFolder
 
 NUMBER = r"[+-]?\d+\.\d"
 Shown = dict[tuple[str, str, str], list[str]]
@@ -200,3 +203,25 @@ def test_report_text_of_latex_holds_whole_tables(mixed: Path) -> None:
 def test_a_bad_target_ends_with_status_2(real_grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(real_grid), "--target", "0"]) == 2
     assert "target is 0; it must be an accuracy in percent" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_none_tells_no_runs_apart(write_grid: Callable[..., int], tmp_path: Path) -> None:
+    """A file from before the setting was thought of has not got it; its run's id is the same."""
+    write_grid(tmp_path, rounds=2, seeds=(0, 1), cells=[("cifar10", "vgg", "max_common")])
+    old, new = stored_cells(ResultsFolder(tmp_path / "table1"))
+    assert len(editions([old, replace(new, settings={"partition.max_train": None})])) == 1
+    assert len(editions([old, replace(new, settings={"partition.max_train": 50})])) == 2
+
+
+def test_the_newest_folder_is_shown_and_others_are_named_apart_from_the_table(
+    write_grid: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_grid(tmp_path, rounds=2, seeds=(0,), cells=[("cifar10", "vgg", "max_common")])
+    (tmp_path / "table1").rename(tmp_path / "table1-2")
+    write_grid(tmp_path, rounds=2, seeds=(0,), cells=[("cifar10", "vgg", "standalone")])
+    assert [one.cell for one in load_results(tmp_path)[0].edition.cells] == ["cifar10/vgg/max_common"]
+    assert [one.cell for one in load_results(tmp_path, "table1")[0].edition.cells] == ["cifar10/vgg/standalone"]
+    assert main(["report", str(tmp_path), "--format", "csv"]) == 0
+    told = capsys.readouterr()
+    assert "there are also (choose with --experiment): table1" in told.err
+    assert told.out.startswith("study,profile,")
