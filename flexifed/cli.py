@@ -232,7 +232,14 @@ class Report:
     """Draw the figures too, as PNG and PDF, into a folder for each table. Needs the extra `analysis`."""
 
     def run(self, console: Console) -> None:
-        """Print the tables, and write the figures."""
+        """Print the tables, and write the figures.
+
+        Raises:
+            ConfigError: a target that is no accuracy.
+            ResultsError: no results, or damaged ones.
+        """
+        if self.target is not None and not 0 < self.target <= 100:
+            raise ConfigError(f"target is {self.target:g}; it is an accuracy in percent, above 0 and at most 100")
         from flexifed.report.study import load_results, report, report_text
         from flexifed.results.attempts import experiment_folders, newest_folder
 

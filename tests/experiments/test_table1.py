@@ -17,7 +17,16 @@ from flexifed.grid import parse_options
 from flexifed.profiles import PROFILES
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "table1.py"
-SMALL = ["--profile", "smoke", "--data", "synthetic", "--only", "*/*/max_common", "--only", "*/*/standalone"]
+SMALL = [
+    "--profile",
+    "smoke",
+    "--data",
+    "synthetic",
+    "--only",
+    "cifar10/vgg/max_common",
+    "--only",
+    "cifar10/vgg/standalone",
+]
 Main = Callable[[Sequence[str]], int]
 
 
@@ -71,7 +80,8 @@ BAD_SETTINGS = [
     (["--profile", "tiny"], f"profile is 'tiny'; choose one of: {', '.join(PROFILES)}"),
     (
         ["--only", "cifar10/vgg/max"],
-        "--only 'cifar10/vgg/max' matches no cell; write DATASET/FAMILY/SCHEME with dataset cifar10; family vgg; "
+        "--only 'cifar10/vgg/max' matches no cell; write DATASET/FAMILY/SCHEME with dataset cifar10, cinic10, agnews, "
+        "speech_commands; family vgg, resnet, charcnn, vdcnn; "
         "scheme standalone, clustered_fl, basic_common, clustered_common, max_common; or * for any",
     ),
     (["--only", "mnist/*/*"], "--only 'mnist/*/*' matches no cell"),

@@ -30,6 +30,7 @@ def cell(results: Path, scheme: SchemeName = "max_common", *, rounds: int = ROUN
         training=TrainingConfig(local_epochs=1),
     )
     info = find_dataset("cifar10", data="synthetic", data_dir=Path("nowhere"))
+    ResultsFolder(results).prepare()
     return CellRun(
         config=config,
         info=info,
