@@ -368,7 +368,16 @@ def test_a_cell_that_is_asked_to_stop_commits_its_last_round(tmp_path: Path, und
 def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
     tmp_path: Path, signals: list[signal.Signals]
 ) -> None:
-    line = ["--profile", "smoke", "--data", "synthetic", "--only", "cifar10/vgg/max_common", "--only", "cifar10/vgg/standalone"]
+    line = [
+        "--profile",
+        "smoke",
+        "--data",
+        "synthetic",
+        "--only",
+        "cifar10/vgg/max_common",
+        "--only",
+        "cifar10/vgg/standalone",
+    ]
     twice = len(signals) == 2
     line += ["--rounds", "400", "--local-epochs", "40" if twice else "1", "--results-dir", str(tmp_path)]
     command = psutil.Popen(
