@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     line = ["--profile", "smoke", "--data", "synthetic", "--rounds", str(options.rounds), "--checkpoint-every", "1"]
     line += ["--clients-per-actor", "4", "--device", "cpu"]
-    for pattern in options.only or ["*/vgg/*"]:
+    for pattern in options.only or ["cifar10/vgg/*"]:
         line += ["--only", pattern]
     packages = " ".join(f"{name} {version(name)}" for name in ("ray", "torch"))
     print(f"python {platform.python_version()}, {packages}, {platform.system()} {platform.machine()}")

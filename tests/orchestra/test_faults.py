@@ -368,7 +368,16 @@ def test_a_cell_that_is_asked_to_stop_commits_its_last_round(tmp_path: Path, und
 def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
     tmp_path: Path, signals: list[signal.Signals]
 ) -> None:
-    line = ["--profile", "smoke", "--data", "synthetic", "--only", "*/vgg/max_common", "--only", "*/vgg/standalone"]
+    line = [
+        "--profile",
+        "smoke",
+        "--data",
+        "synthetic",
+        "--only",
+        "cifar10/vgg/max_common",
+        "--only",
+        "cifar10/vgg/standalone",
+    ]
     twice = len(signals) == 2
     line += ["--rounds", "400", "--local-epochs", "40" if twice else "1", "--results-dir", str(tmp_path)]
     command = psutil.Popen(
@@ -414,7 +423,7 @@ def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
 def test_kills_at_random_change_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(ROOT / "benchmarks" / "kills.py"))["main"]
     line = ["--kills", "6", "--seed", "1", "--rounds", "30", "--results-dir", str(tmp_path)]
-    status = main([*line, "--only", "*/vgg/max_common", "--only", "*/vgg/standalone"])
+    status = main([*line, "--only", "cifar10/vgg/max_common", "--only", "cifar10/vgg/standalone"])
     output = capsys.readouterr().out
     assert status == 0, output
     assert len([line for line in output.splitlines() if "  kill " in line]) == 6
