@@ -17,6 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,9 @@ from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingCo
 from flexifed.data import find_dataset
 from flexifed.orchestra import cluster
 from flexifed.orchestra.cell import CellRun
-from flexifed.orchestra.placement import PlacementOptions, place_cell
-from flexifed.orchestra.sweep import CellReport, PlacedRun, run_grid
+from flexifed.orchestra.ledger import CellReport
+from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
+from flexifed.orchestra.sweep import PlacedRun, run_grid
 from flexifed.results.store import ResultsFolder
 
 MIB = 2**20
@@ -42,16 +45,18 @@ class Sampler:
         self.at = {base_round, rounds, *range(base_round, rounds, max(1, rounds // 20))}
         self.samples: list[dict[str, Any]] = []
         self.arrived: list[float] = []
-        self.failure: str | None = None
 
     def cell_started(self, name: str) -> None:
         """Nothing to see yet."""
 
+    def noted(self, message: str, name: str | None = None) -> None:
+        """Nothing should happen; if it does, say it."""
+        print(message, file=sys.stderr)
+
     def round_played(self, report: CellReport) -> None:
         """Note the time, and sample where it is due."""
         self.arrived.append(time.perf_counter())
-        self.failure = self.failure or report.failure
-        if report.round_index in self.at and not report.failure:
+        if report.round_index in self.at:
             self.samples.append({"round": report.round_index, "uss_mib": uss_by_process(), **object_store()})
 
 
@@ -82,6 +87,10 @@ def object_store() -> dict[str, float]:
     }
 
 
+def _place(options: PlacementOptions, run: CellRun, nodes: Sequence[Resources]) -> CellPlacement:
+    return place_cell(run.config, options, nodes)
+
+
 def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     """Run one small cell, and say what its processes held on the way."""
     config = CellConfig(
@@ -96,8 +105,8 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     run = CellRun(config=config, info=info, profile="memory", rounds=options.rounds, results=results)
     sampler = Sampler(options.rounds, options.base_round)
     with cluster.connected(None, num_cpus=2, num_gpus=0):
-        placement = place_cell(config, PlacementOptions(clients_per_actor=2), cluster.nodes())
-        failures = run_grid([PlacedRun(run, placement)], sampler)
+        place = partial(_place, PlacementOptions(clients_per_actor=2))
+        failures = run_grid([PlacedRun(run, place(run, cluster.nodes()))], sampler, place=place)
     if failures:
         raise SystemExit(f"the cell failed: {failures}")
     base = next(sample for sample in sampler.samples if sample["round"] == options.base_round)

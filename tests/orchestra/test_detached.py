@@ -104,9 +104,10 @@ def head() -> Iterator[Head]:
 
 
 def wait_for(head: Head) -> None:
-    """Until the job interface answers, or the head has ended."""
+    """Until the job interface and the agent answer, or the head has ended."""
+    urls = f"{head.dashboard}/api/version", f"http://127.0.0.1:{head.agent_port}/api/healthz"
     while head.process.poll() is None:
-        if answer(f"{head.dashboard}/api/version", head.environment["RAY_AUTH_TOKEN"]) == 200:
+        if None not in [answer(url, head.environment["RAY_AUTH_TOKEN"]) for url in urls]:
             return
         try:
             head.process.wait(timeout=1)
@@ -195,7 +196,7 @@ def test_a_run_outlives_the_terminal_that_it_was_given_from(head: Head, tmp_path
     head.job("submit", "--no-wait", "--submission-id", "table1", "--", *line)
     told = head.job("logs", "--follow", "table1")
     assert "running 1 cell of 2 rounds" in told
-    assert "SUCCEEDED" in head.job("status", "table1")
+    assert "'table1' succeeded" in head.job("status", "table1")
     rows = pd.read_parquet(tmp_path / "table1" / "rounds")
     assert sorted(rows[["round", "client"]].itertuples(index=False, name=None)) == [
         (index, client) for index in range(3) for client in range(8)
