@@ -56,7 +56,7 @@ class Grid:
         """Type the command."""
         line = [sys.executable, str(SCRIPT), *self.line, "--results-dir", str(self.results)]
         with open(self.results / "output.txt", "ab") as output:
-            return psutil.Popen(line, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            return psutil.Popen(line, stdout=output, stderr=subprocess.STDOUT)
 
     def output(self) -> str:
         """What the command has said, every time that it was typed."""
