@@ -13,10 +13,15 @@ project=$HOME/flexifed
 venv=$HOME/.venvs/flexifed
 data=$HOME/flexifed-data
 
+# A new machine's own first upgrades may hold the lock of its packages for some minutes.
+packages() {
+  sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 update
+  sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 -y install "$@"
+}
+
 # The shared folder. Ray sets RAY_HEAD_IP on workers only.
 if [ "$nfs" = head ] && [ -z "${RAY_HEAD_IP:-}" ]; then
-  sudo apt-get update -qq
-  sudo apt-get install -y -qq nfs-kernel-server
+  packages nfs-kernel-server
   sudo mkdir -p "$FLEXIFED_SHARED"
   sudo chown "$(id -u):$(id -g)" "$FLEXIFED_SHARED"
   # The firewall keeps the world out: only machines of the cluster's own security group get as far as this.
@@ -24,8 +29,7 @@ if [ "$nfs" = head ] && [ -z "${RAY_HEAD_IP:-}" ]; then
   sudo exportfs -ra
 elif [ -n "$nfs" ] && ! mountpoint -q "$FLEXIFED_SHARED"; then
   [ "$nfs" = head ] && nfs=$RAY_HEAD_IP:$FLEXIFED_SHARED
-  sudo apt-get update -qq
-  sudo apt-get install -y -qq nfs-common
+  packages nfs-common
   sudo mkdir -p "$FLEXIFED_SHARED"
   sudo mount -t nfs4 -o nfsvers=4.1,hard,noresvport "$nfs" "$FLEXIFED_SHARED"
   [ -w "$FLEXIFED_SHARED" ] || sudo chown "$(id -u):$(id -g)" "$FLEXIFED_SHARED" # a new EFS belongs to root
@@ -36,19 +40,25 @@ if ! mkdir -p "$FLEXIFED_SHARED/results" "$FLEXIFED_SHARED/versions"; then
 fi
 
 # The project, as on a laptop: by uv, into an environment of its own. The first machine decides which versions that are
-# allowed by pyproject.toml are installed, and all others get the same ones: other versions may mean other bits.
+# allowed by pyproject.toml are installed, and all others get the same ones: other versions may mean other bits. The same
+# goes for Python, which Ray wants equal on all machines to the last digit.
 export PATH="$HOME/.local/bin:$PATH"
 if ! command -v uv >/dev/null; then
   PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --user uv ||
     curl -LsSf https://astral.sh/uv/install.sh | sh
 fi
 versions=$FLEXIFED_SHARED/versions/$(sha256sum "$project/pyproject.toml" | cut -c1-16).txt
-uv venv --quiet --allow-existing --python '>=3.11' "$venv"
+python=
+[ ! -e "$versions" ] || python=$(sed -n 's/^# python //p' "$versions")
+uv venv --quiet --allow-existing --python "${python:->=3.11}" "$venv"
 if [ -e "$versions" ]; then
   uv pip install --quiet --python "$venv" --constraint "$versions" --editable "$project[aws]"
 else
   uv pip install --quiet --python "$venv" --editable "$project[aws]"
-  uv pip freeze --quiet --python "$venv" --exclude-editable >"$versions.$$"
+  {
+    sed -n 's/^version_info = /# python /p' "$venv/pyvenv.cfg"
+    uv pip freeze --quiet --python "$venv" --exclude-editable
+  } >"$versions.$$"
   mv "$versions.$$" "$versions"
 fi
 

@@ -239,7 +239,7 @@ class Report:
             ResultsError: no results, or damaged ones.
         """
         if self.target is not None and not 0 < self.target <= 100:
-            raise ConfigError(f"target is {self.target:g}; it is an accuracy in percent, above 0 and at most 100")
+            raise ConfigError(f"target is {self.target:g}; it must be an accuracy in percent, above 0 and at most 100")
         from flexifed.report.study import load_results, report, report_text
         from flexifed.results.attempts import experiment_folders, newest_folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from flexifed.config import DatasetName, Device
-from flexifed.errors import CellsFailedError, FlexifedError
+from flexifed.errors import CellsFailedError, FlexifedError, FlexifedWarning
 from flexifed.grid import CellName, GridOptions, parse_options, select_cells
 from flexifed.stopping import stop_requests
 
@@ -71,10 +72,14 @@ def _run(name: str, grid: Sequence[CellName], options: GridOptions, console: Con
     from flexifed.results.store import ResultsFolder
 
     folder = ResultsFolder(_root(name, options, console))
-    infos = {
-        dataset: find_dataset(dataset, data=options.data, data_dir=options.data_dir, download=options.download)
-        for dataset in dict.fromkeys(cell.dataset for cell in cells)
-    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FlexifedWarning)
+        infos = {
+            dataset: find_dataset(dataset, data=options.data, data_dir=options.data_dir, download=options.download)
+            for dataset in dict.fromkeys(cell.dataset for cell in cells)
+        }
+    for warning in caught:
+        console.print(f"warning: {warning.message}", highlight=False, markup=False, soft_wrap=True)
     for dataset, info in infos.items():
         console.print(f"data: {dataset}: {_describe_data(info, options.data_dir)}", highlight=False, soft_wrap=True)
     check_settings(options, cells, infos)

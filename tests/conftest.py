@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("flexifed", deadline=None)  # a busy machine is no defect
+settings.load_profile("flexifed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

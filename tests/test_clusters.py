@@ -124,6 +124,7 @@ class Machine:
         for path, text in {flexifed: STUB, **{programs / name: text for name, text in STUBS.items()}}.items():
             path.write_text(text)
             path.chmod(0o755)
+        (home / ".venvs" / "flexifed" / "pyvenv.cfg").write_text("implementation = CPython\nversion_info = 3.12.3\n")
         (self.folder / "calls").write_text("")
         return subprocess.run(
             ["bash", str(SETUP)],
@@ -154,11 +155,13 @@ def test_all_machines_get_the_versions_of_the_first(machine: Callable[[str], Mac
     head, worker = machine("head"), machine("worker")
     assert head.set_up().returncode == 0
     (versions,) = (head.shared / "versions").iterdir()
-    assert versions.read_text() == "torch==2.11.0\n"
+    assert versions.read_text() == "# python 3.12.3\ntorch==2.11.0\n"
+    assert any(call.startswith("uv venv") and "--python >=3.11 " in call for call in head.calls("uv"))
     assert not any("--constraint" in call for call in head.calls("uv"))
     assert worker.set_up(RAY_HEAD_IP="10.0.0.1").returncode == 0
     (installed,) = [call for call in worker.calls("uv") if "pip install" in call]
     assert f"--constraint {versions}" in installed
+    assert any(call.startswith("uv venv") and "--python 3.12.3 " in call for call in worker.calls("uv"))
     assert not any("freeze" in call for call in worker.calls("uv"))
 
 

@@ -144,7 +144,13 @@ def find_dataset(name: str, *, data: DataChoice, data_dir: Path, download: bool 
             raise ConfigError("download goes with real data, but data is 'synthetic'; choose auto or real, or leave it")
         return source.synthetic()
     data_dir = data_dir.expanduser()
-    info = _find_or_download(source, data_dir) if download else source.find(data_dir)
+    try:
+        info = _find_or_download(source, data_dir) if download else source.find(data_dir)
+    except DataError as error:
+        remedy = source.remedy(data_dir)
+        if remedy in str(error):
+            raise
+        raise DataError(f"{error} {remedy}") from error
     if info is not None:
         return info
     if data == "real":
@@ -191,9 +197,6 @@ def _find_or_download(source: Source, data_dir: Path) -> DatasetInfo | None:
     except DataError:
         info = None
     if info is None or info.source != "real":
-        try:
-            source.download(data_dir)
-        except DataError as error:
-            raise DataError(f"{error} {source.remedy(data_dir)}") from error
+        source.download(data_dir)
         info = source.find(data_dir)
     return info

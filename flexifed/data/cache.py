@@ -18,6 +18,7 @@ import os
 import shutil
 import socket
 import sys
+import tokenize
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -151,11 +152,11 @@ def _open(folder: Path) -> CachedArrays | None:
             stat = path.stat()
             if stat.st_size != expected["bytes"]:
                 return None
-            arrays[name] = np.load(path, mmap_mode="r")
+            arrays[name] = np.lib.format.open_memmap(path, mode="r")
             if stat.st_mtime_ns != expected["mtime_ns"] and _digest(arrays[name]) != expected["sha256"]:
                 return None
         return CachedArrays(MappingProxyType(content["facts"]), content["fingerprint"], MappingProxyType(arrays))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, tokenize.TokenError):  # the last is NumPy's
         return None
 
 

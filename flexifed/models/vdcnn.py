@@ -7,6 +7,8 @@ Shortcuts are optional in the paper (figure 1), which finds that they help the d
 here: a shortcut is part of what the layer above it computes, so a version with and one without would have nothing in
 common beyond their first block. Departures: a shortcut joins before its block's last ReLU (He et al. 2016), and where
 the channels double it adds zeros instead of a 1x1 convolution, so that all weights are those of the paper's layers.
+Space, padding and unknown characters share index 0, a vector of zeros, where the paper counts them among its 69: one
+encoding of a text then serves CharCNN too (`flexifed.data.agnews`).
 """
 
 from __future__ import annotations

@@ -24,6 +24,10 @@ COMPARISONS = (
 
 CONFIDENCE = 0.95
 PAIRED = "Paired differences, a pair for each version and seed"
+BY_SEED_NOTE = (
+    "The first interval takes the pairs of one seed as independent. Its versions are trained together, so the interval "
+    "by seed, with one pair for each (the mean over its versions), is the more careful one."
+)
 PAIRED_BY_SEED = "The same, a pair for each seed (its versions are trained together)"
 
 
@@ -84,15 +88,29 @@ def _interval(values: Sequence[float]) -> tuple[int, float, float, float]:
     return count, mean, mean - half, mean + half
 
 
-def render_differences(differences: Sequence[PairedDifference], title: str) -> Sheet:
-    """The differences as a table."""
+def render_differences(
+    differences: Sequence[PairedDifference], title: str, by_seed: Sequence[PairedDifference] = ()
+) -> Sheet:
+    """The differences as a table.
+
+    Args:
+        differences: with a pair for each version and seed, or for each seed.
+        title: above it.
+        by_seed: the same comparisons with a pair for each seed, whose intervals then stand beside the others.
+    """
     sections = []
+    careful = {_key(one): _cells(one)[1:] for one in by_seed}
     for where, group in groupby(differences, key=lambda one: (one.dataset, one.family, one.data_source)):
-        rows = [(f"{one.scheme} - {one.against}", _cells(one)) for one in group]
+        rows = [(f"{one.scheme} - {one.against}", (*_cells(one), *careful.get(_key(one), ()))) for one in group]
         dataset, family, source = where
         sections.append(Section(f"{dataset} / {family}{source_label(source)}", tuple(rows)))
-    columns = tuple(map(Column, ("points", "95 % interval", "n")))
-    return Sheet(title, columns, tuple(sections))
+    names = ("points", "95 % interval", "n") + (("by seed", "n by seed") if by_seed else ())
+    notes = (BY_SEED_NOTE,) if by_seed else ()
+    return Sheet(title, tuple(map(Column, names)), tuple(sections), notes)
+
+
+def _key(one: PairedDifference) -> tuple[str, ...]:
+    return (one.dataset, one.family, one.data_source, one.scheme, one.against)
 
 
 def _cells(one: PairedDifference) -> tuple[Cell, ...]:

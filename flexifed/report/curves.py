@@ -106,8 +106,8 @@ def speedups(reached: pd.DataFrame) -> pd.DataFrame:
         reached: from `rounds_to_target`.
 
     Returns:
-        Indexed by dataset, family and scheme in the paper's order. `target`: mean over seeds. `seeds`, `reached`: how
-        many there are, and how many of them reached the target. `rounds`: mean over those that did; missing if none
+        Indexed by dataset, family and scheme in the paper's order. `target`: mean over its seeds. `seeds`, `reached`:
+        how many there are, and how many of them reached the target. `rounds`: mean over those that did; missing if none
         did. `speedup`: the baseline's rounds by the cell's own, each the mean over those seeds in which both reached
         it; missing if there is none, or if the cell began above the target.
     """
@@ -123,6 +123,16 @@ def speedups(reached: pd.DataFrame) -> pd.DataFrame:
     return in_paper_order(table)
 
 
+def shown_target(cells: pd.DataFrame) -> float:
+    """The target of one data set and family in one number: the baseline's mean over all its seeds, where it was run.
+
+    Args:
+        cells: rows of `speedups`, with their index as columns.
+    """
+    baseline = cells[cells["scheme"] == BASELINE]
+    return float((cells if baseline.empty else baseline)["target"].mean())
+
+
 def render_speedups(table: pd.DataFrame, *, rounds: int, target: Target = None, pick: Pick = "last") -> Sheet:
     """The rounds to the target and the speed-up of each scheme, under its data set, family and target.
 
@@ -134,7 +144,7 @@ def render_speedups(table: pd.DataFrame, *, rounds: int, target: Target = None, 
     """
     sections = []
     for (dataset, family, source), cells in table.groupby(["dataset", "family", "data_source"], sort=False):
-        level = f"{cells['target'].mean():.{DIGITS}f} %"
+        level = f"{shown_target(cells.reset_index()):.{DIGITS}f} %"
         rows = [(str(key[2]), _cells(one)) for key, one in zip(cells.index, cells.to_dict("records"), strict=True)]
         sections.append(Section(f"{dataset} / {family}{source_label(str(source))}: {level}", tuple(rows)))
     which = (
@@ -154,6 +164,8 @@ def render_speedups(table: pd.DataFrame, *, rounds: int, target: Target = None, 
 def _cells(one: Mapping[Hashable, Any]) -> tuple[Cell, ...]:
     rounds = f"{one['rounds']:.1f}".removesuffix(".0") if one["reached"] else "none"
     speedup = "" if math.isnan(one["speedup"]) else f"{one['speedup']:.2f}×"
+    if one["rounds"] == 0:
+        speedup = "at the start"
     return (rounds,), (speedup,), (f"{one['reached']:g} of {one['seeds']:g}",)
 
 

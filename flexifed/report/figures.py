@@ -13,7 +13,16 @@ import pandas as pd
 
 from flexifed.config import SCHEMES
 from flexifed.errors import ConfigError, ResultsError
-from flexifed.report.curves import BASELINE, Target, bands, rounds_to_target, scheme_curves, speedups, version_curves
+from flexifed.report.curves import (
+    BASELINE,
+    Target,
+    bands,
+    rounds_to_target,
+    scheme_curves,
+    shown_target,
+    speedups,
+    version_curves,
+)
 from flexifed.report.study import Study
 from flexifed.report.table import CELL, SCHEME_NAMES, Pick, data_warnings, in_paper_order, picked_rounds, source_label
 
@@ -48,6 +57,7 @@ _PANEL_INCHES = (3.1, 2.3)
 _ONE_PANEL_INCHES = (6.2, 3.4)
 _ROUNDS = "rounds of training"
 _ALL = "mean of all versions"
+_DASHED = "dashed: sends nothing; its last score"
 _ORDER = (*SCHEME_NAMES.values(), *map(str.upper, _VERSION_STYLES))
 
 
@@ -97,7 +107,7 @@ def accuracy_over_rounds(study: Study) -> Drawing:
             _line(axes, curve["round"], curve, SCHEME_NAMES[scheme], _SCHEME_STYLES[scheme])
         axes.set_xlim(-0.02 * study.rounds, 1.02 * study.rounds)
 
-    figure = _panels(curves, draw, _curves_text(study, "Accuracy over rounds", _ROUNDS, _ALL))
+    figure = _panels(curves, draw, _curves_text(study, curves, "Accuracy over rounds", _ROUNDS, _ALL))
     return Drawing("accuracy-over-rounds", figure)
 
 
@@ -111,7 +121,7 @@ def versions_over_rounds(study: Study, scheme: str = "max_common") -> Drawing:
             _line(axes, curve["round"], curve, version.upper(), _VERSION_STYLES[version])
         axes.set_xlim(-0.02 * study.rounds, 1.02 * study.rounds)
 
-    figure = _panels(curves, draw, _curves_text(study, f"Accuracy by version, {SCHEME_NAMES[scheme]}", _ROUNDS))
+    figure = _panels(curves, draw, _curves_text(study, curves, f"Accuracy by version, {SCHEME_NAMES[scheme]}", _ROUNDS))
     return Drawing(f"versions-{scheme}", figure)
 
 
@@ -128,18 +138,18 @@ def accuracy_over_bytes(study: Study) -> Drawing:
         for scheme, curve in _by(panel, "scheme", SCHEMES):
             style = _SCHEME_STYLES[scheme]
             sending = curve[curve["sent"] > 0]
-            if sending.empty:
+            if sending.empty and curve["round"].iloc[-1] > 0:
                 level = curve["accuracy"].iloc[-1]
-                label = f"{SCHEME_NAMES[scheme]} (sends nothing; last score)"
+                label = SCHEME_NAMES[scheme]
                 axes.axhline(level, color=style["color"], linestyle=(0, (4, 3)), linewidth=1.3, label=label)
-            else:
+            elif not sending.empty:
                 _line(axes, sending["sent"], sending, SCHEME_NAMES[scheme], style)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
 
     figure = _panels(
         curves,
         draw,
-        _curves_text(study, "Accuracy against bytes sent", "sent by one client so far", _ALL),
+        _curves_text(study, curves, "Accuracy against bytes sent", "sent by one client so far", _ALL, _DASHED),
     )
     return Drawing("accuracy-over-bytes", figure)
 
@@ -161,10 +171,10 @@ def rounds_to_a_target(study: Study, pick: Pick = "last", target: Target = None)
             axes.annotate(_reached_text(one), (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
         axes.set_yticks(range(len(SCHEMES)), [SCHEME_NAMES[scheme] for scheme in SCHEMES])
         axes.set_ylim(len(SCHEMES) - 0.5, -0.5)
-        axes.set_xlim(0, study.rounds * 1.03)
+        axes.set_xlim(-0.03 * study.rounds, study.rounds * 1.03)
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x", color="#DDDDDD", linewidth=0.7)
-        axes.set_title(f"{_name(panel)}: {panel['target'].mean():.1f} %", loc="left", fontsize=10)
+        axes.set_title(f"{_name(panel)}: {shown_target(panel):.1f} %", loc="left", fontsize=10)
 
     which = (
         f"target: {SCHEME_NAMES[BASELINE]}'s accuracy under the same seed ({picked_rounds(study.rounds, pick)})"
@@ -187,11 +197,12 @@ class _Text:
     y: str = "accuracy, %"
 
 
-def _curves_text(study: Study, title: str, x: str, *what: str) -> _Text:
-    """The text of a figure with bands."""
-    seeds = len(study.seeds)
-    band = f"{seeds} seeds: mean, and a band of ±1 standard deviation" if seeds > 1 else "one seed"
-    return _text(study, title, [*what, band, *_unfinished(study)], x)
+def _curves_text(study: Study, curves: pd.DataFrame, title: str, x: str, *what: str) -> _Text:
+    """The text of a figure with bands: of `curves`, from `flexifed.report.curves.bands`."""
+    fewest, most = (int(curves["seeds"].min()), int(curves["seeds"].max())) if len(curves) else (0, 0)
+    count = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+    band = f"{count}: mean, and a band of ±1 standard deviation" if most > 1 else "one seed"
+    return _text(study, title, [*what, band, *_unfinished(study, curves)], x)
 
 
 def _text(study: Study, title: str, said: Sequence[str], x: str, y: str = "accuracy, %") -> _Text:
@@ -199,11 +210,11 @@ def _text(study: Study, title: str, said: Sequence[str], x: str, y: str = "accur
     return _Text(title + source_label(study.data_source), (below, *data_warnings([study.data_source])), x, y)
 
 
-def _unfinished(study: Study) -> list[str]:
-    """What of the curves is not whole."""
-    if not study.edition.unfinished:
+def _unfinished(study: Study, curves: pd.DataFrame) -> list[str]:
+    """What of the curves that are drawn is not whole."""
+    if not study.edition.unfinished or curves.empty:
         return []
-    drawn = study.curve_rows()
+    drawn = study.curve_rows().merge(curves[CELL].drop_duplicates(), on=CELL)
     ends = drawn["round"].groupby(drawn[CELL].agg("/".join, axis=1)).max()
     short = {str(cell): end for cell, end in ends.items() if end < study.rounds}
     if not short:
@@ -310,6 +321,8 @@ def _reached_text(one: pd.Series[Any]) -> str:
     if not one["reached"]:
         return "not reached"
     speedup = "" if pd.isna(one["speedup"]) else f"{one['speedup']:.2f}×"
+    if not one["rounds"]:
+        speedup = "from the start"
     return speedup if one["reached"] == one["seeds"] else f"{speedup} {one['reached']:g} of {one['seeds']:g}".strip()
 
 

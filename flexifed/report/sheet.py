@@ -210,4 +210,5 @@ def _number_in_latex(text: str) -> str:
 
 
 def _name_in_latex(text: str, names: Mapping[str, str]) -> str:
-    return re.sub(r"\w+", lambda word: _in_latex(names.get(word[0], word[0])), text)
+    """Words that are written in another way in print, and all the rest with what LaTeX reads escaped."""
+    return "".join(_in_latex(names.get(part, part)) for part in re.split(r"(\w+)", text))

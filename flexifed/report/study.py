@@ -127,10 +127,11 @@ class Study:
         """Schemes against each other, over several seeds."""
         if self.finished.empty:
             return self._nothing(PAIRED)
-        found = paired_differences(per_seed(self.finished, self.rounds, pick)) if len(self.seeds) > 1 else []
+        numbers = per_seed(self.finished, self.rounds, pick)
+        found = paired_differences(numbers) if len(self.seeds) > 1 else []
         if not found:
             return self._nothing(PAIRED, "Needs two seeds, and two schemes on the same data set and family.")
-        return self._noted(render_differences(found, PAIRED), pick)
+        return self._noted(render_differences(found, PAIRED, paired_differences(numbers, by_seed=True)), pick)
 
     def speedups(self, pick: Pick = "last", target: Target = None) -> Sheet:
         """Rounds to a target and the speed-up over Clustered-FL."""

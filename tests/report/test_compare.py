@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from flexifed.report.compare import paired_differences
+from flexifed.report.compare import paired_differences, render_differences
 
 
 def numbers(**by_scheme: list[tuple[float, float]]) -> pd.DataFrame:
@@ -40,6 +40,16 @@ def test_by_seed_a_pair_is_the_mean_over_versions() -> None:
     interval = stats.ttest_1samp([1.5, 3.5], 0).confidence_interval(0.95)
     assert (one.pairs, one.mean) == (2, 2.5)
     assert (one.low, one.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_the_careful_interval_stands_beside_the_other() -> None:
+    table = numbers(standalone=[(10, 20), (30, 40)], basic_common=[(11, 22), (33, 44)])
+    pairs, seeds = paired_differences(table), paired_differences(table, by_seed=True)
+    sheet = render_differences(pairs, "Title", seeds)
+    [(label, cells)] = sheet.sections[0].rows
+    assert label == "basic_common - standalone"
+    assert [cell[0] for cell in cells] == ["+2.5", "+0.4 to +4.6", "4", "-10.2 to +15.2", "2"]
+    assert [column.name for column in sheet.columns][3:] == ["by seed", "n by seed"]
 
 
 def test_seeds_that_one_scheme_lacks_are_left_out() -> None:

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexifed.errors import ConfigError
-from flexifed.report.curves import bands, growing, rounds_to_target, scheme_curves, speedups, version_curves
+from flexifed.report.curves import (
+    bands,
+    growing,
+    rounds_to_target,
+    scheme_curves,
+    shown_target,
+    speedups,
+    version_curves,
+)
 from flexifed.report.table import PICKS, Pick
 
 CELL = {"dataset": "cifar10", "family": "vgg", "data_source": "real"}
@@ -188,3 +196,9 @@ def test_where_no_seed_is_finished_curves_end_where_the_shortest_does() -> None:
     drawn = growing(unfinished, one("standalone", [0.1, 0.2, 0.3, 0.4, 0.5]))
     ends = drawn.groupby(["scheme", "seed"])["round"].max().to_dict()
     assert ends == {("max_common", 0): 1, ("max_common", 1): 1, ("standalone", 0): 4}
+
+
+def test_the_target_that_is_shown_is_the_baselines_over_all_its_seeds() -> None:
+    cells = pd.DataFrame({"scheme": ["standalone", "clustered_fl"], "target": [40.0, 39.0]})
+    assert shown_target(cells) == 39.0
+    assert shown_target(cells[cells["scheme"] == "standalone"]) == 40.0

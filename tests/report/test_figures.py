@@ -91,7 +91,7 @@ def test_bytes_begin_with_the_first_that_were_sent_and_standalone_is_a_level(gri
     drawn = lines(axes)
     sent = grid.finished.query("scheme == 'basic_common' and round == 0")["bytes_up"].iloc[0]
     assert list(drawn["Basic-Common"].get_xdata()) == [sent * index for index in range(1, 21)]
-    level = drawn["Standalone (sends nothing; last score)"]
+    level = drawn["Standalone"]
     assert len(set(level.get_ydata())) == 1
 
 

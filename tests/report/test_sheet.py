@@ -81,10 +81,16 @@ def test_latex_gives_parts_columns_and_escapes_what_it_must() -> None:
 @pytest.mark.parametrize("text", ["a_b", "50 %", "a & b", "#1", "${x}$", "a~b^c\\d"])
 def test_no_special_character_reaches_latex_bare(text: str) -> None:
     caption = latex(Sheet(text, (), ())).split(r"\caption{")[1].splitlines()[0].removesuffix(".}")
-    for bare in "_%&#$":
-        assert caption.count(bare) == caption.count("\\" + bare)
-    assert "~" not in caption.replace(r"\textasciitilde{}", "")
-    assert "^" not in caption.replace(r"\textasciicircum{}", "")
+    whole = latex(Sheet("", (Column(text),), (Section(text, ((text, ((text,),)),)),)))
+    column = next(line for line in whole.splitlines() if line.startswith(r" & \multicolumn{1}{c}{"))
+    name = column.removeprefix(r" & \multicolumn{1}{c}{").removesuffix(r"} \\")
+    heading = next(line for line in whole.splitlines() if r"\textbf{" in line)
+    heading = heading.split(r"\textbf{")[1].removesuffix(r"}} \\")
+    for shown in (caption, name, heading):
+        for bare in "_%&#$":
+            assert shown.count(bare) == shown.count("\\" + bare)
+        assert "~" not in shown.replace(r"\textasciitilde{}", "")
+        assert "^" not in shown.replace(r"\textasciicircum{}", "")
 
 
 def test_a_sheet_without_columns_is_its_title_and_notes() -> None:
