@@ -58,6 +58,8 @@ def run_cells(runs: list[CellRun], options: PlacementOptions, heard: Heard, **mo
     def place(run: CellRun, nodes: object) -> CellPlacement:
         return place_cell(run.config, options, nodes)  # type: ignore[arg-type]
 
+    for run in runs:
+        ResultsFolder(run.results).prepare()
     nodes: list[Resources] = cluster.nodes()
     return run_grid([PlacedRun(run, place(run, nodes)) for run in runs], heard, place=place, **more)
 
