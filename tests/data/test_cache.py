@@ -144,6 +144,11 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def break_header(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b")", b" ", 1))
+
+
 def misstate(file: Path) -> None:
     file.write_text(file.read_text().replace('"num_classes": 50', '"num_classes": 51'))
 
@@ -153,6 +158,7 @@ def misstate(file: Path) -> None:
     [
         ("samples.npy", cut),
         ("samples.npy", flip),
+        ("samples.npy", break_header),
         ("labels.npy", Path.unlink),
         (MANIFEST, cut),
         (MANIFEST, misstate),
