@@ -103,6 +103,7 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     )
     info = find_dataset("cifar10", data="synthetic", data_dir=Path("data"))
     run = CellRun(config=config, info=info, profile="memory", rounds=options.rounds, results=results)
+    ResultsFolder(results).prepare()
     sampler = Sampler(options.rounds, options.base_round)
     with cluster.connected(None, num_cpus=2, num_gpus=0):
         place = partial(_place, PlacementOptions(clients_per_actor=2))
