@@ -55,6 +55,7 @@ class SomeActors(ActorHosts):
     """The first of another's actors, so that a test of fewer starts no further processes."""
 
     def __init__(self, whole: ActorHosts, count: int) -> None:
+        self._group = whole._group
         self._actors = whole._actors[:count]
 
 
