@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +25,8 @@ import torch
 
 from flexifed.core.schemes import SharingPlan
 from flexifed.errors import ConfigError, SignatureError
+
+_SUMMED_AT_ONCE = 2**16  # numbers; as float64 half a megabyte
 
 T = TypeVar("T")
 State = Mapping[str, torch.Tensor]
@@ -57,20 +60,23 @@ def shared_tensors(plan: SharingPlan, client: int, state: State) -> GroupState:
     return {group: tuple(state[name] for name in names) for group, names in plan.shared_names(client).items()}
 
 
-def sum_block(members: Sequence[tuple[GroupState, float]]) -> BlockSums:
+def sum_block(members: Iterable[tuple[GroupState, float]]) -> BlockSums:
     """Sum one block of consecutive clients.
 
     Args:
-        members: (what the client contributes, its weight), in client order.
+        members: (what the client contributes, its weight), in client order. They are consumed one by one, so that a
+            generator keeps no more than two of them in memory.
 
     Returns:
         By group, the sum over those members that are in the group.
     """
-    if len(members) == 1:
-        contribution, weight = members[0]
+    members = iter(members)
+    ahead = list(islice(members, 2))
+    if len(ahead) == 1:
+        contribution, weight = ahead[0]
         return {group: BlockSum(tensors, weight, weighted=False) for group, tensors in contribution.items()}
     sums: BlockSums = {}
-    for contribution, weight in members:
+    for contribution, weight in chain(ahead, members):
         for group, tensors in contribution.items():
             _add_to(sums, group, BlockSum(tensors, weight, weighted=False))
     return sums
@@ -80,25 +86,27 @@ def combine_blocks(plan: SharingPlan, blocks: Iterable[BlockSums]) -> GroupState
     """The mean of every group, from the sums of its blocks.
 
     Args:
-        blocks: in client order. They are consumed one by one, so a generator keeps only one of them in memory.
+        blocks: in client order.
 
     Raises:
         ConfigError: the weights of a group add up to nothing, or nobody contributed to it.
     """
-    totals: BlockSums = {}
+    parts: dict[int, list[BlockSum]] = {group.index: [] for group in plan.groups}
     for block in blocks:
         for index, one in block.items():
-            _add_to(totals, index, one)
+            if one.weight:
+                parts[index].append(one)
     means: GroupState = {}
     for group in plan.groups:
-        total = totals.get(group.index)
-        if total is None or not total.weight < math.inf:
+        summed = parts[group.index]
+        weight = sum(one.weight for one in summed)
+        if not 0 < weight < math.inf:
             raise ConfigError(
-                f"the weights of clients {list(plan.members(group))} add up to {total.weight if total else 0}; "
+                f"the weights of clients {list(plan.members(group))} add up to {weight}; "
                 "every group needs a finite sum above 0"
             )
         means[group.index] = tuple(
-            (tensor / total.weight).to(spec.dtype) for tensor, spec in zip(total.tensors, group.specs, strict=True)
+            _mean(summed, position, spec.dtype, weight) for position, spec in enumerate(group.specs)
         )
     return means
 
@@ -198,6 +206,23 @@ def _add_to(totals: BlockSums, group: int, one: BlockSum) -> None:
     for accumulated, tensor in zip(total.tensors, one.tensors, strict=True):
         accumulated.add_(_weighted(tensor, one))
     totals[group] = BlockSum(total.tensors, total.weight + one.weight, weighted=True)
+
+
+def _mean(parts: Sequence[BlockSum], position: int, dtype: torch.dtype, weight: float) -> torch.Tensor:
+    """The mean of one tensor of a group. Some rows at a time: their sum, in double precision, stays in the cache."""
+    tensors = [torch.atleast_1d(one.tensors[position].detach()) for one in parts]
+    first = tensors[0]
+    mean = torch.empty_like(first, dtype=dtype)
+    rows = max(1, len(first))
+    if first.device.type == "cpu":
+        rows = max(1, _SUMMED_AT_ONCE * len(first) // max(1, first.numel()))
+    for start in range(0, len(first), rows):
+        part = slice(start, start + rows)
+        total = _weighted(first[part], parts[0]).to(_double(first), copy=True)
+        for one, tensor in zip(parts[1:], tensors[1:], strict=True):
+            total.add_(_weighted(tensor[part], one))
+        mean[part] = total.div_(weight)
+    return mean.view(parts[0].tensors[position].shape)
 
 
 def _weighted(tensor: torch.Tensor, one: BlockSum) -> torch.Tensor:
