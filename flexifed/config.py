@@ -42,7 +42,9 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "vdcnn": ("vdcnn9", "vdcnn17", "vdcnn29", "vdcnn49"),
     }
 )
-"""The model names of each family's versions, V1 first."""
+"""The model names of each family's versions, V1 first: from the shallowest to the deepest."""
+NUM_VERSIONS = 4
+assert all(len(versions) == NUM_VERSIONS for versions in FAMILIES.values())
 FAMILY_INPUTS: Mapping[str, InputKind] = MappingProxyType(
     {"vgg": "image", "vgg_plain": "image", "resnet": "image", "charcnn": "text", "vdcnn": "text"}
 )

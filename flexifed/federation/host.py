@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from flexifed.config import CellConfig
+from flexifed.config import NUM_VERSIONS, CellConfig
 from flexifed.core.aggregate import BlockSums, GroupState, blocks_of, sum_block
 from flexifed.core.schemes import SharingPlan, sharing_plan
 from flexifed.data import DatasetInfo, make_pipeline, open_dataset
@@ -21,27 +22,31 @@ from flexifed.models import build_model, model_signature
 from flexifed.training.numerics import device_name, numeric_settings
 
 _CLIENTS = "clients-"
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
 class HostRound:
-    """What a host's clients measured in a round, and the sums of what they share, one for each block of clients.
+    """What a host's clients measured in a round, and the sums of what they share.
 
-    `busy_s` is the wall time that the host spent on it.
+    Attributes:
+        clients: in client order.
+        blocks: by block of clients: block b holds clients b * reduce_block and on.
+        busy_s: wall time that the host spent on it.
     """
 
     clients: tuple[ClientRound, ...]
-    blocks: tuple[BlockSums, ...]
+    blocks: Mapping[int, BlockSums]
     busy_s: float
 
 
 class ClientHost:
-    """Consecutive clients that take turns in one process. A plain class; the Ray floor makes an actor of it.
+    """Clients that take turns in one process. A plain class; the Ray floor makes an actor of it.
 
     Args:
         config: the cell.
         info: which data set; it is opened here, samples do not travel.
-        clients: indices, consecutive; whole blocks of `reduce_block` clients.
+        clients: indices, ascending; whole blocks of `reduce_block` consecutive clients.
         shards: one for each of them.
     """
 
@@ -73,20 +78,21 @@ class ClientHost:
         """Play a round with each client in turn; see `Client.play_round`."""
         started = time.perf_counter()
         measured: list[ClientRound] = []
-        blocks: list[BlockSums] = []
+        blocks: dict[int, BlockSums] = {}
+
+        def play(block: Sequence[Client]) -> Iterator[tuple[GroupState, float]]:
+            for client in block:
+                one, contribution = client.play_round(round_index, shared, train=train)
+                measured.append(one)
+                if contribution is not None:
+                    yield contribution, client_weight(self._config, client.num_train)
+
         if shared is not None:
             shared = self._on_device(shared)
         with numeric_settings(self._config.numerics):
-            for block in blocks_of(self._clients, self._config.sharing.reduce_block):
-                contributions: list[tuple[GroupState, float]] = []
-                for client in block:
-                    one, contribution = client.play_round(round_index, shared, train=train)
-                    measured.append(one)
-                    if contribution is not None:
-                        contributions.append((contribution, client_weight(self._config, client.num_train)))
-                if contributions:
-                    blocks.append(sum_block(contributions))
-        return HostRound(tuple(measured), tuple(blocks), time.perf_counter() - started)
+            for block in blocks_of(self._clients, block_size := self._config.sharing.reduce_block):
+                blocks[block[0].index // block_size] = sum_block(play(block))
+        return HostRound(tuple(measured), blocks, time.perf_counter() - started)
 
     def device_name(self) -> str:
         """What the clients compute on."""
@@ -165,8 +171,14 @@ def client_weight(config: CellConfig, num_train: int) -> float:
     return float(num_train) if config.sharing.weighting == "samples" else 1.0
 
 
-def assign_clients(num_clients: int, clients_per_host: int, reduce_block: int) -> list[range]:
-    """Which consecutive clients live together.
+def assign_clients(num_clients: int, clients_per_host: int, reduce_block: int) -> list[tuple[int, ...]]:
+    """Which clients live together: whole blocks, dealt so that all hosts finish a round at about the same time.
+
+    A block goes to the host that has the least to do, those with the deepest models first (Graham's longest processing
+    time rule). A version's number stands for its cost, since a family's versions go from the shallowest to the deepest.
+
+    Returns:
+        Indices for each host, ascending, at most `clients_per_host` of them; hosts in the order of their first client.
 
     Raises:
         ConfigError: hosts would cut through the blocks whose sums are formed in one process.
@@ -176,6 +188,27 @@ def assign_clients(num_clients: int, clients_per_host: int, reduce_block: int) -
             f"clients_per_actor is {clients_per_host}, no multiple of reduce_block ({reduce_block}); a block of "
             f"clients lives in one process: use {reduce_block * -(-clients_per_host // reduce_block)} clients an actor"
         )
-    return [
-        range(start, min(start + clients_per_host, num_clients)) for start in range(0, num_clients, clients_per_host)
-    ]
+    blocks = blocks_of(range(num_clients), reduce_block)
+    most = -(-clients_per_host // reduce_block)
+    hosts: list[list[int]] = [[] for _ in range(-(-len(blocks) // most))]
+    with_room = [(0, 0, host) for host in range(len(hosts))]  # cost so far, number of blocks, which host
+    for cost, block in sorted(((_cost(block), block) for block in blocks), key=lambda one: -one[0]):
+        load, held, host = heappop(with_room)
+        hosts[host] += block
+        if held + 1 < most:
+            heappush(with_room, (load + cost, held + 1, host))
+    return sorted(tuple(sorted(clients)) for clients in hosts)
+
+
+def _cost(block: Sequence[int]) -> int:
+    return sum(client % NUM_VERSIONS + 1 for client in block)
+
+
+def name_clients(clients: Sequence[int]) -> str:
+    """Words for the clients of a host: `client 3`, `clients 0 to 3`, or `clients 0, 3, 4 and 12 more`."""
+    if len(clients) == 1:
+        return f"client {clients[0]}"
+    if clients[-1] - clients[0] == len(clients) - 1:
+        return f"clients {clients[0]} to {clients[-1]}"
+    shown = ", ".join(map(str, clients[:_MOST_NAMED]))
+    return f"clients {shown}" + (f" and {len(clients) - _MOST_NAMED} more" if len(clients) > _MOST_NAMED else "")

@@ -27,7 +27,7 @@ class Hosts(Protocol):
     """Where the clients live: in this process, or in Ray actors. The rounds are the same."""
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
-        """Let all hosts play a round, at the same time where they can; results in client order."""
+        """Let all hosts play a round, at the same time where they can."""
         ...
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
@@ -59,7 +59,7 @@ class LocalHosts:
     ) -> None:
         per_host = clients_per_host or len(shards)
         self._hosts = [
-            ClientHost(config, info, clients, shards[clients.start : clients.stop])
+            ClientHost(config, info, clients, [shards[client] for client in clients])
             for clients in assign_clients(len(shards), per_host, config.sharing.reduce_block)
         ]
 
@@ -87,7 +87,10 @@ class LocalHosts:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """One round of a cell. `round_s` is its wall time, training of all clients and aggregation included."""
+    """One round of a cell: what its clients measured, in client order, and the number of each one's host.
+
+    `round_s` is its wall time, training of all clients and aggregation included.
+    """
 
     round_index: int
     clients: tuple[ClientRound, ...]
@@ -111,12 +114,17 @@ class Federation:
         played = self._hosts.play_round(self.next_round, self.shared, train=train)
         aggregating = time.perf_counter()
         if train:
-            self.shared = combine_blocks(self.plan, (block for host in played for block in host.blocks))
+            blocks = {index: block for host in played for index, block in host.blocks.items()}
+            self.shared = combine_blocks(self.plan, (blocks[index] for index in sorted(blocks)))
         finished = time.perf_counter()
+        clients = sorted(
+            ((client, host) for host, one in enumerate(played) for client in one.clients),
+            key=lambda measured: measured[0].client,
+        )
         result = RoundResult(
             round_index=self.next_round,
-            clients=tuple(client for host in played for client in host.clients),
-            host_of=tuple(index for index, host in enumerate(played) for _ in host.clients),
+            clients=tuple(client for client, _ in clients),
+            host_of=tuple(host for _, host in clients),
             round_s=finished - started,
             aggregate_s=finished - aggregating,
         )

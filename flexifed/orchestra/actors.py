@@ -18,7 +18,7 @@ from flexifed.data import DatasetInfo
 from flexifed.errors import ClientError, DeviceMemoryError, FlexifedError, ResourceError
 from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.client import ClientShards
-from flexifed.federation.host import ClientHost, HostRound, cell_plan
+from flexifed.federation.host import ClientHost, HostRound, cell_plan, name_clients
 from flexifed.orchestra.placement import CellPlacement
 from flexifed.orchestra.wire import (
     PackedGroups,
@@ -58,7 +58,7 @@ class ClientActor:
             import torch
 
             if not torch.cuda.is_available():
-                raise ResourceError(f"clients {list(clients)} were to run on a GPU, but their process sees none")
+                raise ResourceError(f"{name_clients(clients)} were to run on a GPU, but their process sees none")
         with _device_memory_explained(clients):
             self._host = ClientHost(config, info, clients, shards)
 
@@ -132,7 +132,7 @@ class ActorHosts:
             {self._plan.architecture_of[client] for client in clients} for clients in placement.clients
         ]
         begun = [
-            actor.begin.remote(config, info, clients, shards[clients.start : clients.stop])
+            actor.begin.remote(config, info, clients, [shards[client] for client in clients])
             for actor, clients in zip(self._actors, placement.clients, strict=True)
         ]
         while len(ray.wait(begun, num_returns=len(begun), timeout=_LOOK_EVERY_S)[0]) < len(begun):
@@ -145,7 +145,7 @@ class ActorHosts:
         return bool(placement_group_table(self._group)["state"] == "CREATED")
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
-        """Let all clients play a round; results in client order, whoever finishes first."""
+        """Let all clients play a round; results in the order of the actors, whoever finishes first."""
         aggregated = shared is not None
         played = self._get(
             [
@@ -210,7 +210,7 @@ class ActorHosts:
         """Which clients' process is lost, where Ray says so, and its reason."""
         names = {actor._actor_id.hex(): clients for actor, clients in zip(self._actors, self._clients, strict=True)}
         clients = names.get(getattr(error, "actor_id", None))
-        process = f"the process of clients {clients[0]} to {clients[-1]}" if clients else "a process"
+        process = f"the process of {name_clients(clients)}" if clients else "a process"
         reason = f"{process} is gone: {str(error).strip().splitlines()[-1]}"
         # A node whose death is not confirmed yet makes its actors unavailable; a process alone that dies is known dead.
         unsure = isinstance(error, ray.exceptions.ActorUnavailableError)
@@ -242,4 +242,4 @@ def _device_memory_explained(clients: Sequence[int]) -> Iterator[None]:
             raise DeviceMemoryError(
                 f"client {error.client}, round {error.round_index}, {error.stage}: {reason}"
             ) from error
-        raise DeviceMemoryError(f"clients {clients[0]} to {clients[-1]}, starting: {reason}") from error
+        raise DeviceMemoryError(f"{name_clients(clients)}, starting: {reason}") from error

@@ -39,7 +39,7 @@ class PlacementOptions:
 class CellPlacement:
     """The actors of one cell: which clients each holds, and what each asks for."""
 
-    clients: tuple[range, ...]
+    clients: tuple[tuple[int, ...], ...]
     cpus_per_actor: float
     gpus_per_actor: float
 
@@ -86,10 +86,11 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
         wanted = 1 if gpus_per_client else math.ceil(num_clients / max(1, int(total_cpus) // config.numerics.threads))
         per_actor = block * math.ceil(wanted / block)
     clients = assign_clients(num_clients, per_actor, config.sharing.reduce_block)
-    gpus_per_actor = round(gpus_per_client * len(clients[0]), 4)
+    most = max(map(len, clients))
+    gpus_per_actor = round(gpus_per_client * most, 4)
     if gpus_per_actor > 1 and gpus_per_actor != int(gpus_per_actor):
         raise ResourceError(
-            f"an actor of {len(clients[0])} clients asks for {gpus_per_actor:g} GPUs; above one it must be a "
+            f"an actor of {most} clients asks for {gpus_per_actor:g} GPUs; above one it must be a "
             "whole number: lower --gpus-per-client or --clients-per-actor"
         )
     shares = _cpu_shares(len(clients), config.numerics.threads, nodes)

@@ -49,7 +49,7 @@ class PackedHostRound:
     """A `HostRound`."""
 
     clients: tuple[ClientRound, ...]
-    blocks: tuple[PackedBlock, ...]
+    blocks: dict[int, PackedBlock]
     busy_s: float
 
 
@@ -84,19 +84,20 @@ def unpack_groups(packed: PackedGroups) -> GroupState:
 
 def pack_host_round(played: HostRound) -> PackedHostRound:
     """Pack what a host hands back."""
-    blocks = tuple(
-        PackedBlock(
+    blocks = {
+        number: PackedBlock(
             pack_groups({index: one.tensors for index, one in block.items()}),
             tuple((one.weight, one.weighted) for one in block.values()),
         )
-        for block in played.blocks
-    )
+        for number, block in played.blocks.items()
+    }
     return PackedHostRound(played.clients, blocks, played.busy_s)
 
 
 def unpack_host_round(packed: PackedHostRound) -> HostRound:
     """Unpack what a host handed back; tensors are views."""
-    return HostRound(packed.clients, tuple(_unpack_block(block) for block in packed.blocks), packed.busy_s)
+    blocks = {number: _unpack_block(block) for number, block in packed.blocks.items()}
+    return HostRound(packed.clients, blocks, packed.busy_s)
 
 
 def _unpack_block(packed: PackedBlock) -> BlockSums:

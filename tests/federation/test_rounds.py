@@ -123,7 +123,9 @@ def assert_like_the_reference(run: Run, config: CellConfig, clients_per_host: in
     expected_results, expected_digests = reference(config)
     assert digests == expected_digests
     assert measured(results) == measured(expected_results)
-    hosts = tuple(client // clients_per_host for client in range(NUM_CLIENTS))
+    assigned = assign_clients(NUM_CLIENTS, clients_per_host, config.sharing.reduce_block)
+    host_of = {client: host for host, clients in enumerate(assigned) for client in clients}
+    hosts = tuple(host_of[client] for client in range(NUM_CLIENTS))
     assert [result.host_of for result in results] == [hosts] * 3
 
 
@@ -244,6 +246,28 @@ def test_hosts_that_would_cut_a_block_are_refused_with_the_remedy() -> None:
     )
 
 
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 5))
+def test_clients_are_dealt_out_once_each_in_whole_blocks(
+    num_clients: int, clients_per_host: int, reduce_block: int
+) -> None:
+    if clients_per_host < num_clients and clients_per_host % reduce_block:
+        clients_per_host = reduce_block * -(-clients_per_host // reduce_block)
+    hosts = assign_clients(num_clients, clients_per_host, reduce_block)
+    assert sorted(client for clients in hosts for client in clients) == [*range(num_clients)]
+    assert all(len(clients) <= clients_per_host for clients in hosts)
+    assert len(hosts) == -(-num_clients // clients_per_host)
+    for clients in hosts:
+        assert list(clients) == sorted(clients)
+        for block in {client // reduce_block for client in clients}:
+            assert set(range(block * reduce_block, min((block + 1) * reduce_block, num_clients))) <= set(clients)
+
+
+def test_a_host_with_a_deep_model_gets_a_shallow_one_beside_it() -> None:
+    assert assign_clients(8, 2, 1) == [(0, 3), (1, 2), (4, 7), (5, 6)]
+    assert assign_clients(8, 4, 1) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert assign_clients(8, 4, 4) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+
+
 def test_one_host_may_end_within_a_block() -> None:
     config = cell(sharing=SharingConfig(reduce_block=3))
     played = LocalHosts(config, INFO, make_shards(config, INFO)).play_round(0, None, train=True)
@@ -279,7 +303,7 @@ class OneOfEachSize:
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
         return [
-            HostRound((), tuple(sum_block([(self.contribution(client), 1.0)]) for client in clients), 0.0)
+            HostRound((), {client: sum_block([(self.contribution(client), 1.0)]) for client in clients}, 0.0)
             for clients in assign_clients(NUM_CLIENTS, 4, 1)
         ]
 
@@ -451,8 +475,8 @@ def test_groups_and_block_sums_arrive_as_they_were_sent(
     ]
     weights, flags = st.floats(0, 1e6), st.booleans()
     block = {index: BlockSum(group, data.draw(weights), data.draw(flags)) for index, group in state.items()}
-    played = unpack_host_round(pack_host_round(HostRound((), ({}, block), 1.5)))
-    empty, same = played.blocks
+    played = unpack_host_round(pack_host_round(HostRound((), {4: {}, 7: block}, 1.5)))
+    empty, same = played.blocks[4], played.blocks[7]
     assert (empty, played.busy_s, list(same)) == ({}, 1.5, list(block))
     assert [(one.weight, one.weighted) for one in same.values()] == [
         (one.weight, one.weighted) for one in block.values()

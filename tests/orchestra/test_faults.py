@@ -121,7 +121,7 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[CellRun], CellTrial]:
 
     def make(run: CellRun) -> CellTrial:
         one = CellTrial.__new__(CellTrial)
-        placement = CellPlacement(clients=(range(2), range(2, 4)), cpus_per_actor=1, gpus_per_actor=0.5)
+        placement = CellPlacement(clients=((0, 1), (2, 3)), cpus_per_actor=1, gpus_per_actor=0.5)
         one.setup({"placed": PlacedRun(run, placement)})
         return one
 
@@ -196,7 +196,7 @@ def test_a_cell_out_of_memory_says_where_there_is_more(tmp_path: Path, trial: Ca
     run = cell(tmp_path / "full")
     report = steps(trial(run))[-1]
     assert report.state == "out_of_memory"
-    assert report.roomier == CellPlacement(clients=(range(4),), cpus_per_actor=1, gpus_per_actor=1.0)
+    assert report.roomier == CellPlacement(clients=((0, 1, 2, 3),), cpus_per_actor=1, gpus_per_actor=1.0)
     assert report.reason == (
         "client 3, round 1, training: out of memory; up to 4 clients, in 2 processes, share a GPU; "
         "ask for --gpus-per-client 0.25 --clients-per-actor 4, or let --retry-out-of-memory do so"

@@ -9,7 +9,7 @@ import pytest
 from flexifed.orchestra.ledger import PATIENCE, CellReport, Ledger
 from flexifed.orchestra.placement import CellPlacement
 
-ROOMIER = CellPlacement(clients=(range(4),), cpus_per_actor=1, gpus_per_actor=0.5)
+ROOMIER = CellPlacement(clients=((0, 1, 2, 3),), cpus_per_actor=1, gpus_per_actor=0.5)
 
 
 class Notes:
