@@ -87,7 +87,8 @@ def object_store() -> dict[str, float]:
     }
 
 
-def _place(options: PlacementOptions, run: CellRun, nodes: Sequence[Resources]) -> CellPlacement:
+def place(options: PlacementOptions, run: CellRun, nodes: Sequence[Resources]) -> CellPlacement:
+    """A cell's place, as `run_grid` asks for it."""
     return place_cell(run.config, options, nodes)
 
 
@@ -106,8 +107,8 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     ResultsFolder(results).prepare()
     sampler = Sampler(options.rounds, options.base_round)
     with cluster.connected(None, num_cpus=2, num_gpus=0):
-        place = partial(_place, PlacementOptions(clients_per_actor=2))
-        failures = run_grid([PlacedRun(run, place(run, cluster.nodes()))], sampler, place=place)
+        placing = partial(place, PlacementOptions(clients_per_actor=2))
+        failures = run_grid([PlacedRun(run, placing(run, cluster.nodes()))], sampler, place=placing)
     if failures:
         raise SystemExit(f"the cell failed: {failures}")
     base = next(sample for sample in sampler.samples if sample["round"] == options.base_round)

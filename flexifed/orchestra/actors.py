@@ -28,6 +28,7 @@ from flexifed.orchestra.wire import (
     unpack_groups,
     unpack_host_round,
 )
+from flexifed.training.memory import keep_freed_memory
 
 _LOOK_EVERY_S = 5.0
 _DEVICE_IS_FULL = ("out of memory", "ALLOC_FAILED")  # in what PyTorch says, and cuBLAS and cuDNN through it
@@ -45,6 +46,7 @@ class ClientActor:
     """A process that plays host to clients of one cell after another, so that torch is imported once."""
 
     def __init__(self) -> None:
+        keep_freed_memory()
         self._host: ClientHost | None = None
         self._clients: Sequence[int] = ()
 

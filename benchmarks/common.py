@@ -1,0 +1,25 @@
+"""What the benchmarks have in common: the machine, the versions, and a median with its spread."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from importlib.metadata import version
+
+
+def machine() -> str:
+    """The kind of machine, its CPUs, and its load over the last 1, 5 and 15 minutes."""
+    load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, load {load}"
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Python's version, and those of installed packages."""
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """How many values there are, their median, the smallest and the largest."""
+    return {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}

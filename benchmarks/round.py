@@ -1,0 +1,225 @@
+"""How long a round takes through real actors, against a plain sequential loop on the same data and device.
+
+    uv run --extra test python benchmarks/round.py --local-epochs 1      some minutes on 2 cores
+    uv run --extra test python benchmarks/round.py --device cuda         the published protocol on a GPU
+
+Rounds of both take turns in one run, and the first of each, which warms up, is left out. Prints JSON:
+
+    round_s, baseline_s     seconds of a round, scoring and averaging included; the baseline is benchmarks/sequential.py
+    ratio                   baseline_s / round_s, round by round
+    train_s, eval_s         seconds of the busiest process
+    overhead                part of a round that is neither training nor scoring in the busiest process
+    peak_rate               FLOP/s of a large matrix product on all cores, or on the GPU, measured in this run
+    share_of_peak           of it, while training: by model, and over all of them
+    peak_memory_mib         of each process of ours, and of this one, which plays driver and baseline
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import torch
+from common import machine, spread, versions
+from sequential import SequentialLoop
+
+from flexifed.config import SCHEMES, CellConfig, ModelConfig
+from flexifed.data import find_dataset, open_dataset
+from flexifed.federation.rounds import RoundResult, make_shards
+from flexifed.models.cost import model_multiply_adds
+from flexifed.orchestra import cluster
+from flexifed.orchestra.actors import ActorHosts
+from flexifed.orchestra.cell import CellRun, CellSession
+from flexifed.orchestra.placement import CellPlacement, PlacementOptions, place_cell
+from flexifed.profiles import PROFILES
+from flexifed.results.store import ResultsFolder
+from flexifed.training.numerics import device_name
+
+MIB = 2**20
+TRAINING_PASSES = 3  # forward, and backward to inputs and to weights: products of the same size
+FLOPS = 2  # a multiply-add is two
+
+
+def peak_rate(device: torch.device, cores: int, size: int = 4096, repeat: int = 5) -> float:
+    """FLOP/s of a product of two square float32 matrices, the best of some.
+
+    On a GPU in TF32, as PyTorch's convolutions are by default.
+    """
+    one, other = torch.rand(2, size, size, device=device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cores)
+    torch.backends.cuda.matmul.allow_tf32, before = True, torch.backends.cuda.matmul.allow_tf32
+    seconds = []
+    for _ in range(repeat + 1):
+        started = time.perf_counter()
+        torch.mm(one, other)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = before
+    return FLOPS * size**3 / min(seconds[1:])
+
+
+def busy(result: RoundResult) -> tuple[float, float]:
+    """Seconds of training and of scoring of the process that has most of both."""
+    train_s: dict[int, float] = defaultdict(float)
+    eval_s: dict[int, float] = defaultdict(float)
+    for host, client in zip(result.host_of, result.clients, strict=True):
+        train_s[host] += client.train_s or 0.0
+        eval_s[host] += client.eval_s
+    return max(((train_s[host], eval_s[host]) for host in train_s), key=sum)
+
+
+def share_of_peak(
+    config: CellConfig, num_classes: int, samples: Sequence[int], results: Sequence[RoundResult], rate: float
+) -> dict[str, float]:
+    """Which part of the peak rate training reached, by model and over all clients.
+
+    A process that trains beside others is held against its share of the peak.
+
+    Args:
+        samples: that each client trains on in an epoch.
+    """
+    sharing = max(results[0].host_of) + 1
+    flops: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
+    for result in results:
+        for client in result.clients:
+            name = config.model_name(client.client)
+            cost = model_multiply_adds(name, num_classes=num_classes, width=config.model.width)
+            epochs = config.training.local_epochs
+            flops[name] += FLOPS * TRAINING_PASSES * cost * samples[client.client] * epochs
+            seconds[name] += client.train_s or 0.0
+    shares = {name: flops[name] / seconds[name] for name in flops}
+    shares["all"] = sum(flops.values()) / sum(seconds.values())
+    return {name: round(share * sharing / rate, 3) for name, share in shares.items()}
+
+
+def peak_memory() -> dict[str, float]:
+    """The most resident memory, in MiB, that each client actor and this process have had; shared memory counts."""
+    found = {"this process": _high_water(psutil.Process())}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[0].startswith("ray::ClientActor"):
+                found[f"client actor {process.pid}"] = _high_water(process)
+        except (psutil.NoSuchProcess, IndexError):
+            continue
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        found["GPU, all processes"] = round((total - free) / MIB)
+    return found
+
+
+def _high_water(process: psutil.Process) -> float:
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
+
+
+def take_turns(
+    run: CellRun, placement: CellPlacement, rounds: int
+) -> tuple[list[RoundResult], list[float], list[float]]:
+    """Play rounds of both in turn: what ours measured, the seconds of each of ours, and of each of the baseline's."""
+    session = CellSession(run, str(placement))
+    baseline = SequentialLoop(run.config, open_dataset(run.info), session.shards)
+    group = ray.util.placement_group([bundle for bundle in placement.bundles if bundle])
+    ray.get(group.ready())
+    hosts = ActorHosts(group)
+    hosts.begin(run.config, run.info, placement, session.shards)
+    session.start(hosts)
+    played, round_s, baseline_s = [], [], []
+    for index in range(rounds):
+        started = time.perf_counter()
+        played.append(session.play_round())
+        between = time.perf_counter()
+        baseline.play_round(index)
+        finished = time.perf_counter()
+        round_s.append(between - started)
+        baseline_s.append(finished - between)
+        print(f"round {index}: {round_s[-1]:.2f} s, baseline {baseline_s[-1]:.2f} s", file=sys.stderr)
+    return played, round_s, baseline_s
+
+
+def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
+    """Play rounds of both, in turn."""
+    authors = PROFILES["authors"]
+    info = find_dataset(
+        "cifar10", data="real" if options.data_dir else "synthetic", data_dir=options.data_dir or Path("data")
+    )
+    config = CellConfig(
+        dataset="cifar10",
+        family=options.family,
+        scheme=options.scheme,
+        device=options.device,
+        model=ModelConfig(width=options.width),
+        partition=replace(authors.partition, num_shards=options.num_shards),
+        training=replace(authors.training, local_epochs=options.local_epochs),
+    )
+    run = CellRun(
+        config=config, info=info, profile="benchmark", rounds=options.repeat + 1, results=results, keep_final=False
+    )
+    ResultsFolder(results).prepare()
+    device = torch.device(options.device)
+    with cluster.connected(None):
+        nodes = cluster.nodes()
+        placement = place_cell(config, PlacementOptions(), nodes)
+        rate = peak_rate(device, int(sum(node["CPU"] for node in nodes)))
+        played, round_s, baseline_s = (values[1:] for values in take_turns(run, placement, options.repeat + 1))
+        memory = peak_memory()
+    window = [len(one.train) // config.partition.windows_per_shard for one in make_shards(config, info)]
+    work = [busy(result) for result in played]
+    return {
+        "machine": machine(),
+        "device": device_name(device),
+        "versions": versions("flexifed", "torch", "torchvision", "ray", "numpy"),
+        "cell": {
+            "family": options.family,
+            "scheme": options.scheme,
+            "width": options.width,
+            "data": f"{info.name}, {info.source}",
+            "clients": config.partition.num_clients,
+            "images_in_an_epoch": window[0],
+            "local_epochs": options.local_epochs,
+            "placement": str(placement),
+        },
+        "round_s": spread(round_s),
+        "baseline_s": spread(baseline_s),
+        "ratio": spread([theirs / ours for theirs, ours in zip(baseline_s, round_s, strict=True)]),
+        "train_s": spread([train_s for train_s, _ in work]),
+        "eval_s": spread([eval_s for _, eval_s in work]),
+        "aggregate_s": spread([result.aggregate_s for result in played]),
+        "overhead": spread([1 - sum(one) / wall for one, wall in zip(work, round_s, strict=True)]),
+        "peak_rate": rate,
+        "share_of_peak": share_of_peak(config, info.num_classes, window, played, rate),
+        "peak_memory_mib": memory,
+    }
+
+
+def main() -> None:
+    """Measure, and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local-epochs", type=int, default=10, help="the published program's 10, or 1 for CPUs")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds of each that count")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--scheme", choices=SCHEMES, default="max_common")
+    parser.add_argument("--family", choices=("vgg", "vgg_plain", "resnet"), default="vgg")
+    parser.add_argument("--num-shards", type=int, default=20, help="more shards, fewer images")
+    parser.add_argument("--data-dir", type=Path, help="real CIFAR-10; default: synthetic images of its size")
+    with tempfile.TemporaryDirectory(prefix="flexifed-round-") as folder:
+        measured = measure(parser.parse_args(), Path(folder))
+    print(json.dumps(measured, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""From 8 clients to 1,000 on one machine: what a client costs in seconds and memory, and what the driver holds.
+
+    uv run --extra test python benchmarks/scale.py                           some minutes and 10 GB on 2 cores
+    uv run --extra test python benchmarks/scale.py --clients 8 40
+
+Clients hold the four VGGs in turn, thin, under Max-Common, and each has its own synthetic images. Prints JSON, for each
+number of clients:
+
+    round_s, s_per_client       seconds of a round; over the number of clients
+    aggregate_s                 of them, the driver's mean
+    clients_mib, mib_per_client memory of all client actors that they share with no other process (USS), at most
+    driver_mib, command_mib     likewise of the driver and of this process
+    store_mib                   what Ray's shared memory held at most when a round had ended
+
+and `driver_growth`, the driver's memory at the most clients over that at the fewest, less one. Exit status 1 if it is
+above --limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common import machine, spread, versions
+from memory import object_store, place, uss_by_process
+
+from flexifed.config import CellConfig, ModelConfig, PartitionConfig, SharingConfig, TrainingConfig
+from flexifed.data import find_dataset
+from flexifed.orchestra import cluster
+from flexifed.orchestra.cell import CellRun
+from flexifed.orchestra.ledger import CellReport
+from flexifed.orchestra.placement import PlacementOptions
+from flexifed.orchestra.sweep import PlacedRun, run_grid
+from flexifed.results.store import ResultsFolder
+
+NUM_BLOCKS = 8
+"""However many clients there are, so many sums travel: blocks of consecutive clients are summed where they live."""
+
+
+class Sampler:
+    """Looks at all processes whenever a round has ended."""
+
+    def __init__(self) -> None:
+        self.memory: list[dict[str, float]] = []
+
+    def cell_started(self, name: str) -> None:
+        """Nothing to see yet."""
+
+    def noted(self, message: str, name: str | None = None) -> None:
+        """Nothing should happen; if it does, say it."""
+        print(message, file=sys.stderr)
+
+    def round_played(self, report: CellReport) -> None:
+        """Sum up what the processes of each kind hold, in MiB."""
+        held = {"client actor": 0.0, "driver": 0.0, "command": 0.0, "store": object_store()["store_mib"]}
+        for name, mib in uss_by_process().items():
+            held[name.rstrip(" 0123456789")] += mib
+        self.memory.append(held)
+
+
+def measure_one(num_clients: int, options: argparse.Namespace, results: Path) -> dict[str, Any]:
+    """Run one cell with so many clients."""
+    config = CellConfig(
+        dataset="cifar10",
+        family="vgg",
+        scheme="max_common",
+        model=ModelConfig(width=options.width),
+        partition=PartitionConfig(
+            num_clients=num_clients,
+            num_shards=max(num_clients, options.num_shards),
+            windows_per_shard=1,
+            max_train=options.images,
+            max_test=options.images,
+        ),
+        training=TrainingConfig(local_epochs=1),
+        sharing=SharingConfig(reduce_block=-(-num_clients // NUM_BLOCKS)),
+    )
+    info = find_dataset("cifar10", data="synthetic", data_dir=Path("data"))
+    run = CellRun(config=config, info=info, profile="scale", rounds=options.rounds, results=results, keep_final=False)
+    ResultsFolder(results).prepare()
+    sampler = Sampler()
+    with cluster.connected(None, num_gpus=0):
+        placing = partial(place, PlacementOptions())
+        failures = run_grid([PlacedRun(run, placing(run, cluster.nodes()))], sampler, place=placing)
+    if failures:
+        raise SystemExit(f"the cell failed: {failures}")
+    rows = ResultsFolder(results).read([run.name])
+    round_s = rows[rows["client"] == 0].sort_values("round")["round_s"].tolist()[1:-1]
+    most = {kind: round(max(held[kind] for held in sampler.memory), 1) for kind in sampler.memory[0]}
+    return {
+        "round_s": spread(round_s),
+        "s_per_client": spread([seconds / num_clients for seconds in round_s]),
+        "clients_mib": most["client actor"],
+        "mib_per_client": round(most["client actor"] / num_clients, 2),
+        "driver_mib": most["driver"],
+        "command_mib": most["command"],
+        "store_mib": most["store"],
+    }
+
+
+def main() -> int:
+    """Measure, and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, nargs="+", default=[8, 40, 200, 1000])
+    parser.add_argument("--rounds", type=int, default=4, help="of training; the first, which warms up, does not count")
+    parser.add_argument("--width", type=float, default=0.125)
+    parser.add_argument("--images", type=int, default=10, help="that a client trains on, and is scored on")
+    parser.add_argument("--num-shards", type=int, default=1000)
+    parser.add_argument("--limit", type=float, default=0.25, help="growth of the driver that is still allowed")
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2, as the first does not count")
+    sizes: dict[str, dict[str, Any]] = {}
+    for num_clients in sorted(options.clients):
+        with tempfile.TemporaryDirectory(prefix="flexifed-scale-") as folder:
+            sizes[str(num_clients)] = measure_one(num_clients, options, Path(folder))
+        print(f"{num_clients} clients: {json.dumps(sizes[str(num_clients)])}", file=sys.stderr)
+    fewest, most = (sizes[str(ends(options.clients))]["driver_mib"] for ends in (min, max))
+    print(
+        json.dumps(
+            {
+                "machine": machine(),
+                "versions": versions("flexifed", "torch", "ray", "pyarrow"),
+                "cell": {
+                    "width": options.width,
+                    "images": options.images,
+                    "blocks": NUM_BLOCKS,
+                    "scheme": "max_common",
+                },
+                "clients": sizes,
+                "driver_growth": round(most / fewest - 1, 3),
+            },
+            indent=1,
+        )
+    )
+    return int(most / fewest - 1 > options.limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""A round as the published program plays it: one client after another, images one by one, models built anew.
+
+Written from its description, not from its code: PIL transforms behind a DataLoader, a new model for every client in
+every round, states passed on as deep copies, PyTorch's default threads and memory format. Clients are scored in
+evaluation mode and averaged in plain means, so that both sides of a comparison do the same work.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+import flexifed
+from flexifed.config import CellConfig
+from flexifed.core.aggregate import State
+from flexifed.core.schemes import SharingPlan
+from flexifed.data import Dataset, Samples
+from flexifed.data.partition import window
+from flexifed.federation.client import ClientShards
+from flexifed.federation.host import cell_plan
+
+
+class Images(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    """Some images of a set, each decoded and transformed when it is asked for.
+
+    Args:
+        samples: a data set's stored images.
+        indices: which of them.
+        transform: from a PIL image to a model's input.
+    """
+
+    def __init__(self, samples: Samples, indices: np.ndarray, transform: transforms.Compose) -> None:
+        images, labels = samples.take(indices)
+        self._images = images.permute(0, 2, 3, 1).numpy()
+        self._labels = labels.tolist()
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._transform(Image.fromarray(self._images[index])), self._labels[index]
+
+
+class SequentialLoop:
+    """All clients of a cell of images, one after another.
+
+    Args:
+        config: the cell.
+        data: its data set.
+        shards: each client's samples.
+    """
+
+    def __init__(self, config: CellConfig, data: Dataset, shards: Sequence[ClientShards]) -> None:
+        self._config = config
+        self._data = data
+        self._shards = shards
+        self._device = torch.device(config.device)
+        self._plan = cell_plan(config, data.info)
+        self._states: list[State] = [self._build(client).state_dict() for client in range(len(shards))]
+        to_input = [transforms.ToTensor(), transforms.Normalize(data.info.mean, data.info.std)]
+        self._plain = transforms.Compose(to_input)
+        self._varied = transforms.Compose(
+            [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *to_input]
+        )
+
+    def play_round(self, round_index: int) -> list[float]:
+        """Score and train each client, then average what the plan shares; returns the scores."""
+        scores = []
+        for client, shards in enumerate(self._shards):
+            model = self._build(client)
+            model.load_state_dict(self._states[client])
+            scores.append(self._score(model, shards.test))
+            windows = self._config.partition.windows_per_shard
+            self._train(model, window(shards.train, round_index, windows))
+            self._states[client] = copy.deepcopy(model.state_dict())
+        self._states = averaged(self._plan, self._states)
+        return scores
+
+    def _build(self, client: int) -> nn.Module:
+        info, config = self._data.info, self._config
+        name = config.model_name(client)
+        return flexifed.build_model(
+            name, num_classes=info.num_classes, in_channels=info.in_channels, width=config.model.width
+        ).to(self._device)
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module, indices: np.ndarray) -> float:
+        model.eval()
+        images = Images(self._data.test, indices, self._plain)
+        correct = 0
+        for inputs, labels in DataLoader(images, batch_size=self._config.training.batch_size):
+            correct += (model(inputs.to(self._device)).argmax(1).cpu() == labels).sum().item()
+        return correct / len(images)
+
+    def _train(self, model: nn.Module, indices: np.ndarray) -> None:
+        settings = self._config.training
+        model.train()
+        optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        images = Images(self._data.train, indices, self._varied)
+        for _ in range(settings.local_epochs):
+            for inputs, labels in DataLoader(images, batch_size=settings.batch_size, shuffle=True):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(inputs.to(self._device)), labels.to(self._device))
+                loss.backward()
+                optimizer.step()
+                loss.item()
+
+
+def averaged(plan: SharingPlan, states: Sequence[State]) -> list[State]:
+    """The plain mean of each group's tensors, put into copies of the states."""
+    new = [copy.deepcopy(dict(state)) for state in states]
+    for group in plan.groups:
+        members = plan.members(group)
+        names = [plan.shared_names(client)[group.index] for client in members]
+        for position in range(len(group.specs)):
+            held = [states[client][own[position]] for client, own in zip(members, names, strict=True)]
+            mean = torch.stack(held).mean(0)
+            for client, own in zip(members, names, strict=True):
+                new[client][own[position]] = mean.clone()
+    return new
