@@ -25,6 +25,7 @@ Device = Literal["cpu", "cuda"]
 Weighting = Literal["uniform", "samples"]
 BatchNormBuffers = Literal["average", "local"]
 ClassifierSharing = Literal["prefix", "never", "always"]
+Precision = Literal["tf32", "bf16"]
 
 _LARGEST = sys.float_info.max
 _LARGEST_INTEGER = 2**63 - 1  # of a Parquet column
@@ -167,10 +168,18 @@ class NumericsConfig:
     """CPU threads with which a client computes."""
     channels_last: bool = True
     """Memory format of images and convolutions."""
+    fused: bool | None = None
+    """Optimizer steps in one pass through memory. Default: on GPUs only; CPUs round differently then."""
+    precision: Precision | None = None
+    """Of products: `tf32` (GPUs), or `bf16` (autocast). Default: PyTorch's own, TF32 for convolutions on GPUs alone."""
 
     def __post_init__(self) -> None:
         _check_integer(self, "threads", 1, _MOST_THREADS)
         _check_bool(self, "channels_last")
+        if self.fused is not None:
+            _check_bool(self, "fused")
+        if self.precision is not None:
+            _check_literal(self, "precision", get_args(Precision))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +209,10 @@ class CellConfig:
             )
         _check_literal(self, "device", get_args(Device))
         _check_integer(self, "seed", 0)
+        if self.numerics.precision == "tf32" and self.device == "cpu":
+            raise ConfigError(
+                "precision is 'tf32', which CPUs do not have; leave it out, or choose bf16 or --device cuda"
+            )
 
     @property
     def versions(self) -> tuple[str, ...]:

@@ -124,6 +124,7 @@ class Client:
                     self._test_samples,
                     self._test_labels,
                     config=self._config.training,
+                    numerics=self._config.numerics,
                     pipeline=self._pipeline,
                 )
             eval_s = time.perf_counter() - started
@@ -195,6 +196,7 @@ class Client:
                 self._train_samples[rows],
                 self._train_labels[rows],
                 config=self._config.training,
+                numerics=self._config.numerics,
                 pipeline=self._pipeline,
                 batches=torch_generator(seed, "batches", self.index, round_index),
                 augmentation=torch_generator(seed, "augmentation", self.index, round_index),

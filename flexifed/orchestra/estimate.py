@@ -75,8 +75,8 @@ def _seconds_per_sample(
     with numeric_settings(numerics):
         for _ in range(2):  # the first step warms up
             started = time.perf_counter()
-            train(model, samples, labels, config=one_step, pipeline=pipeline, **streams)
+            train(model, samples, labels, config=one_step, numerics=numerics, pipeline=pipeline, **streams)
             trained = time.perf_counter()
-            evaluate(model, samples, labels, config=one_step, pipeline=pipeline)
+            evaluate(model, samples, labels, config=one_step, numerics=numerics, pipeline=pipeline)
             train_s, eval_s = trained - started, time.perf_counter() - trained
     return train_s / _SAMPLES, eval_s / _SAMPLES

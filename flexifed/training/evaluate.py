@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flexifed.config import TrainingConfig
+from flexifed.config import NumericsConfig, TrainingConfig
 from flexifed.data import Pipeline
+from flexifed.training.numerics import autocast
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,13 @@ class Score:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, samples: torch.Tensor, labels: torch.Tensor, *, config: TrainingConfig, pipeline: Pipeline
+    model: nn.Module,
+    samples: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    config: TrainingConfig,
+    numerics: NumericsConfig,
+    pipeline: Pipeline,
 ) -> Score:
     """Score a model, and leave it as it was.
 
@@ -36,6 +43,7 @@ def evaluate(
         samples: as they are stored, (count, ...).
         labels: int64 (count,).
         config: scoring mode and batch size.
+        numerics: precision; what holds for the whole process is `numeric_settings`.
         pipeline: makes inputs of them.
     """
     in_training_mode = config.scoring == "train"
@@ -46,9 +54,10 @@ def evaluate(
     for stored, targets in zip(
         samples.split(config.eval_batch_size), labels.split(config.eval_batch_size), strict=True
     ):
-        scores = model(pipeline.prepare(stored))
+        with autocast(numerics, samples.device):
+            scores = model(pipeline.prepare(stored))
         correct += (scores.argmax(1) == targets).sum()
-        total += functional.cross_entropy(scores, targets, reduction="sum").double()
+        total += functional.cross_entropy(scores.float(), targets, reduction="sum").double()
     if in_training_mode:
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flexifed.config import TrainingConfig
+from flexifed.config import NumericsConfig, TrainingConfig
 from flexifed.data import Pipeline
+from flexifed.training.numerics import autocast
 
 
 def train(
@@ -16,6 +17,7 @@ def train(
     labels: torch.Tensor,
     *,
     config: TrainingConfig,
+    numerics: NumericsConfig,
     pipeline: Pipeline,
     batches: torch.Generator,
     augmentation: torch.Generator,
@@ -29,6 +31,7 @@ def train(
         samples: as they are stored, (count, ...).
         labels: int64 (count,).
         config: epochs, batch size, and SGD's settings.
+        numerics: precision, and how the optimizer steps; what holds for the whole process is `numeric_settings`.
         pipeline: makes inputs of them, with variation if the config says so.
         batches: CPU generator of the order of samples, one permutation an epoch.
         augmentation: CPU generator of that variation.
@@ -42,7 +45,7 @@ def train(
         lr=config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        fused=True,  # one pass through memory; on CPUs the bits of the plain one
+        fused=samples.is_cuda if numerics.fused is None else numerics.fused,
     )
     total = torch.zeros((), dtype=torch.float64, device=samples.device)
     for _ in range(config.local_epochs):
@@ -51,7 +54,8 @@ def train(
             stored = samples[batch]
             inputs = pipeline.augment(stored, augmentation) if config.augment else pipeline.prepare(stored)
             optimizer.zero_grad(set_to_none=True)
-            loss = functional.cross_entropy(model(inputs), labels[batch])
+            with autocast(numerics, samples.device):
+                loss = functional.cross_entropy(model(inputs), labels[batch])
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(batch)

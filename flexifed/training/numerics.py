@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -14,17 +14,27 @@ from flexifed.config import NumericsConfig
 
 @contextmanager
 def numeric_settings(config: NumericsConfig) -> Iterator[None]:
-    """Compute with `config.threads` threads and with deterministic cuDNN kernels."""
+    """Compute with `config.threads` threads and deterministic cuDNN kernels, and in TF32 if it is asked for.
+
+    By PyTorch's own default convolutions on GPUs are in TF32, matrix products are not. For bf16 see `autocast`.
+    """
     threads = torch.get_num_threads()
-    cudnn = torch.backends.cudnn
-    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     torch.set_num_threads(config.threads)
     cudnn.deterministic, cudnn.benchmark = True, False
+    if config.precision == "tf32":
+        cudnn.allow_tf32 = matmul.allow_tf32 = True
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def autocast(config: NumericsConfig, device: torch.device) -> AbstractContextManager[object]:
+    """Around a forward pass and its loss: products in bf16 where the config says so. Weights and sums stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 @contextmanager

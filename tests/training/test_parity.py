@@ -24,7 +24,7 @@ from flexifed.config import (
 from flexifed.data import open_dataset, synthetic
 from flexifed.data.augment import random_crop_and_flip
 from flexifed.data.pipeline import ImagePipeline
-from flexifed.errors import ClientError
+from flexifed.errors import ClientError, ConfigError
 from flexifed.federation.client import ClientShards
 from flexifed.federation.rounds import Federation, LocalHosts, make_shards
 from flexifed.models import build_model
@@ -45,7 +45,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def one_client(*, channels_last: bool = True, **training: object) -> CellConfig:
+def one_client(*, numerics: NumericsConfig = NumericsConfig(), **training: object) -> CellConfig:  # noqa: B008
     """A client with 50 samples a round, in batches of 16, 16, 16 and 2; the third round's window begins anew."""
     return CellConfig(
         dataset="cifar10",
@@ -55,7 +55,7 @@ def one_client(*, channels_last: bool = True, **training: object) -> CellConfig:
         model=ModelConfig(width=0.03),
         partition=PartitionConfig(num_clients=1, num_shards=500, windows_per_shard=2),
         training=TrainingConfig(**{"local_epochs": 2, "batch_size": 16, "learning_rate": 0.05, **training}),
-        numerics=NumericsConfig(channels_last=channels_last),
+        numerics=numerics,
     )
 
 
@@ -84,7 +84,9 @@ def plain_weights(config: CellConfig, shard: ClientShards) -> dict[str, torch.Te
             batches = torch_generator(SEED, "batches", 0, round_index)
             augmentation = torch_generator(SEED, "augmentation", 0, round_index)
             torch.manual_seed(derive_seed(SEED, "dropout", 0, round_index))
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+            optimizer = torch.optim.SGD(
+                model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=config.numerics.fused
+            )
             model.train()
             for _ in range(options.local_epochs):
                 order = torch.randperm(length, generator=batches)
@@ -95,7 +97,9 @@ def plain_weights(config: CellConfig, shard: ClientShards) -> dict[str, torch.Te
                         batch = cropped_and_flipped(batch, augmentation)
                     inputs = torch.stack([normalised(image) for image in batch]).to(memory_format=memory_format)
                     optimizer.zero_grad()
-                    loss_function(model(inputs), targets[rows]).backward()
+                    with torch.autocast("cpu", torch.bfloat16, enabled=config.numerics.precision == "bf16"):
+                        loss = loss_function(model(inputs), targets[rows])
+                    loss.backward()
                     optimizer.step()
     return model.state_dict()
 
@@ -131,9 +135,23 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("augment", [True, False])
 def test_one_client_trains_exactly_as_plain_pytorch_does(channels_last: bool, augment: bool) -> None:
-    config = one_client(channels_last=channels_last, augment=augment)
+    config = one_client(numerics=NumericsConfig(channels_last=channels_last), augment=augment)
     shard = make_shards(config, INFO)[0]
     assert differing(federated_weights(config), plain_weights(config, shard)) == []
+
+
+@pytest.mark.parametrize("numerics", [NumericsConfig(fused=True), NumericsConfig(precision="bf16")])
+def test_other_numerics_are_pytorchs_own_and_change_bits(numerics: NumericsConfig) -> None:
+    config = one_client(numerics=numerics)
+    shard = make_shards(config, INFO)[0]
+    weights = federated_weights(config)
+    assert differing(weights, plain_weights(config, shard)) == []
+    assert differing(weights, federated_weights(one_client())), "or they need not be settings"
+
+
+def test_tf32_is_refused_on_cpus() -> None:
+    with pytest.raises(ConfigError, match="precision is 'tf32', which CPUs do not have; leave it out, or choose bf16"):
+        one_client(numerics=NumericsConfig(precision="tf32"))
 
 
 def scored(scoring: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor, Score]:
@@ -144,7 +162,7 @@ def scored(scoring: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor, Score]:
     pipeline = ImagePipeline(INFO.mean, INFO.std, torch.device("cpu"), channels_last=False)
     config = TrainingConfig(scoring=scoring, eval_batch_size=24)
     with seeded_dropout(11, torch.device("cpu")):
-        score = evaluate(model, images, labels, config=config, pipeline=pipeline)
+        score = evaluate(model, images, labels, config=config, numerics=NumericsConfig(), pipeline=pipeline)
     return model, images, labels, score
 
 
@@ -228,6 +246,18 @@ def test_numeric_settings_hold_inside_and_are_put_back(
 
     raises_if(fails, body)
     assert settings_now() == before
+
+
+def test_tf32_is_allowed_for_all_products_where_it_is_asked_for() -> None:
+    def allowed() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = allowed()
+    with numeric_settings(NumericsConfig()):
+        assert allowed() == before
+    with numeric_settings(NumericsConfig(precision="tf32")):
+        assert allowed() == (True, True)
+    assert allowed() == before
 
 
 @pytest.mark.parametrize("fails", [False, True])
