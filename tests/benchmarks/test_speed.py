@@ -1,0 +1,125 @@
+"""The benchmarks of speed, on so little that only their own working is tested."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from flexifed import aggregate, build_model, sharing_plan
+from flexifed.config import FAMILIES
+from flexifed.core.signature import signature
+from flexifed.federation.client import ClientRound
+from flexifed.federation.rounds import RoundResult
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def aggregate_benchmark() -> Any:
+    """benchmarks/aggregate.py as a module; what stands beside it is found there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        import aggregate
+
+        return aggregate
+
+
+@pytest.fixture(scope="module")
+def round_benchmark() -> Any:
+    """benchmarks/round.py as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        import round
+
+        return round
+
+
+def run(script: str, *arguments: str, status: int = 0) -> dict[str, Any]:
+    """What a benchmark prints."""
+    line = [sys.executable, str(FOLDER / script), *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return json.loads(done.stdout)
+
+
+LAYERS = [nn.Conv1d(2, 2, 1), nn.Conv1d(2, 2, 3), nn.Linear(2, 2)]
+MODELS = st.lists(st.sampled_from(LAYERS), min_size=1, max_size=4)
+
+
+@given(st.lists(MODELS, min_size=1, max_size=8))
+def test_matching_in_pairs_finds_the_groups_of_the_plan(
+    aggregate_benchmark: Any, models: list[list[nn.Module]]
+) -> None:
+    signatures = [signature(nn.Sequential(*map(copy.deepcopy, model))) for model in models]
+    plan = sharing_plan(signatures, "max_common")
+    assert aggregate_benchmark.pairwise_groups(signatures) == {
+        (layer, frozenset(plan.members(plan.groups[group])))
+        for groups in plan.group_of
+        for layer, group in enumerate(groups)
+        if group is not None
+    }
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_the_exponent_of_a_power_is_that_power(aggregate_benchmark: Any, power: float) -> None:
+    counts = [8, 100, 5000]
+    assert aggregate_benchmark.exponent(counts, [3.0 * count**power for count in counts]) == pytest.approx(power)
+
+
+def test_the_busiest_process_is_the_one_with_most_of_both(round_benchmark: Any) -> None:
+    def client(index: int, train_s: float, eval_s: float) -> ClientRound:
+        return ClientRound(index, 0.5, 1.0, 1.0, 0, 0, eval_s=eval_s, train_s=train_s, train_started=0.0)
+
+    clients = (client(0, 1.0, 0.5), client(1, 3.0, 0.25), client(2, 2.0, 0.5))
+    result = RoundResult(0, clients, host_of=(0, 1, 0), round_s=4.0, aggregate_s=0.0)
+    assert round_benchmark.busy(result) == (3.0, 1.0)
+
+
+def test_the_baselines_mean_is_the_plans(round_benchmark: Any) -> None:
+    models = [build_model(name, num_classes=10, width=0.03) for name in FAMILIES["vgg"] * 2]
+    plan = sharing_plan(models, "max_common")
+    states = [model.state_dict() for model in models]
+    for mean, expected in zip(sys.modules["sequential"].averaged(plan, states), aggregate(plan, states), strict=True):
+        torch.testing.assert_close(mean, expected)
+
+
+def test_aggregation_is_timed_for_each_number_of_clients() -> None:
+    arguments = ["--clients", "8", "16", "--fit-from", "8", "--repeat", "1", "--limit", "9", "--pairwise", "8"]
+    measured = run("aggregate.py", *arguments)
+    assert set(measured["clients"]) == {"8", "16"}
+    assert "speedup" in measured["clients"]["8"]
+    assert "speedup" not in measured["clients"]["16"]
+    assert set(measured["exponent"]) == {"plan_s", "aggregate_s"}
+    assert run("aggregate.py", *arguments, "--limit", "-9", status=1)["exponent"]
+
+
+@pytest.mark.slow
+def test_a_round_is_timed_against_the_loop() -> None:
+    measured = run("round.py", "--local-epochs", "1", "--repeat", "2", "--width", "0.03", "--num-shards", "500")
+    assert {measured[key]["n"] for key in ("round_s", "baseline_s", "ratio", "overhead")} == {2}
+    assert set(measured["share_of_peak"]) == {*FAMILIES["vgg"], "all"}
+    assert 0 < measured["overhead"]["median"] < 1
+    assert "this process" in measured["peak_memory_mib"]
+    assert len(measured["peak_memory_mib"]) > 1
+
+
+@pytest.mark.slow
+def test_scale_sees_every_kind_of_process() -> None:
+    measured = run("scale.py", "--clients", "4", "12", "--rounds", "2", "--width", "0.03", "--images", "2")
+    assert set(measured["clients"]) == {"4", "12"}
+    for one in measured["clients"].values():
+        assert min(one["clients_mib"], one["driver_mib"], one["command_mib"]) > 50
+        assert one["store_mib"] >= 0
+    assert measured["driver_growth"] < 0.25
