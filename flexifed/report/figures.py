@@ -244,51 +244,59 @@ def _panels(
     columns = min(_MOST_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     wide, high = _PANEL_INCHES if len(panels) > 1 else _ONE_PANEL_INCHES
-    width = max(columns * wide + shared * 1.2, _ONE_PANEL_INCHES[0])
-    below = [line for text_line in text.below for line in textwrap.wrap(text_line, int(width * 16))]
-    head = 0.4 + 0.15 * len(below)
-    figure = Figure(figsize=(width, head + rows * high + 0.4), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - head / figure.get_figheight()))  # type: ignore[union-attr, call-arg]
-    figure.text(0.01, 1 - 0.07 / figure.get_figheight(), text.title, va="top", fontsize=12, fontweight="bold")
-    figure.text(
-        0.01,
-        1 - 0.32 / figure.get_figheight(),
-        "\n".join(below),
-        va="top",
-        fontsize=8,
-        color="#444444",
-        linespacing=1.3,
-    )
+    figure = _headed(text, max(columns * wide + shared * 1.2, _ONE_PANEL_INCHES[0]), rows * high + 0.4)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=shared)
     for index, axes in enumerate(grid.flat):
         if index >= len(panels):
             axes.set_visible(False)
             continue
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.tick_params(labelsize=8, color="#888888")
-        axes.set_title(_name(panels[index]), loc="left", fontsize=10)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _style(axes, _name(panels[index]))
         draw(axes, panels[index])
         if index + columns >= len(panels):
             axes.set_xlabel(text.x, fontsize=9)
         if index % columns == 0:
             axes.set_ylabel(text.y, fontsize=9)
     if not shared:
-        found: dict[str, Any] = {}
-        for axes in grid.flat:
-            found |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        names = sorted(found, key=lambda label: [*_ORDER, label].index(label.split(" (")[0]))
-        figure.legend(
-            [found[name] for name in names],
-            names,
-            loc="outside lower left",
-            ncols=len(names) if len(names) < 5 or width > _ONE_PANEL_INCHES[0] else 3,
-            frameon=False,
-            fontsize=9,
-        )
+        _one_legend(figure)
     return figure
+
+
+def _headed(text: _Text, width: float, height: float) -> Figure:
+    """A figure with words above a body of so many inches."""
+    below = [line for text_line in text.below for line in textwrap.wrap(text_line, int(width * 16))]
+    head = 0.4 + 0.15 * len(below)
+    figure = Figure(figsize=(width, head + height), layout="constrained")
+    total = figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - head / total))  # type: ignore[union-attr, call-arg]
+    figure.text(0.01, 1 - 0.07 / total, text.title, va="top", fontsize=12, fontweight="bold")
+    figure.text(0.01, 1 - 0.32 / total, "\n".join(below), va="top", fontsize=8, color="#444444", linespacing=1.3)
+    return figure
+
+
+def _style(axes: Axes, title: str) -> None:
+    """What all panels look like."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8, color="#888888")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _one_legend(figure: Figure) -> None:
+    """Under all panels, what is drawn in any of them."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        found |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    names = sorted(found, key=lambda label: [*_ORDER, label].index(label.split(" (")[0]))
+    figure.legend(
+        [found[name] for name in names],
+        names,
+        loc="outside lower left",
+        ncols=len(names) if len(names) < 5 or figure.get_figwidth() > _ONE_PANEL_INCHES[0] else 3,
+        frameon=False,
+        fontsize=9,
+    )
 
 
 def _nothing(text: _Text) -> Figure:
