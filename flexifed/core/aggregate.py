@@ -200,17 +200,20 @@ def _add_to(totals: BlockSums, group: int, one: BlockSum) -> None:
         return
     total = totals.get(group)
     if total is None:
-        copies = tuple(_weighted(tensor, one).to(_double(tensor), copy=True) for tensor in one.tensors)
+        copies = tuple(_weighted(tensor.detach(), one).to(_double(tensor), copy=True) for tensor in one.tensors)
         totals[group] = BlockSum(copies, one.weight, weighted=True)
         return
     for accumulated, tensor in zip(total.tensors, one.tensors, strict=True):
-        accumulated.add_(_weighted(tensor, one))
+        accumulated.add_(_weighted(tensor.detach(), one))
     totals[group] = BlockSum(total.tensors, total.weight + one.weight, weighted=True)
 
 
 def _mean(parts: Sequence[BlockSum], position: int, dtype: torch.dtype, weight: float) -> torch.Tensor:
     """The mean of one tensor of a group. Some rows at a time: their sum, in double precision, stays in the cache."""
-    tensors = [torch.atleast_1d(one.tensors[position].detach()) for one in parts]
+    shape = parts[0].tensors[position].shape
+    tensors = [one.tensors[position].detach() for one in parts]
+    if not shape:
+        tensors = [tensor.view(1) for tensor in tensors]
     first = tensors[0]
     mean = torch.empty_like(first, dtype=dtype)
     rows = max(1, len(first))
@@ -222,13 +225,12 @@ def _mean(parts: Sequence[BlockSum], position: int, dtype: torch.dtype, weight: 
         for one, tensor in zip(parts[1:], tensors[1:], strict=True):
             total.add_(_weighted(tensor[part], one))
         mean[part] = total.div_(weight)
-    return mean.view(parts[0].tensors[position].shape)
+    return mean.view(shape)
 
 
 def _weighted(tensor: torch.Tensor, one: BlockSum) -> torch.Tensor:
     """With the weight applied: a rounding of its own, since a multiplication fused into the sum differs by machine."""
-    values = tensor.detach()
-    return values if one.weighted or one.weight == 1 else values.to(_double(values)) * one.weight
+    return tensor if one.weighted or one.weight == 1 else tensor.to(_double(tensor)) * one.weight
 
 
 def _double(tensor: torch.Tensor) -> torch.dtype:
