@@ -227,6 +227,27 @@ def test_damage_is_an_error_that_says_what_and_where(change: Callable[[Path], ob
     assert str(folder) in str(caught.value)
 
 
+def test_sizes_in_a_header_that_were_changed_give_the_samples_or_an_error(tmp_path: Path) -> None:
+    file, samples = tmp_path / "clip.wav", np.arange(1, 1_001, dtype=np.int16)
+    write_wav(file, samples)
+    content = file.read_bytes()
+    assert content[36:40] == b"data"
+    whole = int.from_bytes(content[4:8], "little")
+    for size in (0, 4, 36, whole // 2, whole - 2, whole + 2, 2 * whole, 2**32 - 1):
+        file.write_bytes(content[:4] + size.to_bytes(4, "little") + content[8:])
+        assert read_wav(file).tolist() == samples.tolist(), "of the whole file's size nothing depends"
+    for size in (0, 2, 1_000, 1_998, 2_002, 4_000, 2**32 - 1):
+        file.write_bytes(content[:40] + size.to_bytes(4, "little") + content[44:])
+        with pytest.raises(
+            DataError, match=r"clip\.wav can't be used: it has 2,044 bytes of the [\d,]+ that its chunks"
+        ):
+            read_wav(file)
+    shorter = content[: len(content) // 2]
+    file.write_bytes(shorter[:4] + (len(shorter) - 8).to_bytes(4, "little") + shorter[8:])
+    with pytest.raises(DataError, match=r"clip\.wav can't be used: it has 1,022 bytes of the 2,044 that its chunks"):
+        read_wav(file)
+
+
 @PARTIAL
 def test_hidden_and_other_files_are_passed_over(folder: Path) -> None:
     before = found(folder.parent.parent)
@@ -556,7 +577,7 @@ def test_real_clip_with_changed_bytes_is_read_or_refused(data_dir: Path, tmp_pat
         assert "Expected a whole wav file of 16-bit mono samples, 16,000 a second" in error
         return
     assert (clip.shape, clip.dtype) == ((16_000,), np.int16)
-    assert length == len(whole) or int.from_bytes(content[4:8], "little") + 8 <= length, "what was cut is refused"
+    assert length == len(whole) or content[40:44] != whole[40:44], "what was cut is refused"
     if bytes(content[:44]) == whole[:44]:
         samples = np.frombuffer(bytes(content[44:]), "<i2")[:16_000]
         assert clip[: len(samples)].tolist() == samples.tolist()
