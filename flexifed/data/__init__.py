@@ -18,6 +18,7 @@ import torch
 from flexifed.config import TEXT_LENGTHS, FamilyName
 from flexifed.data import agnews, cifar10, cinic10, speech_commands, synthetic, synthetic_speech, synthetic_texts
 from flexifed.data.dataset import Dataset, DatasetInfo, Samples, SpeechDataset, Split
+from flexifed.data.download import alone
 from flexifed.data.pipeline import ImagePipeline, Pipeline, SpeechPipeline, TextPipeline
 from flexifed.errors import ConfigError, DataError, FlexifedWarning, invalid_choice
 
@@ -191,12 +192,17 @@ def _source(name: str) -> Source:
 
 def _find_or_download(source: Source, data_dir: Path) -> DatasetInfo | None:
     """Find the data; where they are missing, damaged, or only partly there, download them first."""
+    if not _is_whole(source, data_dir):
+        with alone(data_dir):
+            if not _is_whole(source, data_dir):  # another process may have got them meanwhile
+                source.download(data_dir)
+    return source.find(data_dir)
+
+
+def _is_whole(source: Source, data_dir: Path) -> bool:
     try:
         with warnings.catch_warnings(action="ignore", category=FlexifedWarning):
             info = source.find(data_dir)
     except DataError:
-        info = None
-    if info is None or info.source != "real":
-        source.download(data_dir)
-        info = source.find(data_dir)
-    return info
+        return False
+    return info is not None and info.source == "real"

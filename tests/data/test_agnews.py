@@ -28,12 +28,6 @@ TRAIN = "".join(f"{row}\n" for row in ROWS * 2)
 TEST = "".join(f"{row}\n" for row in ROWS)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FLEXIFED_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Eight training and four test texts."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
+import multiprocessing
 import shutil
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,18 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from serving import Server
 
 from flexifed.data import DatasetInfo, cinic10, find_dataset, open_dataset
 from flexifed.data.cache import FOLDER as CACHE
 from flexifed.errors import DataError, FlexifedWarning
 
 CLASSES = cinic10.CLASSES
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FLEXIFED_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
 
 
 @pytest.fixture
@@ -223,6 +222,47 @@ def test_download_takes_the_place_of_a_part(folder: Path, monkeypatch: pytest.Mo
     info = find_dataset("cinic10", data="real", data_dir=folder.parent, download=True)
     assert (info.source, info.num_train) == ("real", 40)
     assert len(list((folder.parent / "cinic10.old" / "train" / "bird").iterdir())) == 1
+
+
+class Heard(io.TextIOBase):
+    """What is written, in a queue."""
+
+    def __init__(self, texts: Any) -> None:
+        self.texts = texts
+
+    def write(self, text: str) -> int:
+        self.texts.put(text)
+        return len(text)
+
+
+def download_and_tell(data_dir: Path, heard: Any, told: Any) -> None:
+    sys.stderr = Heard(heard)  # type: ignore[assignment]
+    told.put(find_dataset("cinic10", data="real", data_dir=data_dir, download=True))
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_that_download_at_once_take_turns(
+    folder: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cinic10, "PUBLISHED_OF_CLASS", 2)
+    server.content = Path(shutil.make_archive(str(tmp_path / "made"), "gztar", folder)).read_bytes()
+    monkeypatch.setattr(cinic10, "ARCHIVE", server.file(content=server.content))
+    server.may_answer.clear()
+    forked = multiprocessing.get_context("fork")
+    told, data_dir, processes = forked.Queue(), tmp_path / "new", []
+    for said in ("downloading set.tar.gz", f"waiting for another process that downloads into {data_dir}"):
+        heard = forked.Queue()
+        processes.append(forked.Process(target=download_and_tell, args=(data_dir, heard, told)))
+        processes[-1].start()
+        assert heard.get(timeout=60).startswith(said)
+    server.may_answer.set()
+    infos = [told.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert infos[0] == infos[1]
+    assert infos[0].source == "real"
+    assert server.asked == [None], "the second one fetches nothing"
+    assert {path.name for path in data_dir.iterdir() if path.name[0] != "."} == {"set.tar.gz", "cinic10"}
 
 
 # The real ones
