@@ -116,6 +116,21 @@ def test_same_arrays_from_warm_cold_and_deleted_caches(folder: Path, capsys: pyt
     assert capsys.readouterr().err.count("decoding 60 images") == 3
 
 
+@pytest.mark.parametrize("on_a_terminal", [False, True])
+def test_decoding_shows_a_bar_to_who_looks(
+    on_a_terminal: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR" if on_a_terminal else "NO_COLOR", "1")
+    found(folder.parent)
+    said = capsys.readouterr().err
+    assert ("60/60" in said) == on_a_terminal
+    if not on_a_terminal:
+        assert [line.partition(" in ")[0] for line in said.splitlines()] == [
+            "cinic10: decoding 60 images",
+            "cinic10: decoded",
+        ]
+
+
 def test_changed_source_is_decoded_anew(folder: Path) -> None:
     before = found(folder.parent)
     shutil.copy(folder / "test" / "cat" / "image-0.png", folder / "test" / "dog" / "image-0.png")
@@ -345,12 +360,14 @@ def test_changed_bytes_are_an_error_or_change_nothing(
 
 def test_all_of_many_files_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More files than a thread takes at a time."""
-    monkeypatch.setattr(cinic10, "_CHUNK", 4)
+    monkeypatch.setattr(cinic10, "CHUNK", 4)
     generator = np.random.default_rng(1)
     expected = generator.integers(0, 256, (11, 3, 32, 32), dtype=np.uint8)
     files = [str(tmp_path / f"{index}.png") for index in range(11)]
     for file, image in zip(files, expected, strict=True):
         Image.fromarray(image.transpose(1, 2, 0)).save(file)
     images = np.zeros_like(expected)
-    cinic10._decode_files(files, images)
+    decoded: list[int] = []
+    cinic10.decode_files(files, images, decoded.append)
+    assert decoded == [4, 4, 3]
     np.testing.assert_array_equal(images, expected)

@@ -24,8 +24,9 @@ from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingCo
 from flexifed.data import Dataset, DatasetInfo, find_dataset, make_pipeline, open_dataset, speech_commands
 from flexifed.data.augment import shift_and_add_noise
 from flexifed.data.pipeline import SpeechPipeline
-from flexifed.data.speech_commands import NAME, NAME_12, V1, V2, Version
+from flexifed.data.speech_commands import NAME_12
 from flexifed.data.speech_commands_12 import COMMANDS, SILENCE, UNKNOWN
+from flexifed.data.speech_commands_files import NAME, V1, V2, Version, read_list
 from flexifed.data.wav import read_clip, read_wav
 from flexifed.errors import DataError, FlexifedWarning
 from flexifed.federation.rounds import Federation, LocalHosts, make_shards
@@ -260,7 +261,7 @@ def test_hidden_and_other_files_are_passed_over(folder: Path) -> None:
 
 def test_list_may_name_clips_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("bed/a.wav\r\n\nup/b.wav")
-    assert speech_commands.read_list(tmp_path / "list.txt", V1.words) == {"bed/a.wav", "up/b.wav"}
+    assert read_list(tmp_path / "list.txt", V1.words) == {"bed/a.wav", "up/b.wav"}
 
 
 @given(st.binary(max_size=200))
@@ -268,7 +269,7 @@ def test_list_may_name_clips_that_are_not_there(tmp_path: Path) -> None:
 def test_any_bytes_for_a_list_give_clips_or_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "list.txt").write_bytes(content)
     try:
-        named = speech_commands.read_list(tmp_path / "list.txt", V1.words)
+        named = read_list(tmp_path / "list.txt", V1.words)
     except DataError as caught:
         error = str(caught)
     else:
