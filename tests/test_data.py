@@ -573,7 +573,7 @@ def test_stand_in_never_changes(info: DatasetInfo, digest: str) -> None:
 
 def test_stand_in_is_made_block_by_block() -> None:
     train = open_dataset(synthetic.info("cifar10")).train
-    indices = np.random.default_rng(0).permutation(len(train))[: synthetic.BLOCK + 3]
+    indices = np.random.default_rng(0).permutation(len(train))[: train.block + 3]
     images, _ = train.take(indices)
     torch.testing.assert_close(images[-5:], train.take(indices[-5:])[0], rtol=0, atol=0)
 

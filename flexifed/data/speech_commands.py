@@ -39,16 +39,13 @@ from flexifed.data.speech_commands_files import (
     Files,
     Version,
 )
+from flexifed.data.stand_in import stream_seed
 from flexifed.errors import DataError, FlexifedWarning
-from flexifed.seeding import derive_seed
 
 DECODER_VERSION = 1
 """Raise it whenever the same files would give other arrays or facts."""
 
 NAME_12 = "speech_commands_12"
-
-_ROOT_SEED = 0  # which clips and noises the twelve classes get is fixed; a run's own seed has no part in it
-
 
 V1_ARCHIVE = RemoteFile(
     name=f"{V1.folder}.tar.gz",
@@ -154,9 +151,7 @@ def _splits(cached: CachedArrays, version: Version, name: str) -> tuple[Split, S
     if name == NAME:
         return train, test
     first, second = (
-        TwelveSplit.of(
-            clips, version.words, cached.array(f"{split}_noise"), derive_seed(_ROOT_SEED, "synthetic", stream)
-        )
+        TwelveSplit.of(clips, version.words, cached.array(f"{split}_noise"), stream_seed(stream))
         for split, clips, stream in (("train", train, 34), ("test", test, 36))
     )
     return first, second
