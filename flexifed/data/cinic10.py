@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from flexifed.data import cache
 from flexifed.data.bars import count_bar
-from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, is_folder
+from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, PartialDataWarning, is_folder
 from flexifed.data.download import RemoteFile, fetch, unpack
-from flexifed.errors import DataError, FlexifedWarning
+from flexifed.errors import DataError
 
 NAME = "cinic10"
 FOLDERS = ("cinic10", "CINIC-10")
@@ -67,7 +67,7 @@ def find(data_dir: Path) -> DatasetInfo | None:
         DataError: a class is missing, a folder can't be read, or a file is not an image as published.
 
     Warns:
-        FlexifedWarning: there are fewer images than were published.
+        PartialDataWarning: there are fewer images than were published.
     """
     folder = _folder(data_dir)
     if folder is None:
@@ -78,8 +78,7 @@ def find(data_dir: Path) -> DatasetInfo | None:
     if not whole:
         published = PUBLISHED_OF_CLASS * len(CLASSES)
         there = ", ".join(f"{split} {sum(counts[split]):,} of {published:,}" for split in SPLITS)
-        message = f"CINIC-10 in {folder} is not the whole published set: {there} images. Results say real-partial."
-        warnings.warn(message, FlexifedWarning, stacklevel=2)
+        warnings.warn(PartialDataWarning("CINIC-10", folder, f"{there} images"), stacklevel=2)
     return DatasetInfo(
         name=NAME,
         source="real" if whole else "real-partial",
@@ -118,10 +117,15 @@ def open_real(info: DatasetInfo) -> Dataset:
 
 def remedy(data_dir: Path) -> str:
     """Both ways to get the data, as a sentence."""
+    target = data_dir / FOLDERS[0]
+    return f"Run with --download ({ARCHIVE.size}), or unpack {ARCHIVE.name} from {HOME} to a new {target}."
+
+
+def layout(data_dir: Path) -> str:
+    """What is looked for, as a sentence."""
     return (
-        f"Run with --download to fetch all of it into {data_dir} ({ARCHIVE.size}), or get {ARCHIVE.name} from {HOME} "
-        f"and unpack it into a new {data_dir / FOLDERS[0]}: train, valid and test there hold a folder for each of "
-        f"{', '.join(CLASSES)}, with 9,000 PNGs each."
+        f"In {data_dir / FOLDERS[0]}, train, valid and test hold a folder for each of {', '.join(CLASSES)}, with 9,000 "
+        "PNGs each."
     )
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from flexifed.data.cache import FOLDER, CachedArrays, cached_arrays, reopen, source_key
-from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, SpeechDataset, Split, changed
+from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, PartialDataWarning, SpeechDataset, Split, changed
 from flexifed.data.download import RemoteFile, fetch, unpack
 from flexifed.data.speech_commands_12 import NUM_CLASSES as NUM_TWELVE
 from flexifed.data.speech_commands_12 import VERSION as TWELVE_VERSION
@@ -40,7 +40,7 @@ from flexifed.data.speech_commands_files import (
     Version,
 )
 from flexifed.data.stand_in import stream_seed
-from flexifed.errors import DataError, FlexifedWarning
+from flexifed.errors import DataError
 
 DECODER_VERSION = 1
 """Raise it whenever the same files would give other arrays or facts."""
@@ -70,20 +70,18 @@ def find(data_dir: Path, name: str = NAME) -> DatasetInfo | None:
         DataError: the folder lacks a word or a list, or a file is damaged.
 
     Warns:
-        FlexifedWarning: there are more or fewer clips than were published, so the data are `real-partial`.
+        PartialDataWarning: there are more or fewer clips than were published, so the data are `real-partial`.
     """
     if (found := _locate(data_dir)) is None:
         return None
     version, folder = found
     cached = _decoded(data_dir, version, folder)
-    num_train, num_test = len(cached.array("train_labels")), len(cached.array("test_labels"))
-    whole = (num_train + num_test, num_test) == (version.num_clips, version.num_test)
+    num_test = len(cached.array("test_labels"))
+    num_clips = len(cached.array("train_labels")) + num_test
+    whole = (num_clips, num_test) == (version.num_clips, version.num_test)
     if not whole:
-        message = (
-            f"Speech Commands in {folder} has {num_train + num_test:,} clips, {num_test:,} of them for testing; "
-            f"{version.name} as published has {version.num_clips:,} and {version.num_test:,}. Results say real-partial."
-        )
-        warnings.warn(message, FlexifedWarning, stacklevel=2)
+        there = f"{num_clips:,} of {version.num_clips:,} clips, {num_test:,} of {version.num_test:,} test clips"
+        warnings.warn(PartialDataWarning("Speech Commands", folder, there), stacklevel=2)
     train, test = _splits(cached, version, name)
     return DatasetInfo(
         name=name,
@@ -124,11 +122,15 @@ def open_real(info: DatasetInfo) -> Dataset:
 
 def remedy(data_dir: Path) -> str:
     """Both ways to get the data, as a sentence."""
-    first, second = (data_dir / "SpeechCommands" / version.folder for version in VERSIONS)
+    target = data_dir / "SpeechCommands" / V1.folder
+    return f"Run with --download ({V1_ARCHIVE.size}: v0.01, the paper's), or unpack {V1.url} to {target}."
+
+
+def layout(data_dir: Path) -> str:
+    """What is looked for, as a sentence."""
     return (
-        f"Run with --download to fetch v0.01, the paper's, into {data_dir} ({V1_ARCHIVE.size}), or get {V1.url} or "
-        f"{V2.url} and unpack it to {first} or {second}: a folder for each word, {NOISE_FOLDER}, {VALIDATION_LIST} and "
-        f"{TESTING_LIST}."
+        f"That holds a folder for each word, {NOISE_FOLDER}, {VALIDATION_LIST} and {TESTING_LIST}; v0.02 ({V2.url}) in "
+        f"{data_dir / 'SpeechCommands' / V2.folder} will do too."
     )
 
 

@@ -32,14 +32,14 @@ MIN_WORDS, MAX_WORDS = 20, 51
 _FIRST_STREAM = 20
 
 
-def info() -> DatasetInfo:
+def info(name: str = "agnews") -> DatasetInfo:
     """The stand-in's description."""
     return DatasetInfo(
-        name="agnews",
+        name=name,
         source="synthetic",
         location="",
         layout="synthetic",
-        fingerprint=f"agnews-synthetic-{VERSION}",
+        fingerprint=f"{name}-synthetic-{VERSION}",
         num_train=NUM_TRAIN,
         num_test=NUM_TEST,
         num_classes=NUM_CLASSES,

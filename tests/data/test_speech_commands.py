@@ -123,7 +123,7 @@ def test_training_is_all_but_the_testing_list(written: Path) -> None:
 def test_either_version_is_found_in_either_place(version: Version, nested: bool, written: Path, tmp_path: Path) -> None:
     place = tmp_path / "SpeechCommands" if nested else tmp_path
     shutil.copytree(written / version.folder, place / version.folder)
-    with pytest.warns(FlexifedWarning, match="210 clips, 30 of|245 clips, 35 of"):
+    with pytest.warns(FlexifedWarning, match="210 of 64,721 clips, 30 of|245 of 105,829 clips, 35 of"):
         info = found(tmp_path)
     assert (info.source, info.layout, info.num_classes) == ("real-partial", version.name, len(version.words))
 
@@ -144,6 +144,21 @@ def test_contents_decide_the_fingerprint(folder: Path, tmp_path: Path) -> None:
     assert found(data_dir).fingerprint != before.fingerprint
     with pytest.raises(DataError, match=r"can't be opened now.*the same data under the same path"):
         open_dataset(before)
+
+
+@PARTIAL
+@pytest.mark.parametrize(("name", "prefix"), [(NAME, "speech_commands-v0.01"), (NAME_12, "speech_commands_12-1-v0.01")])
+def test_fingerprint_never_changes(name: str, prefix: str, tmp_path: Path) -> None:
+    """Runs are named by it: a change of code that changes it loses them."""
+    folder = tmp_path / V1.folder
+    for number, word in enumerate(V1.words):
+        for clip in range(2):
+            write_wav(folder / word / f"{clip}.wav", np.arange(9_999 + clip, dtype=np.int16) * (number + 1))
+    write_wav(folder / "_background_noise_" / "hum.wav", np.arange(100_000).astype(np.int16))
+    (folder / "validation_list.txt").touch()
+    (folder / "testing_list.txt").write_text("".join(f"{word}/1.wav\n" for word in V1.words))
+    digest = "9c6d5a3ac9bd3c7f65790137cc0d7f8703cf7cfd9e50f4b7e3c5437b7088993f"
+    assert found(tmp_path, name).fingerprint == f"{prefix}-{digest}"
 
 
 @PARTIAL
