@@ -190,22 +190,23 @@ class Data:
         note = "" if self.download or os.path.exists(data_dir) else " (does not exist)"
         say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
         say(f"data folder: {data_dir}{note}")
-        unusable: list[str] = []
+        problem = "could not be downloaded" if self.download else "can't be used"
+        failed: list[str] = []
         remedies: dict[str, str] = {}
         for name, source in SOURCES.items():
             try:
                 state, *facts = self._look(name, data_dir)
             except DataError as error:
-                unusable.append(name)
-                state, facts = "can't be used", [str(error)]
+                failed.append(name)
+                state, facts = problem, [str(error)]
             else:
                 if state != "whole":
                     remedy = source.remedy(data_dir)
                     facts.append(f"As for {remedies[remedy]}." if remedy in remedies else remedy)
                     remedies.setdefault(remedy, name)
             say("\n  ".join([f"\n{name}: {state}", *facts]))
-        if unusable:
-            raise DataError(f"{', '.join(unusable)} can't be used; see above")
+        if failed:
+            raise DataError(f"{', '.join(failed)} {problem}; see above")
 
     def _look(self, name: str, data_dir: Path) -> list[str]:
         """Whether a data set is there, and what of it."""

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from flexifed.cli import main
 from flexifed.config import FAMILIES, SCHEMES, CellConfig
 from flexifed.core.schemes import SharingPlan, sharing_plan
-from flexifed.data import SOURCES
+from flexifed.data import SOURCES, download
 from flexifed.models import build_model, input_kind
 from flexifed.profiles import PROFILES
 from flexifed.report.plan import Branch, Segment, plan_summary
@@ -262,6 +262,21 @@ def test_damaged_data_hide_no_others_and_end_with_status_2(capsys: pytest.Captur
     assert "\ncinic10: absent" in said.out
     assert f"\nagnews: can't be used\n  {tmp_path / 'ag_news_csv' / 'train.csv'} is missing" in said.out
     assert said.err == "error: cifar10, agnews can't be used; see above\n"
+
+
+def test_data_without_a_network_says_what_could_not_be_downloaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(download, "urlopen", unreachable)
+    assert main(["data", "--data-dir", str(tmp_path / "new"), "--download"]) == 2
+    said = capsys.readouterr()
+    assert said.out.startswith(f"data folder: {tmp_path / 'new'}\n")
+    for name in SOURCES:
+        assert f"\n{name}: could not be downloaded\n  " in said.out
+    assert f"error: {', '.join(SOURCES)} could not be downloaded; see above\n" in said.err
 
 
 def test_data_says_what_is_partly_there(

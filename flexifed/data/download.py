@@ -28,8 +28,6 @@ TIMEOUT_S = 60.0
 ATTEMPTS = 5
 """So often is an address asked, as long as each time brings something."""
 CHUNK_BYTES = 1 << 20
-
-
 LOCK = ".flexifed-download.lock"
 
 

@@ -46,7 +46,6 @@ DECODER_VERSION = 1
 """Raise it whenever the same files would give other arrays or facts."""
 
 NAME_12 = "speech_commands_12"
-
 V1_ARCHIVE = RemoteFile(
     name=f"{V1.folder}.tar.gz",
     urls=(V1.url, V1.url.replace("http://", "https://storage.googleapis.com/")),
