@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -126,10 +127,11 @@ class Models:
         from flexifed.models import model_signature
         from flexifed.models.cost import model_multiply_adds
 
-        lengths = " or ".join(map(str, TEXT_LENGTHS.values()))
+        lengths = " or ".join(f"{length:,} characters ({family})" for family, length in TEXT_LENGTHS.items())
         caption = (
-            f"Full width. Multiply-adds of one sample's forward pass: of 3x32x32 pixels with {_NUM_CLASSES['image']} "
-            f"classes, or of {lengths} characters with {_NUM_CLASSES['text']}."
+            "At full width. Layers: those with weights; a batch norm belongs to its convolution. Multiply-adds: of one "
+            f"sample's forward pass. A sample is 3x32x32 pixels with {_NUM_CLASSES['image']} classes, or a text of "
+            f"{lengths} with {_NUM_CLASSES['text']} classes."
         )
         table = Table(caption=caption, caption_justify="left")
         for name in ("family", "version", "model"):
@@ -169,7 +171,7 @@ class Shares:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Verify which data sets are there, and say how to get those that are not."""
+    """List which data sets are there, whole or partly, and how to get the rest."""
 
     data_dir: Path = field(default_factory=lambda: Path(os.environ.get("FLEXIFED_DATA_DIR") or "data"))
     """Where data sets lie. Default: $FLEXIFED_DATA_DIR, or ./data."""
@@ -177,38 +179,51 @@ class Data:
     """Get what is missing, damaged or only partly there from its publisher."""
 
     def run(self, console: Console) -> None:
-        """Print a paragraph for each data set.
+        """Print a block for each data set.
 
         Raises:
             DataError: data are damaged, or can't be downloaded; raised after all were listed.
         """
         from flexifed.data import SOURCES
 
-        failed = []
-        for name in SOURCES:
+        data_dir = self.data_dir.expanduser()
+        note = "" if self.download or os.path.exists(data_dir) else " (does not exist)"
+        say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        say(f"data folder: {data_dir}{note}")
+        problem = "could not be downloaded" if self.download else "can't be used"
+        failed: list[str] = []
+        remedies: dict[str, str] = {}
+        for name, source in SOURCES.items():
             try:
-                text = self._describe(name)
+                state, *facts = self._look(name, data_dir)
             except DataError as error:
                 failed.append(name)
-                text = f"can't be used. {error}"
-            console.print(f"{name}: {text}", highlight=False, markup=False, soft_wrap=True)
+                state, facts = problem, [str(error)]
+            else:
+                if state != "whole":
+                    remedy = source.remedy(data_dir)
+                    facts.append(f"As for {remedies[remedy]}." if remedy in remedies else remedy)
+                    remedies.setdefault(remedy, name)
+            say("\n  ".join([f"\n{name}: {state}", *facts]))
         if failed:
-            raise DataError(f"{', '.join(failed)} can't be used; see above")
+            raise DataError(f"{', '.join(failed)} {problem}; see above")
 
-    def _describe(self, name: str) -> str:
-        from flexifed.data import SOURCES, find_dataset
+    def _look(self, name: str, data_dir: Path) -> list[str]:
+        """Whether a data set is there, and what of it."""
+        from flexifed.data import PartialDataWarning, find_dataset
 
-        data_dir = self.data_dir.expanduser()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", FlexifedWarning)
             info = find_dataset(name, data="auto", data_dir=data_dir, download=self.download)
-        remedy = SOURCES[name].remedy(data_dir)
         if info.source == "synthetic":
-            return f"not in {data_dir}; runs use a synthetic stand-in. {remedy}"
-        samples = f"{info.num_train:,} training and {info.num_test:,} test samples, {info.num_classes} classes"
-        parts = [f"{info.source}, {info.layout} version in {info.location}: {samples}."]
-        parts += [str(one.message) for one in caught]
-        return " ".join(parts if info.source == "real" else [*parts, remedy])
+            return ["absent; runs use a synthetic stand-in"]
+        counts = f"{info.num_train:,} training and {info.num_test:,} test samples of {info.num_classes} classes"
+        notes = [
+            f"There: {warning.difference}." if isinstance(warning, PartialDataWarning) else str(warning)
+            for warning in (one.message for one in caught)
+        ]
+        state = "whole" if info.source == "real" else "partial; results say real-partial"
+        return [state, f"{counts} ({info.layout} version).", *notes]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -336,5 +336,6 @@ def _label(run: CellRun) -> str:
 
 def _describe_data(info: DatasetInfo, data_dir: Path) -> str:
     if info.source == "synthetic":
-        return f"SYNTHETIC stand-in (--data real needs them in {data_dir}; --download gets them)"
+        missing = "" if data_dir.expanduser().exists() else ", which does not exist"
+        return f"SYNTHETIC stand-in (--data real needs them in {data_dir}{missing}; --download gets them)"
     return f"{info.source}, {info.layout} version in {info.location}"

@@ -9,6 +9,9 @@ from hypothesis import settings
 settings.register_profile("flexifed", deadline=None)  # a busy machine is no defect
 settings.load_profile("flexifed")
 
+# Looking for doctests imports a conftest.py by its bare name, and takes the second one for the first.
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

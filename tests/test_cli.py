@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from flexifed.cli import main
 from flexifed.config import FAMILIES, SCHEMES, CellConfig
 from flexifed.core.schemes import SharingPlan, sharing_plan
-from flexifed.data import SOURCES
+from flexifed.data import SOURCES, download
 from flexifed.models import build_model, input_kind
 from flexifed.profiles import PROFILES
 from flexifed.report.plan import Branch, Segment, plan_summary
@@ -230,12 +230,27 @@ def test_the_docs_table_of_shares_is_what_the_command_prints(capsys: pytest.Capt
     assert capsys.readouterr().out.strip() in page
 
 
+def listed(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
+    """The blocks of `flexifed data` by their first words, as lines."""
+    blocks = [block.splitlines() for block in capsys.readouterr().out.rstrip().split("\n\n")]
+    return {lines[0].partition(":")[0]: [line.strip() for line in lines] for lines in blocks}
+
+
 def test_data_says_how_to_get_what_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["data", "--data-dir", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == list(SOURCES)
-    for line in lines:
-        assert f": not in {tmp_path}; runs use a synthetic stand-in. Run with --download to fetch" in line
+    blocks = listed(capsys)
+    assert list(blocks) == ["data folder", *SOURCES]
+    assert blocks.pop("data folder") == [f"data folder: {tmp_path}"]
+    assert blocks.pop("speech_commands_12")[1:] == ["As for speech_commands."]
+    for name, (state, remedy) in blocks.items():
+        assert state == f"{name}: absent; runs use a synthetic stand-in"
+        assert remedy.startswith("Run with --download (")
+        assert str(tmp_path) in remedy
+
+
+def test_data_says_that_there_is_no_such_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["data", "--data-dir", str(tmp_path / "mistyped")]) == 0
+    assert listed(capsys)["data folder"] == [f"data folder: {tmp_path / 'mistyped'} (does not exist)"]
 
 
 def test_damaged_data_hide_no_others_and_end_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -243,10 +258,25 @@ def test_damaged_data_hide_no_others_and_end_with_status_2(capsys: pytest.Captur
     (tmp_path / "ag_news_csv").mkdir()
     assert main(["data", "--data-dir", str(tmp_path)]) == 2
     said = capsys.readouterr()
-    assert "cifar10: can't be used. CIFAR-10 in" in said.out
-    assert "cinic10: not in" in said.out
-    assert f"agnews: can't be used. {tmp_path / 'ag_news_csv' / 'train.csv'} is missing" in said.out
+    assert "\ncifar10: can't be used\n  CIFAR-10 in" in said.out
+    assert "\ncinic10: absent" in said.out
+    assert f"\nagnews: can't be used\n  {tmp_path / 'ag_news_csv' / 'train.csv'} is missing" in said.out
     assert said.err == "error: cifar10, agnews can't be used; see above\n"
+
+
+def test_data_without_a_network_says_what_could_not_be_downloaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(download, "urlopen", unreachable)
+    assert main(["data", "--data-dir", str(tmp_path / "new"), "--download"]) == 2
+    said = capsys.readouterr()
+    assert said.out.startswith(f"data folder: {tmp_path / 'new'}\n")
+    for name in SOURCES:
+        assert f"\n{name}: could not be downloaded\n  " in said.out
+    assert f"error: {', '.join(SOURCES)} could not be downloaded; see above\n" in said.err
 
 
 def test_data_says_what_is_partly_there(
@@ -257,15 +287,18 @@ def test_data_says_what_is_partly_there(
     for name in ("train", "test"):
         (tmp_path / "ag_news_csv" / f"{name}.csv").write_text('"1","a","b"\n')
     assert main(["data", "--data-dir", str(tmp_path)]) == 0
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("agnews: "))
-    assert f"real-partial, csv version in {tmp_path}: 1 training and 1 test samples, 4 classes. AG News in" in line
-    assert "train.csv holds 1 texts (published: 120,000); test.csv holds 1 texts (published: 7,600)." in line
-    assert line.endswith("title and description."), "the remedy comes last"
+    *block, remedy = listed(capsys)["agnews"]
+    assert block == [
+        "agnews: partial; results say real-partial",
+        "1 training and 1 test samples of 4 classes (csv version).",
+        "There: train.csv holds 1 of 120,000 texts; test.csv holds 1 of 7,600 texts.",
+    ]
+    assert remedy.startswith("Run with --download (31.3 MB), or put ")
 
 
 def test_data_describes_real_data(capsys: pytest.CaptureFixture[str], data_dir: Path) -> None:
     assert main(["data", "--data-dir", str(data_dir)]) == 0
-    assert "cifar10: real, " in capsys.readouterr().out
+    assert listed(capsys)["cifar10"][0] == "cifar10: whole"
 
 
 # report

@@ -300,7 +300,7 @@ def test_damage_is_an_error_that_says_all(
 
 
 def check_remedy(text: str, data_dir: Path) -> None:
-    assert f"--download to fetch the Python version (170.5 MB) into {data_dir}" in text
+    assert "Run with --download (170.5 MB), or unpack either version from https://www.cs.toronto.edu" in text
     assert f"{data_dir / BINARY} holds data_batch_1.bin to data_batch_5.bin and test_batch.bin" in text
     assert f"{data_dir / PYTHON} holds data_batch_1 to data_batch_5, test_batch and batches.meta" in text
 
@@ -474,6 +474,8 @@ def test_real_and_nothing_there(tmp_path: Path) -> None:
         find_dataset("cifar10", data="real", data_dir=tmp_path)
     check_remedy(str(caught.value), tmp_path)
     assert "data=synthetic" in str(caught.value)
+    with pytest.raises(DataError, match=r"no real data in .*/mistyped, which does not exist\. Run with"):
+        find_dataset("cifar10", data="real", data_dir=tmp_path / "mistyped")
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -573,7 +575,7 @@ def test_stand_in_never_changes(info: DatasetInfo, digest: str) -> None:
 
 def test_stand_in_is_made_block_by_block() -> None:
     train = open_dataset(synthetic.info("cifar10")).train
-    indices = np.random.default_rng(0).permutation(len(train))[: synthetic.BLOCK + 3]
+    indices = np.random.default_rng(0).permutation(len(train))[: train.block + 3]
     images, _ = train.take(indices)
     torch.testing.assert_close(images[-5:], train.take(indices[-5:])[0], rtol=0, atol=0)
 

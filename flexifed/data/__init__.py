@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Literal, get_args
 
 import torch
 
 from flexifed.config import TEXT_LENGTHS, FamilyName
 from flexifed.data import agnews, cifar10, cinic10, speech_commands, synthetic, synthetic_speech, synthetic_texts
-from flexifed.data.dataset import Dataset, DatasetInfo, Samples, SpeechDataset, Split
+from flexifed.data.dataset import Dataset, DatasetInfo, PartialDataWarning, Samples, SpeechDataset, Split
+from flexifed.data.download import alone
 from flexifed.data.pipeline import ImagePipeline, Pipeline, SpeechPipeline, TextPipeline
 from flexifed.errors import ConfigError, DataError, FlexifedWarning, invalid_choice
 
@@ -26,6 +27,7 @@ __all__ = [
     "DataChoice",
     "Dataset",
     "DatasetInfo",
+    "PartialDataWarning",
     "Pipeline",
     "Samples",
     "Split",
@@ -35,6 +37,8 @@ __all__ = [
 ]
 
 DataChoice = Literal["auto", "real", "synthetic"]
+Find = Callable[[Path], DatasetInfo | None]
+PipelineMaker = Callable[[Dataset, FamilyName, torch.device, bool], Pipeline]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +47,24 @@ class Source:
 
     Attributes:
         find: verify the data under a folder, and decode them for the first time; None where there is nothing. Data that
-            are only partly there are `real-partial`, with a warning.
+            are only partly there are `real-partial`, with a `PartialDataWarning`.
         open_real: open what `find` has found.
         download: get the data into a folder.
         remedy: how to get the data into a folder, as a sentence.
+        layout: which files are looked for in a folder, as a sentence.
         synthetic: describe the stand-in.
         open_synthetic: open it.
         pipeline: makes what a model of a family takes of the samples, real or not; see `make_pipeline`.
     """
 
-    find: Callable[[Path], DatasetInfo | None]
+    find: Find
     open_real: Callable[[DatasetInfo], Dataset]
     download: Callable[[Path], None]
     remedy: Callable[[Path], str]
+    layout: Callable[[Path], str]
     synthetic: Callable[[], DatasetInfo]
     open_synthetic: Callable[[DatasetInfo], Dataset]
-    pipeline: Callable[[Dataset, FamilyName, torch.device, bool], Pipeline]
+    pipeline: PipelineMaker
 
 
 def _image_pipeline(data: Dataset, family: FamilyName, device: torch.device, channels_last: bool) -> Pipeline:
@@ -75,49 +81,34 @@ def _speech_pipeline(data: Dataset, family: FamilyName, device: torch.device, ch
     return SpeechPipeline(data.info.mean, data.info.std, data.noise, device, channels_last)
 
 
-def _speech_source(name: str) -> Source:
+def _joined(
+    real: ModuleType, stand_in: ModuleType, name: str, pipeline: PipelineMaker, find: Find | None = None
+) -> Source:
+    """Put together what the modules of a data set and of its stand-in have."""
     return Source(
-        find=partial(speech_commands.find, name=name),
-        open_real=speech_commands.open_real,
-        download=speech_commands.download,
-        remedy=speech_commands.remedy,
-        synthetic=partial(synthetic_speech.info, name),
-        open_synthetic=synthetic_speech.open_synthetic,
-        pipeline=_speech_pipeline,
+        find=real.find if find is None else find,
+        open_real=real.open_real,
+        download=real.download,
+        remedy=real.remedy,
+        layout=real.layout,
+        synthetic=partial(stand_in.info, name),
+        open_synthetic=stand_in.open_synthetic,
+        pipeline=pipeline,
     )
+
+
+def _speech_source(name: str) -> Source:
+    find = partial(speech_commands.find, name=name)
+    return _joined(speech_commands, synthetic_speech, name, _speech_pipeline, find)
 
 
 SOURCES: Mapping[str, Source] = MappingProxyType(
     {
-        "cifar10": Source(
-            find=cifar10.find,
-            open_real=cifar10.open_verified,
-            download=cifar10.download,
-            remedy=cifar10.remedy,
-            synthetic=partial(synthetic.info, "cifar10"),
-            open_synthetic=synthetic.open_synthetic,
-            pipeline=_image_pipeline,
-        ),
-        "cinic10": Source(
-            find=cinic10.find,
-            open_real=cinic10.open_real,
-            download=cinic10.download,
-            remedy=cinic10.remedy,
-            synthetic=partial(synthetic.info, "cinic10"),
-            open_synthetic=synthetic.open_synthetic,
-            pipeline=_image_pipeline,
-        ),
-        "agnews": Source(
-            find=agnews.find,
-            open_real=agnews.open_real,
-            download=agnews.download,
-            remedy=agnews.remedy,
-            synthetic=synthetic_texts.info,
-            open_synthetic=synthetic_texts.open_synthetic,
-            pipeline=_text_pipeline,
-        ),
-        "speech_commands": _speech_source(speech_commands.NAME),
-        "speech_commands_12": _speech_source(speech_commands.NAME_12),
+        "cifar10": _joined(cifar10, synthetic, "cifar10", _image_pipeline),
+        "cinic10": _joined(cinic10, synthetic, "cinic10", _image_pipeline),
+        "agnews": _joined(agnews, synthetic_texts, "agnews", _text_pipeline),
+        "speech_commands": _speech_source("speech_commands"),
+        "speech_commands_12": _speech_source("speech_commands_12"),
     }
 )
 
@@ -150,12 +141,15 @@ def find_dataset(name: str, *, data: DataChoice, data_dir: Path, download: bool 
         remedy = source.remedy(data_dir)
         if remedy in str(error):
             raise
-        raise DataError(f"{error} {remedy}") from error
+        by_hand = f" {source.layout(data_dir)}" if download else ""
+        raise DataError(f"{error} {remedy}{by_hand}") from error
     if info is not None:
         return info
     if data == "real":
+        missing = "" if data_dir.exists() else ", which does not exist"
         raise DataError(
-            f"{name}: no real data in {data_dir}. {source.remedy(data_dir)} Or choose data=synthetic for a stand-in."
+            f"{name}: no real data in {data_dir}{missing}. {source.remedy(data_dir)} {source.layout(data_dir)} "
+            "Or choose data=synthetic for a stand-in."
         )
     return source.synthetic()
 
@@ -191,12 +185,17 @@ def _source(name: str) -> Source:
 
 def _find_or_download(source: Source, data_dir: Path) -> DatasetInfo | None:
     """Find the data; where they are missing, damaged, or only partly there, download them first."""
+    if not _is_whole(source, data_dir):
+        with alone(data_dir):
+            if not _is_whole(source, data_dir):  # another process may have got them meanwhile
+                source.download(data_dir)
+    return source.find(data_dir)
+
+
+def _is_whole(source: Source, data_dir: Path) -> bool:
     try:
         with warnings.catch_warnings(action="ignore", category=FlexifedWarning):
             info = source.find(data_dir)
     except DataError:
-        info = None
-    if info is None or info.source != "real":
-        source.download(data_dir)
-        info = source.find(data_dir)
-    return info
+        return False
+    return info is not None and info.source == "real"

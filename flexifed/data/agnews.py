@@ -24,12 +24,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+from rich.filesize import decimal
 
 from flexifed.config import TEXT_LENGTHS
 from flexifed.data import cache
-from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, is_folder
+from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, PartialDataWarning, is_folder
 from flexifed.data.download import RemoteFile, fetch
-from flexifed.errors import DataError, FlexifedWarning
+from flexifed.errors import DataError
 
 NAME = "agnews"
 FOLDER = "ag_news_csv"
@@ -94,7 +95,7 @@ def find(data_dir: Path) -> DatasetInfo | None:
         DataError: a file is missing, can't be read, or has a line that is not a text with its class.
 
     Warns:
-        FlexifedWarning: they are not the published files.
+        PartialDataWarning: they are not the published files.
     """
     folder = data_dir / FOLDER
     if not is_folder(folder):
@@ -102,10 +103,7 @@ def find(data_dir: Path) -> DatasetInfo | None:
     arrays = _encoded(data_dir)
     problems = list(_differences(arrays.facts))
     if problems:
-        message = (
-            f"AG News in {folder} is not the whole published set: {'; '.join(problems)}. Results say real-partial."
-        )
-        warnings.warn(message, FlexifedWarning, stacklevel=2)
+        warnings.warn(PartialDataWarning("AG News", folder, "; ".join(problems)), stacklevel=2)
     return DatasetInfo(
         name=NAME,
         source="real-partial" if problems else "real",
@@ -142,10 +140,16 @@ def open_real(info: DatasetInfo) -> Dataset:
 
 def remedy(data_dir: Path) -> str:
     """Both ways to get the data, as a sentence."""
-    sizes = " and ".join(f"{file.name} ({file.size})" for file in FILES.values())
+    size = decimal(sum(file.num_bytes for file in FILES.values()))
+    return f"Run with --download ({size}), or put train.csv and test.csv from {ADDRESS}/ into {data_dir / FOLDER}."
+
+
+def layout(data_dir: Path) -> str:
+    """What is looked for, as a sentence."""
+    train, test = PUBLISHED["train"], PUBLISHED["test"]
     return (
-        f"Run with --download to fetch {sizes} into {data_dir / FOLDER}, or get them from {ADDRESS}/train.csv and "
-        f"test.csv: {PUBLISHED['train']:,} and {PUBLISHED['test']:,} lines of class (1 to 4), title and description."
+        f"{data_dir / FOLDER} holds train.csv and test.csv: {train:,} and {test:,} lines of class (1 to 4), title and "
+        "description."
     )
 
 
@@ -163,7 +167,7 @@ def _differences(facts: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
     """How the files that were encoded differ from the published ones."""
     for split, file in FILES.items():
         if facts[split]["texts"] != PUBLISHED[split]:
-            yield f"{file.name} holds {facts[split]['texts']:,} texts (published: {PUBLISHED[split]:,})"
+            yield f"{file.name} holds {facts[split]['texts']:,} of {PUBLISHED[split]:,} texts"
         elif f"md5:{facts[split]['md5']}" != file.checksum:
             expected = file.checksum.removeprefix("md5:")
             yield f"{file.name} has the MD5 {facts[split]['md5']}, and the published file has {expected}"

@@ -29,10 +29,10 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from flexifed.data.dataset import changed
+from flexifed.data.locks import locked
 from flexifed.errors import DataError
 
 FOLDER = ".flexifed-cache"
@@ -89,7 +89,7 @@ def cached_arrays(folder: Path, *, name: str, version: int, source_key: str, bui
         if (opened := _open(place / key)) is not None:
             return opened
     place = _writable(places, name)
-    with _locked(place, name):
+    with locked(place / "lock", f"{name}: waiting for another process that decodes it into {place}"):
         if (opened := _open(place / key)) is None:
             opened = _build(place, key, name, build)
             for old in place.glob(f"{name}-{'?' * 16}"):
@@ -248,21 +248,6 @@ def _writable(places: Sequence[Path], name: str) -> Path:
         f"{name}: no place for decoded arrays on {socket.gethostname()}: {'; '.join(problems)}. "
         "Mend one of these folders, or name another in FLEXIFED_CACHE_DIR."
     )
-
-
-@contextmanager
-def _locked(place: Path, name: str) -> Iterator[None]:
-    """Hold a folder's lock, after whoever holds it now."""
-    lock = FileLock(place / "lock", mode=0o666)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"{name}: waiting for another process that decodes it into {place}", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def find(data_dir: Path) -> DatasetInfo | None:
     except OSError as error:
         raise DataError(f"{data_dir} can't be read as a folder ({error.strerror}). {remedy(data_dir)}") from error
     damage: list[str] = []
-    for layout, (folder, check) in _LAYOUTS.items():
+    for version, (folder, check) in _LAYOUTS.items():
         if folder not in present:
             continue
         problems = check(data_dir / folder)
@@ -86,23 +86,27 @@ def find(data_dir: Path) -> DatasetInfo | None:
             if damage:
                 message = f"{' '.join(damage)} Using the whole copy in {data_dir / folder} instead."
                 warnings.warn(message, FlexifedWarning, stacklevel=2)
-            return _info(data_dir, layout)
+            return _info(data_dir, version)
         damage.append(f"CIFAR-10 in {data_dir / folder} is not the published set: {'; '.join(problems)}.")
     if damage:
-        raise DataError(f"{' '.join(damage)} {remedy(data_dir)}")
+        raise DataError(f"{' '.join(damage)} {remedy(data_dir)} {layout(data_dir)}")
     return None
 
 
 def remedy(data_dir: Path) -> str:
-    """Both ways to get the data, as a sentence, with the names of the files that are looked for."""
+    """Both ways to get the data, as a sentence."""
+    return f"Run with --download ({ARCHIVE.size}), or unpack either version from {HOME} in {data_dir}."
+
+
+def layout(data_dir: Path) -> str:
+    """What is looked for, as a sentence."""
     return (
-        f"Run with --download to fetch the Python version ({ARCHIVE.size}) into {data_dir}, or get either version from "
-        f"{HOME} and unpack it there: {data_dir / BINARY_FOLDER} holds data_batch_1.bin to data_batch_5.bin and "
-        f"test_batch.bin, {data_dir / PYTHON_FOLDER} holds data_batch_1 to data_batch_5, test_batch and batches.meta."
+        f"{data_dir / BINARY_FOLDER} holds data_batch_1.bin to data_batch_5.bin and test_batch.bin, "
+        f"{data_dir / PYTHON_FOLDER} holds data_batch_1 to data_batch_5, test_batch and batches.meta."
     )
 
 
-def open_verified(info: DatasetInfo) -> Dataset:
+def open_real(info: DatasetInfo) -> Dataset:
     """Open what `find` has verified, in this process or in another one.
 
     The binary version is not hashed again and costs no memory; the Python version is (by torchvision, before it

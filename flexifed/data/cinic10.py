@@ -14,7 +14,7 @@ import struct
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexifed.data import cache
-from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, is_folder
+from flexifed.data.bars import count_bar
+from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, PartialDataWarning, is_folder
 from flexifed.data.download import RemoteFile, fetch, unpack
-from flexifed.errors import DataError, FlexifedWarning
+from flexifed.errors import DataError
 
 NAME = "cinic10"
 FOLDERS = ("cinic10", "CINIC-10")
@@ -36,6 +37,9 @@ IMAGE_SHAPE = (3, 32, 32)
 
 VERSION = 1
 """Raise it when the same files would give other arrays or facts."""
+
+CHUNK = 512
+"""Images that a thread decodes at a time."""
 
 HOME = "https://datashare.ed.ac.uk/handle/10283/3192"
 ARCHIVE = RemoteFile(
@@ -49,7 +53,6 @@ ARCHIVE = RemoteFile(
 )
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_CHUNK = 512  # images that a thread decodes at a time
 
 Listing = Mapping[str, Sequence[Sequence[os.DirEntry[str]]]]
 
@@ -64,7 +67,7 @@ def find(data_dir: Path) -> DatasetInfo | None:
         DataError: a class is missing, a folder can't be read, or a file is not an image as published.
 
     Warns:
-        FlexifedWarning: there are fewer images than were published.
+        PartialDataWarning: there are fewer images than were published.
     """
     folder = _folder(data_dir)
     if folder is None:
@@ -75,8 +78,7 @@ def find(data_dir: Path) -> DatasetInfo | None:
     if not whole:
         published = PUBLISHED_OF_CLASS * len(CLASSES)
         there = ", ".join(f"{split} {sum(counts[split]):,} of {published:,}" for split in SPLITS)
-        message = f"CINIC-10 in {folder} is not the whole published set: {there} images. Results say real-partial."
-        warnings.warn(message, FlexifedWarning, stacklevel=2)
+        warnings.warn(PartialDataWarning("CINIC-10", folder, f"{there} images"), stacklevel=2)
     return DatasetInfo(
         name=NAME,
         source="real" if whole else "real-partial",
@@ -115,10 +117,15 @@ def open_real(info: DatasetInfo) -> Dataset:
 
 def remedy(data_dir: Path) -> str:
     """Both ways to get the data, as a sentence."""
+    target = data_dir / FOLDERS[0]
+    return f"Run with --download ({ARCHIVE.size}), or unpack {ARCHIVE.name} from {HOME} to a new {target}."
+
+
+def layout(data_dir: Path) -> str:
+    """What is looked for, as a sentence."""
     return (
-        f"Run with --download to fetch all of it into {data_dir} ({ARCHIVE.size}), or get {ARCHIVE.name} from {HOME} "
-        f"and unpack it into a new {data_dir / FOLDERS[0]}: train, valid and test there hold a folder for each of "
-        f"{', '.join(CLASSES)}, with 9,000 PNGs each."
+        f"In {data_dir / FOLDERS[0]}, train, valid and test hold a folder for each of {', '.join(CLASSES)}, with 9,000 "
+        "PNGs each."
     )
 
 
@@ -187,29 +194,42 @@ def _decode_all(listing: Listing, into: Path, folder: Path) -> dict[str, object]
     num_images = sum(len(files) for classes in listing.values() for files in classes)
     print(f"{NAME}: decoding {num_images:,} images in {folder}, once", file=sys.stderr, flush=True)
     began = time.monotonic()
-    for name, splits in (("train", ("train", "valid")), ("test", ("test",))):
-        files = [entry.path for split in splits for of_class in listing[split] for entry in of_class]
-        labels = [label for split in splits for label, of_class in enumerate(listing[split]) for _ in of_class]
-        np.save(into / f"{name}_labels.npy", np.array(labels, np.int64))
-        images = np.lib.format.open_memmap(into / f"{name}_images.npy", "w+", np.uint8, (len(files), *IMAGE_SHAPE))
-        _decode_files(files, images)
-        images.flush()
+    with count_bar() as bar:
+        task = bar.add_task(NAME, total=num_images)
+        for name, splits in (("train", ("train", "valid")), ("test", ("test",))):
+            files = [entry.path for split in splits for of_class in listing[split] for entry in of_class]
+            labels = [label for split in splits for label, of_class in enumerate(listing[split]) for _ in of_class]
+            np.save(into / f"{name}_labels.npy", np.array(labels, np.int64))
+            images = np.lib.format.open_memmap(into / f"{name}_images.npy", "w+", np.uint8, (len(files), *IMAGE_SHAPE))
+            decode_files(files, images, decoded=lambda count: bar.advance(task, count))
+            images.flush()
     print(f"{NAME}: decoded in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return {"counts": {split: [len(of_class) for of_class in classes] for split, classes in listing.items()}}
 
 
-def _decode_files(files: Sequence[str], images: NDArray[np.uint8]) -> None:
-    """Decode files into an array, shape (len(files), 3, 32, 32), on all cores."""
+def decode_files(files: Sequence[str], images: NDArray[np.uint8], decoded: Callable[[int], None]) -> None:
+    """Decode files into an array, on all cores.
+
+    Args:
+        files: of PNGs.
+        images: gets their pixels, shape (len(files), 3, 32, 32).
+        decoded: is told now and then how many more are done.
+
+    Raises:
+        DataError: a file is not an image as published.
+    """
     import torchvision.io  # noqa: F401 - once, before threads wait for each other's import
 
-    def decode_chunk(start: int) -> None:
-        for index in range(start, min(start + _CHUNK, len(files))):
+    def decode_chunk(start: int) -> int:
+        chunk = range(start, min(start + CHUNK, len(files)))
+        for index in chunk:
             images[index] = decode_image(files[index])
+        return len(chunk)
 
     # Threads, for most of the time goes into reading and decoding, which don't hold the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(decode_chunk, range(0, len(files), _CHUNK)):
-            pass
+        for count in pool.map(decode_chunk, range(0, len(files), CHUNK)):
+            decoded(count)
 
 
 def decode_image(file: str) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexifed.errors import DataError
+from flexifed.errors import DataError, FlexifedWarning
 
 Samples = tuple[torch.Tensor, torch.Tensor]
 """Samples as they are stored, of shape (n, ...), and labels, int64 of shape (n,).
@@ -78,6 +78,24 @@ class DatasetInfo:
     in_channels: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+class PartialDataWarning(FlexifedWarning):
+    """Real data are not all that was published, or something else.
+
+    Args:
+        title: the data set's.
+        folder: where it lies.
+        difference: from what was published, as a phrase.
+    """
+
+    def __init__(self, title: str, folder: Path, difference: str) -> None:
+        super().__init__(title, folder, difference)  # all three in `args`, so that pickling keeps them
+        self.title, self.folder, self.difference = title, folder, difference
+
+    def __str__(self) -> str:
+        what = f"{self.title} in {self.folder} is not the whole published set: {self.difference}"
+        return f"{what}. Results say real-partial."
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ import sys
 import tarfile
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from filelock import FileLock
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from flexifed.data.bars import byte_bar
+from flexifed.data.locks import locked
 from flexifed.errors import DataError
 
 TIMEOUT_S = 60.0
@@ -28,6 +28,25 @@ TIMEOUT_S = 60.0
 ATTEMPTS = 5
 """So often is an address asked, as long as each time brings something."""
 CHUNK_BYTES = 1 << 20
+LOCK = ".flexifed-download.lock"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Download into a folder while no other process does; make it where it is missing.
+
+    Raises:
+        DataError: it can't be written.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / LOCK, f"waiting for another process that downloads into {folder}"))
+        except OSError as error:
+            raise DataError(
+                f"nothing can be downloaded into {folder}: {error}. It takes a folder that you may write to."
+            ) from error
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +75,7 @@ def fetch(file: RemoteFile, folder: Path) -> Path:
     """Get a file into a folder, unless it lies there already.
 
     What has come lies in `<name>.part` until it is whole, and the next call goes on from there. Another file of that
-    name goes aside, to `<name>.old`.
+    name goes aside, to `<name>.old`. Processes that may do this at once take turns (`alone`).
 
     Returns:
         The file's path.
@@ -68,12 +87,11 @@ def fetch(file: RemoteFile, folder: Path) -> Path:
     part = folder / f"{file.name}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{file.name}.lock"):
-            if not _is_published(path, file.checksum):
-                _fetch_part(file, part)
-                if path.exists():
-                    put_aside(path)
-                part.replace(path)
+        if not _is_published(path, file.checksum):
+            _fetch_part(file, part)
+            if path.exists():
+                put_aside(path)
+            part.replace(path)
     except (OSError, HTTPException) as error:
         so_far = (
             f" {decimal(part.stat().st_size)} of it have come, and the same command goes on." if part.exists() else ""
@@ -185,13 +203,16 @@ def _fetch_rest(url: str, part: Path) -> bool:
             return True
         raise
     with response:
-        goes_on = response.status == 206 and response.headers["Content-Range"].startswith(f"bytes {have}-")
+        goes_on = response.status == 206 and (response.headers["Content-Range"] or "").startswith(f"bytes {have}-")
+        if response.status == 206 and have and not goes_on:  # another part than was asked for, or who knows which
+            response.close()
+            part.unlink()
+            return _fetch_rest(url, part)
         start = have if goes_on else 0
-        length = response.headers["Content-Length"]
-        total = start + int(length) if length else None
+        total = None if response.length is None else start + response.length
         if total is not None and (free := shutil.disk_usage(part.parent).free) < total - start:
             raise OSError(f"there are {decimal(free)} free, and {decimal(total - start)} to come")
-        with open(part, "ab" if goes_on else "wb") as out, _progress() as progress:
+        with open(part, "ab" if goes_on else "wb") as out, byte_bar() as progress:
             task = progress.add_task(part.stem, total=total, completed=start)
             while chunk := response.read(CHUNK_BYTES):
                 out.write(chunk)
@@ -199,14 +220,3 @@ def _fetch_rest(url: str, part: Path) -> bool:
             out.flush()
             os.fsync(out.fileno())
             return total is None or out.tell() == total
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from flexifed.data.dataset import ArraySplit, Samples, check_indices
-from flexifed.data.synthetic import field, hashes
+from flexifed.data.stand_in import field, hashes
 from flexifed.data.wav import SAMPLE_RATE
 
 VERSION = 1

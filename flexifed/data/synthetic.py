@@ -6,24 +6,21 @@ the class, under noise:
 
     pixel = 128 + a_i * pattern_c[moved by s_i] + b_i * background_j(i)[moved by t_i] + noise[from offset o_i]
 
-All that carries an index i is a hash of i, so a sample is a pure function of its index, and only what is asked for is
-made. Everything is integer arithmetic on PCG64's raw bits, which NumPy promises not to change: all machines see the
-same bytes.
+All that carries an index i is a hash of i (`flexifed.data.stand_in`). Everything is integer arithmetic on random bytes:
+all machines see the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from flexifed.data.dataset import Dataset, DatasetInfo, Samples, check_indices
-from flexifed.seeding import derive_seed
+from flexifed.data.dataset import Dataset, DatasetInfo
+from flexifed.data.stand_in import StandInSplit, field, hashes, random_bytes, stream_seed
 
 VERSION = 1
 """Raise it whenever a sample's bytes change; it is part of the fingerprint."""
@@ -37,10 +34,6 @@ STEP = SIDE // GRID
 MAX_SHIFT = 16
 """A class's pattern moves by 0 to `MAX_SHIFT - 1` pixels each way."""
 NOISE_BYTES = 1 << 20
-BLOCK = 512
-"""Samples made at a time, so that the temporaries stay small."""
-
-_ROOT_SEED = 0  # the data are one fixed set; a run's own seed has no part in them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +95,10 @@ def open_synthetic(info: DatasetInfo) -> Dataset:
     """Open a stand-in: 1 MiB of noise and a few patterns are drawn, no sample is made."""
     first = STAND_INS[info.name].first_stream
     patterns = Patterns.draw(first)
-    train = SyntheticSplit(patterns, info.num_train, derive_seed(_ROOT_SEED, "synthetic", first + 3))
-    test = SyntheticSplit(patterns, info.num_test, derive_seed(_ROOT_SEED, "synthetic", first + 4))
+    train, test = (
+        SyntheticImages(patterns=patterns, num_samples=count, num_classes=NUM_CLASSES, seed=stream_seed(stream))
+        for count, stream in ((info.num_train, first + 3), (info.num_test, first + 4))
+    )
     return Dataset(info, train, test)
 
 
@@ -131,31 +126,18 @@ class Patterns:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class SyntheticSplit:
-    """A split whose samples are made when they are taken; classes take turns, so all are equally frequent."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SyntheticImages(StandInSplit):
+    """Images made of patterns."""
 
     patterns: Patterns
-    num_samples: int
-    seed: int
+    block = 512
 
-    @cached_property
-    def labels(self) -> NDArray[np.int64]:
-        """All labels, shape (len,)."""
-        return np.arange(self.num_samples, dtype=np.int64) % NUM_CLASSES
+    def empty(self, count: int) -> NDArray[np.uint8]:
+        """Shape (count, 3, 32, 32)."""
+        return np.empty((count, CHANNELS, SIDE, SIDE), np.uint8)
 
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def take(self, indices: NDArray[np.int64]) -> Samples:
-        """Make samples; see `Split.take`."""
-        check_indices(indices, len(self))
-        images = np.empty((len(indices), CHANNELS, SIDE, SIDE), np.uint8)
-        for start in range(0, len(indices), BLOCK):
-            images[start : start + BLOCK] = self._make(indices[start : start + BLOCK])
-        return torch.from_numpy(images), torch.from_numpy(self.labels[indices])
-
-    def _make(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def make(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Images of shape (n, 3, 32, 32)."""
         where, how = hashes(indices, self.seed), hashes(indices, self.seed + 1)
         row, column = field(where, 0, 8) % MAX_SHIFT, field(where, 8, 8) % MAX_SHIFT
@@ -172,12 +154,6 @@ class SyntheticSplit:
             128 + (contrast * pattern >> 6) + (background_contrast * behind >> 6) + (noise.reshape(pattern.shape) >> 1)
         )
         return np.clip(pixels, 0, 255).astype(np.uint8)
-
-
-def random_bytes(stream: int, count: int) -> NDArray[np.int8]:
-    """Random bytes of one of the stand-ins' streams, shape (count,)."""
-    raw = np.random.PCG64(derive_seed(_ROOT_SEED, "synthetic", stream)).random_raw(-(-count // 8))
-    return raw.astype("<u8").view(np.int8)[:count]
 
 
 def _smooth(coarse: NDArray[np.int8], side: int) -> NDArray[np.int16]:
@@ -199,19 +175,6 @@ def _smooth(coarse: NDArray[np.int8], side: int) -> NDArray[np.int16]:
 def _windows(patterns: NDArray[np.int16]) -> NDArray[np.int16]:
     """Every place an image can be cut from a pattern, a view: shape (patterns, 3, rows, columns, 32, 32)."""
     return np.lib.stride_tricks.sliding_window_view(patterns, (SIDE, SIDE), axis=(2, 3))
-
-
-def hashes(indices: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
-    """SplitMix64 (Steele, Lea and Flood 2014) at position `index` of the stream that `seed` begins; shape (n,)."""
-    state = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
-
-
-def field(bits: NDArray[np.uint64], first: int, width: int) -> NDArray[np.int64]:
-    """`width` bits of each hash as a whole number."""
-    return (bits >> np.uint64(first) & np.uint64((1 << width) - 1)).astype(np.int64)
 
 
 def _scale(values: NDArray[np.int64]) -> NDArray[np.int16]:

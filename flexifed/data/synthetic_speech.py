@@ -6,25 +6,22 @@ is a word moved in time, over another word that says nothing about the class, un
     sample = a_i * word_c[speaker s_i, moved by t_i]
            + b_i * word_d(i)[speaker u_i, moved by v_i] + l_i * noise[from o_i]
 
-As with images, all that carries an index i is a hash of i, and everything is integer arithmetic on PCG64's raw bits,
-the sine too: all machines see the same bytes.
+As with images, all that carries an index i is a hash of i, and everything is integer arithmetic on random bytes, the
+sine too: all machines see the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from flexifed.data.dataset import DatasetInfo, Samples, SpeechDataset, check_indices
-from flexifed.data.synthetic import field, hashes, random_bytes
+from flexifed.data.dataset import DatasetInfo, SpeechDataset
+from flexifed.data.stand_in import StandInSplit, field, hashes, random_bytes, stream_seed
 from flexifed.data.wav import SAMPLE_RATE
-from flexifed.seeding import derive_seed
 
 VERSION = 1
 """Raise it whenever a sample's bytes change; it is part of the fingerprint."""
@@ -46,10 +43,7 @@ PITCHES = (28, 29, 30, 31, 33, 34, 35, 36)
 """Of each speaker, in 32nds."""
 SINE_STEPS, AMPLITUDE = 1_024, 255
 NOISE_BYTES = 1 << 20
-BLOCK = 64
-"""Samples made at a time, so that the temporaries stay small."""
 
-_ROOT_SEED = 0  # the data are one fixed set; a run's own seed has no part in them
 _WORDS, _NOISE, _TRAIN, _TEST = range(30, 34)  # streams; other stand-ins have the lower ones
 
 
@@ -75,45 +69,32 @@ def open_synthetic(info: DatasetInfo) -> SpeechDataset:
     """Open the stand-in: the words are made (a few MB), no sample is."""
     words, noise = make_words(info.num_classes), random_bytes(_NOISE, NOISE_BYTES)
     train, test = (
-        SyntheticSplit(words, noise, num_samples, derive_seed(_ROOT_SEED, "synthetic", stream))
-        for num_samples, stream in ((info.num_train, _TRAIN), (info.num_test, _TEST))
+        SyntheticSpeech(
+            words=words, noise=noise, num_samples=count, num_classes=info.num_classes, seed=stream_seed(stream)
+        )
+        for count, stream in ((info.num_train, _TRAIN), (info.num_test, _TEST))
     )
     return SpeechDataset(info, train, test, noise.astype(np.int16) << 4)
 
 
-@dataclass(frozen=True, eq=False)
-class SyntheticSplit:
-    """A split whose samples are made when they are taken; classes take turns, so all are equally frequent.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SyntheticSpeech(StandInSplit):
+    """Clips made of words.
 
     Attributes:
         words: int16, shape (classes, speakers, samples of a clip and the way a word can move).
         noise: int8, shape (`NOISE_BYTES`,).
-        num_samples: of the split.
-        seed: of the hash that makes them.
     """
 
     words: NDArray[np.int16]
     noise: NDArray[np.int8]
-    num_samples: int
-    seed: int
+    block = 64
 
-    @cached_property
-    def labels(self) -> NDArray[np.int64]:
-        """All labels, shape (len,)."""
-        return np.arange(self.num_samples, dtype=np.int64) % len(self.words)
+    def empty(self, count: int) -> NDArray[np.int16]:
+        """Shape (count, 16000)."""
+        return np.empty((count, CLIP_SAMPLES), np.int16)
 
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def take(self, indices: NDArray[np.int64]) -> Samples:
-        """Make samples; see `Split.take`."""
-        check_indices(indices, len(self))
-        waveforms = np.empty((len(indices), CLIP_SAMPLES), np.int16)
-        for start in range(0, len(indices), BLOCK):
-            waveforms[start : start + BLOCK] = self._make(indices[start : start + BLOCK])
-        return torch.from_numpy(waveforms), torch.from_numpy(self.labels[indices])
-
-    def _make(self, indices: NDArray[np.int64]) -> NDArray[np.int16]:
+    def make(self, indices: NDArray[np.int64]) -> NDArray[np.int16]:
         """Waveforms of shape (n, 16000)."""
         where, how = hashes(indices, self.seed), hashes(indices, self.seed + 1)
         word = self._moved(self.labels[indices], field(where, 0, 3), field(where, 3, 16))

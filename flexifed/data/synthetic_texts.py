@@ -2,23 +2,20 @@
 
 A text is 20 to 51 words of 2 to 9 letters with spaces between them. Each class has four words of its own; of sixteen
 words of a text, four to eleven are its class's, three another class's, so that some texts mislead, and the rest come
-from a vocabulary that all classes use. As in `flexifed.data.synthetic`, all that carries an index i is a hash of i, so
-a text is a pure function of its index and the same on all machines.
+from a vocabulary that all classes use. All that carries an index i is a hash of i (`flexifed.data.stand_in`), so a text
+is the same on all machines.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from flexifed.config import TEXT_LENGTHS
-from flexifed.data.dataset import Dataset, DatasetInfo, Samples, check_indices
-from flexifed.data.synthetic import field, hashes, random_bytes
-from flexifed.seeding import derive_seed
+from flexifed.data.dataset import Dataset, DatasetInfo
+from flexifed.data.stand_in import StandInSplit, field, hashes, random_bytes, stream_seed
 
 VERSION = 1
 """Raise it whenever a text's bytes change; it is part of the fingerprint."""
@@ -31,20 +28,18 @@ COMMON_WORDS = 512
 CLASS_WORDS = 4
 LONGEST_WORD = 9
 MIN_WORDS, MAX_WORDS = 20, 51
-BLOCK = 512
-"""Texts made at a time, so that the temporaries stay small."""
 
 _FIRST_STREAM = 20
 
 
-def info() -> DatasetInfo:
+def info(name: str = "agnews") -> DatasetInfo:
     """The stand-in's description."""
     return DatasetInfo(
-        name="agnews",
+        name=name,
         source="synthetic",
         location="",
         layout="synthetic",
-        fingerprint=f"agnews-synthetic-{VERSION}",
+        fingerprint=f"{name}-synthetic-{VERSION}",
         num_train=NUM_TRAIN,
         num_test=NUM_TEST,
         num_classes=NUM_CLASSES,
@@ -57,8 +52,10 @@ def info() -> DatasetInfo:
 def open_synthetic(info: DatasetInfo) -> Dataset:
     """Open the stand-in: its words are drawn, no text is made."""
     words = Words.draw()
-    train = SyntheticTexts(words, info.num_train, derive_seed(0, "synthetic", _FIRST_STREAM + 1))
-    test = SyntheticTexts(words, info.num_test, derive_seed(0, "synthetic", _FIRST_STREAM + 2))
+    train, test = (
+        SyntheticTexts(words=words, num_samples=count, num_classes=NUM_CLASSES, seed=stream_seed(stream))
+        for count, stream in ((info.num_train, _FIRST_STREAM + 1), (info.num_test, _FIRST_STREAM + 2))
+    )
     return Dataset(info, train, test)
 
 
@@ -86,37 +83,26 @@ class Words:
         return cls(letters, lengths)
 
 
-@dataclass(frozen=True, eq=False)
-class SyntheticTexts:
-    """A split whose texts are made when they are taken; classes take turns, so all are equally frequent."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SyntheticTexts(StandInSplit):
+    """Texts made of words."""
 
     words: Words
-    num_samples: int
-    seed: int
+    block = 512
 
-    @cached_property
-    def labels(self) -> NDArray[np.int64]:
-        """All labels, shape (len,)."""
-        return np.arange(self.num_samples, dtype=np.int64) % NUM_CLASSES
+    def empty(self, count: int) -> NDArray[np.uint8]:
+        """Shape (count, `LENGTH`)."""
+        return np.empty((count, LENGTH), np.uint8)
 
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def take(self, indices: NDArray[np.int64]) -> Samples:
-        """Make texts, uint8 of shape (n, `LENGTH`); see `Split.take`."""
-        check_indices(indices, len(self))
-        texts = np.zeros((len(indices), LENGTH), np.uint8)
-        for start in range(0, len(indices), BLOCK):
-            self._write(indices[start : start + BLOCK], texts[start : start + BLOCK])
-        return torch.from_numpy(texts), torch.from_numpy(self.labels[indices])
-
-    def _write(self, indices: NDArray[np.int64], texts: NDArray[np.uint8]) -> None:
-        """Write texts into zeros of shape (n, `LENGTH`)."""
+    def make(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Texts of shape (n, `LENGTH`)."""
         words, is_there = self._choose(indices)
         lengths = self.words.lengths[words] * is_there
         starts = np.cumsum(lengths + 1, axis=1) - (lengths + 1)
         text, word, letter = np.nonzero(np.arange(LONGEST_WORD) < lengths[:, :, None])
+        texts = np.zeros((len(indices), LENGTH), np.uint8)
         texts[text, starts[text, word] + letter] = self.words.letters[words[text, word], letter]
+        return texts
 
     def _choose(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The words of texts, by their position in the vocabulary, and which of them stand there: (n, `MAX_WORDS`)."""

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import hashlib
 import io
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
+from caches import assert_same_from_every_cache
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,12 +26,6 @@ from flexifed.errors import DataError, FlexifedWarning
 ROWS = ('"3","Oil Prices","A ""barrel"" of\\noil, \\$47"', '"1","Talks","über"', '"2","Win","0-1"', '"4","",""')
 TRAIN = "".join(f"{row}\n" for row in ROWS * 2)
 TEST = "".join(f"{row}\n" for row in ROWS)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FLEXIFED_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
 
 
 @pytest.fixture
@@ -130,7 +124,7 @@ def test_whole_set_is_real(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ("content", "said"),
     [
         (TEST.replace("Win", "Won"), r"test\.csv has the MD5 \w+, and the published file has \w+"),
-        (ROWS[0], r"test\.csv holds 1 texts \(published: 4\)"),
+        (ROWS[0], r"test\.csv holds 1 of 4 texts"),
     ],
 )
 def test_part_is_marked(content: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,23 +136,18 @@ def test_part_is_marked(content: str, said: str, folder: Path, monkeypatch: pyte
 
 def test_nothing_there_is_none(tmp_path: Path) -> None:
     assert agnews.find(tmp_path) is None
-    with pytest.raises(DataError, match=r"agnews: no real data .* --download to fetch train.csv \(29.5 MB\) and test"):
+    with pytest.raises(DataError, match=r"agnews: no real data .* --download \(31.3 MB\)"):
         find_dataset("agnews", data="real", data_dir=tmp_path)
 
 
 def test_same_arrays_from_warm_cold_and_deleted_caches(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    infos, contents = [], []
-    for state in ("cold", "warm", "deleted", "deleted before it is opened"):
-        if state == "deleted":
-            shutil.rmtree(folder.parent / CACHE)
-        infos.append(found(folder.parent))
-        if state == "deleted before it is opened":
-            shutil.rmtree(folder.parent / CACHE)
-        dataset = open_dataset(infos[-1])
-        contents.append([dataset.train.take(np.arange(8))[0].numpy().tobytes(), dataset.test.labels.tolist()])
-    assert infos == infos[:1] * 4
-    assert contents == contents[:1] * 4
+    assert_same_from_every_cache(lambda: found(folder.parent), folder.parent)
     assert capsys.readouterr().err.count("encoding the texts") == 3
+
+
+def test_fingerprint_never_changes(folder: Path) -> None:
+    """Runs are named by it: a change of code that changes it loses them."""
+    assert found(folder.parent).fingerprint == "agnews-ca6e28303cf1a8e88bc4f21ef9c621154a9869b50333b3ec45a1e7918e415d23"
 
 
 def test_changed_source_is_encoded_anew(folder: Path) -> None:

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
+import multiprocessing
 import shutil
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from caches import assert_same_from_every_cache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from serving import Server
 
 from flexifed.data import DatasetInfo, cinic10, find_dataset, open_dataset
 from flexifed.data.cache import FOLDER as CACHE
 from flexifed.errors import DataError, FlexifedWarning
 
 CLASSES = cinic10.CLASSES
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FLEXIFED_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_folder_as_the_publisher_names_it(folder: Path) -> None:
 
 def test_nothing_there_is_none(tmp_path: Path) -> None:
     assert cinic10.find(tmp_path) is None
-    with pytest.raises(DataError, match=r"cinic10: no real data .* --download to fetch .*687.5 MB"):
+    with pytest.raises(DataError, match=r"cinic10: no real data .* --download \(687.5 MB\)"):
         find_dataset("cinic10", data="real", data_dir=tmp_path)
 
 
@@ -103,18 +103,33 @@ def test_grey_and_hidden_files(folder: Path) -> None:
 
 
 def test_same_arrays_from_warm_cold_and_deleted_caches(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    infos, contents = [], []
-    for state in ("cold", "warm", "deleted", "deleted before it is opened"):
-        if state == "deleted":
-            shutil.rmtree(folder.parent / CACHE)
-        infos.append(found(folder.parent))
-        if state == "deleted before it is opened":
-            shutil.rmtree(folder.parent / CACHE)
-        dataset = open_dataset(infos[-1])
-        contents.append([dataset.train.take(np.arange(40))[0].numpy().tobytes(), dataset.test.labels.tolist()])
-    assert infos == infos[:1] * 4
-    assert contents == contents[:1] * 4
+    assert_same_from_every_cache(lambda: found(folder.parent), folder.parent)
     assert capsys.readouterr().err.count("decoding 60 images") == 3
+
+
+def test_fingerprint_never_changes(tmp_path: Path) -> None:
+    """Runs are named by it: a change of code that changes it loses them."""
+    for number, (split, name) in enumerate(itertools.product(cinic10.SPLITS, CLASSES)):
+        path = tmp_path / "cinic10" / split / name / "image.png"
+        path.parent.mkdir(parents=True)
+        values = np.arange(3 * 32 * 32) * (2 * number + 1) % 256
+        Image.fromarray(values.astype(np.uint8).reshape(32, 32, 3)).save(path)
+    assert found(tmp_path).fingerprint == "cinic10-59e1fe36221a3e6b965163950c461dedbbfd379abf7a87a6385696ac392069e9"
+
+
+@pytest.mark.parametrize("on_a_terminal", [False, True])
+def test_decoding_shows_a_bar_to_who_looks(
+    on_a_terminal: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR" if on_a_terminal else "NO_COLOR", "1")
+    found(folder.parent)
+    said = capsys.readouterr().err
+    assert ("60/60" in said) == on_a_terminal
+    if not on_a_terminal:
+        assert [line.partition(" in ")[0] for line in said.splitlines()] == [
+            "cinic10: decoding 60 images",
+            "cinic10: decoded",
+        ]
 
 
 def test_changed_source_is_decoded_anew(folder: Path) -> None:
@@ -225,6 +240,47 @@ def test_download_takes_the_place_of_a_part(folder: Path, monkeypatch: pytest.Mo
     assert len(list((folder.parent / "cinic10.old" / "train" / "bird").iterdir())) == 1
 
 
+class Heard(io.TextIOBase):
+    """What is written, in a queue."""
+
+    def __init__(self, texts: Any) -> None:
+        self.texts = texts
+
+    def write(self, text: str) -> int:
+        self.texts.put(text)
+        return len(text)
+
+
+def download_and_tell(data_dir: Path, heard: Any, told: Any) -> None:
+    sys.stderr = Heard(heard)  # type: ignore[assignment]
+    told.put(find_dataset("cinic10", data="real", data_dir=data_dir, download=True))
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_that_download_at_once_take_turns(
+    folder: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cinic10, "PUBLISHED_OF_CLASS", 2)
+    server.content = Path(shutil.make_archive(str(tmp_path / "made"), "gztar", folder)).read_bytes()
+    monkeypatch.setattr(cinic10, "ARCHIVE", server.file(content=server.content))
+    server.may_answer.clear()
+    forked = multiprocessing.get_context("fork")
+    told, data_dir, processes = forked.Queue(), tmp_path / "new", []
+    for said in ("downloading set.tar.gz", f"waiting for another process that downloads into {data_dir}"):
+        heard = forked.Queue()
+        processes.append(forked.Process(target=download_and_tell, args=(data_dir, heard, told)))
+        processes[-1].start()
+        assert heard.get(timeout=60).startswith(said)
+    server.may_answer.set()
+    infos = [told.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert infos[0] == infos[1]
+    assert infos[0].source == "real"
+    assert server.asked == [None], "the second one fetches nothing"
+    assert {path.name for path in data_dir.iterdir() if path.name[0] != "."} == {"set.tar.gz", "cinic10"}
+
+
 # The real ones
 
 
@@ -305,12 +361,14 @@ def test_changed_bytes_are_an_error_or_change_nothing(
 
 def test_all_of_many_files_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More files than a thread takes at a time."""
-    monkeypatch.setattr(cinic10, "_CHUNK", 4)
+    monkeypatch.setattr(cinic10, "CHUNK", 4)
     generator = np.random.default_rng(1)
     expected = generator.integers(0, 256, (11, 3, 32, 32), dtype=np.uint8)
     files = [str(tmp_path / f"{index}.png") for index in range(11)]
     for file, image in zip(files, expected, strict=True):
         Image.fromarray(image.transpose(1, 2, 0)).save(file)
     images = np.zeros_like(expected)
-    cinic10._decode_files(files, images)
+    decoded: list[int] = []
+    cinic10.decode_files(files, images, decoded.append)
+    assert decoded == [4, 4, 3]
     np.testing.assert_array_equal(images, expected)

@@ -2,82 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import re
 import socket
 import tarfile
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
+from serving import CONTENT, Server
 
 from flexifed.data.download import ATTEMPTS, RemoteFile, fetch, unpack
 from flexifed.errors import DataError
-
-CONTENT = np.random.default_rng(0).bytes(100_000)
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `content`; `cut_after` bytes of an answer the connection breaks."""
-
-    content = CONTENT
-    cut_after: int | None = None
-    knows_ranges = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[str | None] = []
-
-    def file(self, path: str = "/set.tar.gz", content: bytes = CONTENT) -> RemoteFile:
-        """The file as its publisher describes it."""
-        url = f"http://127.0.0.1:{self.server_port}{path}"
-        checksum = f"md5:{hashlib.md5(content).hexdigest()}"
-        return RemoteFile(name="set.tar.gz", urls=(url,), num_bytes=len(content), checksum=checksum)
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        asked = self.headers["Range"]
-        self.server.asked.append(asked)
-        if self.path != "/set.tar.gz":
-            self.send_error(404)
-            return
-        total = len(self.server.content)
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.server.knows_ranges else 0  # type: ignore[index]
-        if start >= total:
-            self.send_error(416)
-            return
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
-        self.send_header("Content-Length", str(total - start))
-        self.end_headers()
-        self.wfile.write(self.server.content[start:][: self.server.cut_after])
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def names(folder: Path) -> set[str]:
@@ -115,6 +49,14 @@ def test_server_without_ranges_begins_anew(server: Server, tmp_path: Path) -> No
     (tmp_path / "set.tar.gz.part").write_bytes(CONTENT[:100])
     server.knows_ranges = False
     assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("said", ["", "bytes 7-99999/100000", "nonsense"])
+def test_answer_that_is_another_part_begins_anew(said: str, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "set.tar.gz.part").write_bytes(CONTENT[:100])
+    server.range_of_answer = said
+    assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
+    assert server.asked == ["bytes=100-", None]
 
 
 def test_part_that_is_whole_already(server: Server, tmp_path: Path) -> None:

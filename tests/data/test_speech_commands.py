@@ -24,8 +24,9 @@ from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingCo
 from flexifed.data import Dataset, DatasetInfo, find_dataset, make_pipeline, open_dataset, speech_commands
 from flexifed.data.augment import shift_and_add_noise
 from flexifed.data.pipeline import SpeechPipeline
-from flexifed.data.speech_commands import NAME, NAME_12, V1, V2, Version
+from flexifed.data.speech_commands import NAME_12
 from flexifed.data.speech_commands_12 import COMMANDS, SILENCE, UNKNOWN
+from flexifed.data.speech_commands_files import NAME, V1, V2, Version, read_list
 from flexifed.data.wav import read_clip, read_wav
 from flexifed.errors import DataError, FlexifedWarning
 from flexifed.federation.rounds import Federation, LocalHosts, make_shards
@@ -122,7 +123,7 @@ def test_training_is_all_but_the_testing_list(written: Path) -> None:
 def test_either_version_is_found_in_either_place(version: Version, nested: bool, written: Path, tmp_path: Path) -> None:
     place = tmp_path / "SpeechCommands" if nested else tmp_path
     shutil.copytree(written / version.folder, place / version.folder)
-    with pytest.warns(FlexifedWarning, match="210 clips, 30 of|245 clips, 35 of"):
+    with pytest.warns(FlexifedWarning, match="210 of 64,721 clips, 30 of|245 of 105,829 clips, 35 of"):
         info = found(tmp_path)
     assert (info.source, info.layout, info.num_classes) == ("real-partial", version.name, len(version.words))
 
@@ -143,6 +144,21 @@ def test_contents_decide_the_fingerprint(folder: Path, tmp_path: Path) -> None:
     assert found(data_dir).fingerprint != before.fingerprint
     with pytest.raises(DataError, match=r"can't be opened now.*the same data under the same path"):
         open_dataset(before)
+
+
+@PARTIAL
+@pytest.mark.parametrize(("name", "prefix"), [(NAME, "speech_commands-v0.01"), (NAME_12, "speech_commands_12-1-v0.01")])
+def test_fingerprint_never_changes(name: str, prefix: str, tmp_path: Path) -> None:
+    """Runs are named by it: a change of code that changes it loses them."""
+    folder = tmp_path / V1.folder
+    for number, word in enumerate(V1.words):
+        for clip in range(2):
+            write_wav(folder / word / f"{clip}.wav", np.arange(9_999 + clip, dtype=np.int16) * (number + 1))
+    write_wav(folder / "_background_noise_" / "hum.wav", np.arange(100_000).astype(np.int16))
+    (folder / "validation_list.txt").touch()
+    (folder / "testing_list.txt").write_text("".join(f"{word}/1.wav\n" for word in V1.words))
+    digest = "9c6d5a3ac9bd3c7f65790137cc0d7f8703cf7cfd9e50f4b7e3c5437b7088993f"
+    assert found(tmp_path, name).fingerprint == f"{prefix}-{digest}"
 
 
 @PARTIAL
@@ -227,6 +243,27 @@ def test_damage_is_an_error_that_says_what_and_where(change: Callable[[Path], ob
     assert str(folder) in str(caught.value)
 
 
+def test_sizes_in_a_header_that_were_changed_give_the_samples_or_an_error(tmp_path: Path) -> None:
+    file, samples = tmp_path / "clip.wav", np.arange(1, 1_001, dtype=np.int16)
+    write_wav(file, samples)
+    content = file.read_bytes()
+    assert content[36:40] == b"data"
+    whole = int.from_bytes(content[4:8], "little")
+    for size in (0, 4, 36, whole // 2, whole - 2, whole + 2, 2 * whole, 2**32 - 1):
+        file.write_bytes(content[:4] + size.to_bytes(4, "little") + content[8:])
+        assert read_wav(file).tolist() == samples.tolist(), "of the whole file's size nothing depends"
+    for size in (0, 2, 1_000, 1_998, 2_002, 4_000, 2**32 - 1):
+        file.write_bytes(content[:40] + size.to_bytes(4, "little") + content[44:])
+        with pytest.raises(
+            DataError, match=r"clip\.wav can't be used: it has 2,044 bytes of the [\d,]+ that its chunks"
+        ):
+            read_wav(file)
+    shorter = content[: len(content) // 2]
+    file.write_bytes(shorter[:4] + (len(shorter) - 8).to_bytes(4, "little") + shorter[8:])
+    with pytest.raises(DataError, match=r"clip\.wav can't be used: it has 1,022 bytes of the 2,044 that its chunks"):
+        read_wav(file)
+
+
 @PARTIAL
 def test_hidden_and_other_files_are_passed_over(folder: Path) -> None:
     before = found(folder.parent.parent)
@@ -239,7 +276,7 @@ def test_hidden_and_other_files_are_passed_over(folder: Path) -> None:
 
 def test_list_may_name_clips_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("bed/a.wav\r\n\nup/b.wav")
-    assert speech_commands.read_list(tmp_path / "list.txt", V1.words) == {"bed/a.wav", "up/b.wav"}
+    assert read_list(tmp_path / "list.txt", V1.words) == {"bed/a.wav", "up/b.wav"}
 
 
 @given(st.binary(max_size=200))
@@ -247,7 +284,7 @@ def test_list_may_name_clips_that_are_not_there(tmp_path: Path) -> None:
 def test_any_bytes_for_a_list_give_clips_or_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "list.txt").write_bytes(content)
     try:
-        named = speech_commands.read_list(tmp_path / "list.txt", V1.words)
+        named = read_list(tmp_path / "list.txt", V1.words)
     except DataError as caught:
         error = str(caught)
     else:
@@ -556,7 +593,7 @@ def test_real_clip_with_changed_bytes_is_read_or_refused(data_dir: Path, tmp_pat
         assert "Expected a whole wav file of 16-bit mono samples, 16,000 a second" in error
         return
     assert (clip.shape, clip.dtype) == ((16_000,), np.int16)
-    assert length == len(whole) or int.from_bytes(content[4:8], "little") + 8 <= length, "what was cut is refused"
+    assert length == len(whole) or content[40:44] != whole[40:44], "what was cut is refused"
     if bytes(content[:44]) == whole[:44]:
         samples = np.frombuffer(bytes(content[44:]), "<i2")[:16_000]
         assert clip[: len(samples)].tolist() == samples.tolist()

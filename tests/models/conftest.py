@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from flexifed.models import build_model, input_kind
 
@@ -23,22 +22,6 @@ class SmallModels:
         if input_kind(name) == "text":
             return torch.randint(0, 70, (count, SHORT), generator=generator)
         return torch.randn(count, 3, 32, 32, generator=generator)
-
-    def overfit(self, name: str, *, width: float, steps: int, learning_rate: float = 0.01) -> float:
-        """Mean loss of the last five steps of training on one batch of eight samples of four classes."""
-        model, inputs = self.build(name, width=width).train(), self.inputs(name, 8)
-        labels = torch.arange(8) % 4
-        optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
-        losses = []
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # dropout
-            for _ in range(steps):
-                optimizer.zero_grad()
-                loss = functional.cross_entropy(model(inputs), labels)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-        return sum(losses[-5:]) / 5
 
 
 @pytest.fixture

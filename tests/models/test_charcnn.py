@@ -71,8 +71,3 @@ def test_first_losses_stand_near_chance(small) -> None:
             sigma = math.sqrt(2 / (module.kernel_size[0] * module.in_channels))
             assert module.weight.std().item() == pytest.approx(sigma, rel=5 / math.sqrt(2 * module.weight.numel()))
             assert not module.bias.any()
-
-
-@pytest.mark.parametrize("depth", KERNELS)
-def test_one_batch_can_be_learned_by_heart(small, depth: int) -> None:
-    assert small.overfit(f"charcnn{depth}", width=0.25, steps=40) < 0.5 * math.log(4)

@@ -90,8 +90,3 @@ def test_padding_is_a_vector_of_zeros_and_stays_one(small) -> None:
 def test_first_losses_stand_near_chance_at_any_depth(small, depth: int) -> None:
     scores = small.build(f"vdcnn{depth}", width=0.25)(small.inputs(f"vdcnn{depth}", 16))
     assert nn.functional.cross_entropy(scores, torch.arange(16) % 4).item() < 1.3 * math.log(4)
-
-
-@pytest.mark.parametrize("depth", [9, 49])
-def test_one_batch_can_be_learned_by_heart(small, depth: int) -> None:
-    assert small.overfit(f"vdcnn{depth}", width=0.1, steps=20) < 0.3 * math.log(4)

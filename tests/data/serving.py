@@ -1,0 +1,69 @@
+"""A server on this machine for downloads, which can be told to misbehave."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+
+from flexifed.data.download import RemoteFile
+
+CONTENT = np.random.default_rng(0).bytes(100_000)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `content` under /set.tar.gz, to whoever asks while it `may_answer`.
+
+    Attributes:
+        cut_after: bytes of an answer, after which the connection breaks.
+        knows_ranges: whether it can serve a part.
+        range_of_answer: what it says of the part that it serves; nothing where it is empty.
+        asked: the ranges that it was asked for, None for the whole.
+    """
+
+    content = CONTENT
+    cut_after: int | None = None
+    knows_ranges = True
+    range_of_answer = "bytes {start}-{last}/{total}"
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[str | None] = []
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+
+    def file(self, path: str = "/set.tar.gz", content: bytes = CONTENT) -> RemoteFile:
+        """The file as its publisher describes it."""
+        url = f"http://127.0.0.1:{self.server_port}{path}"
+        checksum = f"md5:{hashlib.md5(content).hexdigest()}"
+        return RemoteFile(name="set.tar.gz", urls=(url,), num_bytes=len(content), checksum=checksum)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        asked = self.headers["Range"]
+        self.server.asked.append(asked)
+        self.server.may_answer.wait()
+        if self.path != "/set.tar.gz":
+            self.send_error(404)
+            return
+        total = len(self.server.content)
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.server.knows_ranges else 0  # type: ignore[index]
+        if start >= total:
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        if start and self.server.range_of_answer:
+            part = self.server.range_of_answer.format(start=start, last=total - 1, total=total)
+            self.send_header("Content-Range", part)
+        self.send_header("Content-Length", str(total - start))
+        self.end_headers()
+        self.wfile.write(self.server.content[start:][: self.server.cut_after])
+
+    def log_message(self, *_: object) -> None:
+        pass
