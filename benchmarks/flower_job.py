@@ -1,0 +1,84 @@
+"""The job of `flower.py`: what both sides are told, and nothing that only one of them has."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
+from flexifed.data import DatasetInfo, find_dataset
+from flexifed.profiles import PROFILES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Thin VGGs on CIFAR-10, averaged within each architecture; the defaults are those of the profile `thin`.
+
+    Attributes:
+        clients: client k has version k modulo 4.
+        rounds: of training.
+        width: factor on all channels.
+        local_epochs: of each client in each round.
+        max_train: training samples of a client at most; None for its whole shard.
+        max_test: test samples of a client at most; None for its whole shard.
+        seed: of everything random.
+        cpus: so many clients train at a time, each with one thread.
+        data_dir: a folder with CIFAR-10; None for its synthetic stand-in.
+    """
+
+    clients: int = 8
+    rounds: int = 10
+    width: float = PROFILES["thin"].model.width
+    local_epochs: int = PROFILES["thin"].training.local_epochs
+    max_train: int | None = None
+    max_test: int | None = None
+    seed: int = 0
+    cpus: int = 2
+    data_dir: str | None = None
+
+    def config(self) -> CellConfig:
+        """The cell: `clustered_fl` is FedAvg within each architecture.
+
+        All clients of an architecture begin with the weights that a server would send them.
+
+        Raises:
+            ConfigError: a number out of range.
+        """
+        thin = PROFILES["thin"]
+        return CellConfig(
+            dataset="cifar10",
+            family="vgg",
+            scheme="clustered_fl",
+            seed=self.seed,
+            model=ModelConfig(width=self.width, init="shared"),
+            partition=PartitionConfig(
+                num_clients=self.clients,
+                num_shards=max(thin.partition.num_shards, self.clients),
+                windows_per_shard=thin.partition.windows_per_shard,
+                max_train=self.max_train,
+                max_test=self.max_test,
+            ),
+            training=TrainingConfig(
+                local_epochs=self.local_epochs, batch_size=thin.training.batch_size, augment=thin.training.augment
+            ),
+        )
+
+    def info(self) -> DatasetInfo:
+        """Which data.
+
+        Raises:
+            DataError: `data_dir` has no CIFAR-10.
+        """
+        if self.data_dir is None:
+            return find_dataset("cifar10", data="synthetic", data_dir=Path())
+        return find_dataset("cifar10", data="real", data_dir=Path(self.data_dir))
+
+    def to_json(self) -> str:
+        """As text, for another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """From what `to_json` made."""
+        return cls(**json.loads(text))
