@@ -12,9 +12,9 @@ Flower pins another Ray, so it has an environment of its own, which uv makes at 
 
 Prints JSON. A repetition is a fresh process for each side, one after another. Rounds a minute are of the steady state,
 from the end of the first round to the end of the last; `wall_s` is the whole process, start-up included.
-`outside_share` is the share of the steady state's CPU time in which no client trained or was scored. `same_numbers` says
-how far the lean program's scores are from flexifed's, over all clients and rounds: nothing, where both did the same work
-and the means are exact, as those of two clients are. The tutorial's order of samples is another: its scores are alike.
+`outside_share` is the share of the steady state's CPU time in which no client trained or was scored. `same_numbers`
+says how far the lean program's scores are from flexifed's, over all clients and rounds: nothing, where both did the
+same work and means are exact, as those of two clients are. The tutorial draws other batches: its scores are only alike.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/flower_app.py '{"clients": 8, ...}' tutorial
 
 A ClientApp with train, evaluate and query, a ServerApp, and a strategy that lets Flower's own FedAvg average what the
-clients of each architecture reply. As in Flower's tutorials a client has nothing between two calls but the number of its
-partition: its model is built anew, loads the arrays of the message, and goes back as arrays. A client is one of two:
+clients of each architecture reply. As in Flower's tutorials a client has nothing between two calls but the number of
+its partition: its model is built anew, loads the arrays of the message, and goes back as arrays. It is one of two:
 
 - `tutorial`: batches from a `DataLoader` that makes tensors of one image after another with torchvision's transforms,
   as in Flower's PyTorch tutorial.

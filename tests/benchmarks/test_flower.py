@@ -1,0 +1,147 @@
+"""The benchmark against Flower: what needs no Flower, and, where one is named, a whole small run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from flexifed.errors import ConfigError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def flower(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import flower as module
+
+    return module
+
+
+def one_round(ended: float, accuracies: list[float], computing_s: float = 1.0) -> dict[str, Any]:
+    return {"ended": ended, "accuracies": accuracies, "losses": [0.5] * len(accuracies), "computing_s": computing_s}
+
+
+def test_both_sides_are_told_the_same_cell(flower: ModuleType) -> None:
+    job = flower.Job(clients=60, width=0.25, max_train=8, seed=3)
+    told = flower.Job.from_json(job.to_json())
+    assert told.config() == job.config()
+    assert told.config().scheme == "clustered_fl"
+    assert told.config().partition.num_shards == 60
+    assert told.info().source == "synthetic"
+
+
+def test_a_job_that_cannot_be_is_refused(flower: ModuleType) -> None:
+    with pytest.raises(ConfigError, match="width is 0"):
+        flower.Job(width=0).config()
+
+
+def test_the_first_round_and_the_start_are_not_timed(flower: ModuleType) -> None:
+    rounds = [one_round(100.0, [0.1, 0.2], 9.0), one_round(102.0, [0.2, 0.3], 3.0), one_round(104.0, [0.3, 0.5], 3.0)]
+    assert flower.measured(rounds, wall_s=30.0, cpus=2) == pytest.approx(
+        {
+            "rounds_per_minute": 30.0,
+            "round_s": 2.0,
+            "outside_share": 0.25,
+            "wall_s": 30.0,
+            "startup_s": 24.0,
+            "final_accuracy": 0.4,
+        }
+    )
+
+
+def test_scores_before_a_round_are_those_after_the_one_before(flower: ModuleType) -> None:
+    rows = [
+        {"round": index, "client": client, "accuracy": index + client / 10, "loss": -index, "train_s": 1, "eval_s": 2}
+        for client in (1, 0)
+        for index in range(3)
+    ]
+    rounds = flower.rounds_of_rows(rows, ended=[5.0, 6.0, 6.5])
+    assert rounds == [
+        {"ended": 5.0, "accuracies": [1.0, 1.1], "losses": [-1, -1], "computing_s": 6},
+        {"ended": 6.0, "accuracies": [2.0, 2.1], "losses": [-2, -2], "computing_s": 6},
+    ]
+
+
+def test_a_difference_in_any_round_is_seen(flower: ModuleType) -> None:
+    ours = [one_round(1.0, [0.5, 0.5]), one_round(2.0, [0.5, 0.5])]
+    theirs = [one_round(1.0, [0.5, 0.25]), one_round(2.0, [0.5, 0.5])]
+    assert flower.largest_difference(ours, ours) == {"accuracies": 0, "losses": 0}
+    assert flower.largest_difference(ours, theirs) == {"accuracies": 0.25, "losses": 0}
+
+
+def test_ratios_are_taken_within_a_repetition(flower: ModuleType) -> None:
+    """The machine's load changes from one to the next."""
+    repetitions = [
+        {"flexifed": {"rounds_per_minute": mine}, "lean": {"rounds_per_minute": theirs}}
+        for mine, theirs in ((30.0, 10.0), (8.0, 4.0), (100.0, 20.0))
+    ]
+    described = flower.summary(repetitions)
+    assert described["ratio"] == {"lean": {"n": 3, "median": 3.0, "min": 2.0, "max": 5.0}}
+    assert described["flexifed"]["rounds_per_minute"]["median"] == 30.0
+
+
+def test_an_environment_is_used_again_unless_other_versions_are_wanted(
+    flower: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.touch()
+    (tmp_path / "flexifed-requirements.txt").write_text("\n".join(flower.requirements()))
+    assert flower.made_environment(tmp_path) == python
+    monkeypatch.setattr(flower, "FLOWER", "0.0.0")
+    with pytest.raises(flower.FlowerError, match="install uv, or name the Python"):
+        flower.made_environment(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rounds", "1"], "--rounds is 1; it must be at least 2"),
+        (["--repeat", "0"], "--repeat is 0; it must be at least 1"),
+        (["--width", "-1"], "width is -1.0"),
+        (["--clients", "0"], "num_clients is 0"),
+        (["--data-dir", "/nowhere"], "no real data in /nowhere"),
+        (["--flower-python", "/nowhere/python"], "can't run /nowhere/python"),
+        (["--flower-python", "a", "--flower-env", "b"], "not allowed with"),
+        (["--flower-python", sys.executable], "has no Flower with its simulation engine"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_runs(
+    flower: ModuleType,
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "--data-dir" not in arguments and "--flower-python" not in arguments:
+        monkeypatch.setattr(flower, "made_environment", lambda folder: pytest.fail("an environment was made"))
+    monkeypatch.setattr(sys, "argv", ["flower.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        flower.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_flower_and_flexifed_get_the_same_numbers() -> None:
+    python = os.environ.get("FLEXIFED_FLOWER_PYTHON")
+    if not python:
+        pytest.skip("needs the Python of an environment with flwr[simulation]: name it in FLEXIFED_FLOWER_PYTHON")
+    small = ["--rounds", "2", "--repeat", "1", "--max-train", "16", "--max-test", "8", "--width", "0.03125"]
+    line = [sys.executable, str(BENCHMARKS / "flower.py"), *small, "--cpus", "2", "--flower-python", python]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["same_numbers"] == {"equal": True, "largest_difference": {"accuracies": 0, "losses": 0}}
+    assert set(measured["ratio"]) == {"tutorial", "lean"}
