@@ -12,9 +12,10 @@ Flower pins another Ray, so it has an environment of its own, which uv makes at 
 
 Prints JSON. A repetition is a fresh process for each side, one after another. Rounds a minute are of the steady state,
 from the end of the first round to the end of the last; `wall_s` is the whole process, start-up included.
-`outside_share` is the share of the steady state's CPU time in which no client trained or was scored. `same_numbers`
-says how far the lean program's scores are from flexifed's, over all clients and rounds: nothing, where both did the
-same work and means are exact, as those of two clients are. The tutorial draws other batches: its scores are only alike.
+`outside_s` is what a round takes beyond an even share of training and scoring for each CPU: the engine, and CPUs that
+wait for others. `outside_share` is its part of the round. `same_numbers` says how far the lean program's scores are from
+flexifed's, over all clients and rounds: nothing, where both did the same work and means are exact, as those of two
+clients are. The tutorial draws other batches: its scores are only alike.
 """
 
 from __future__ import annotations
@@ -219,6 +220,7 @@ def measured(rounds: Rounds, wall_s: float, cpus: int) -> dict[str, float]:
     return {
         "rounds_per_minute": 60 * (len(rounds) - 1) / steady_s,
         "round_s": steady_s / (len(rounds) - 1),
+        "outside_s": (steady_s - computing_s / cpus) / (len(rounds) - 1),
         "outside_share": 1 - computing_s / (cpus * steady_s),
         "wall_s": wall_s,
         "startup_s": wall_s - steady_s * len(rounds) / (len(rounds) - 1),

@@ -49,6 +49,7 @@ def test_the_first_round_and_the_start_are_not_timed(flower: ModuleType) -> None
         {
             "rounds_per_minute": 30.0,
             "round_s": 2.0,
+            "outside_s": 0.5,
             "outside_share": 0.25,
             "wall_s": 30.0,
             "startup_s": 24.0,
