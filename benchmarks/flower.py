@@ -13,8 +13,8 @@ Flower pins another Ray, so it has an environment of its own, which uv makes at 
 Prints JSON. A repetition is a fresh process for each side, one after another. Rounds a minute are of the steady state,
 from the end of the first round to the end of the last; `wall_s` is the whole process, start-up included.
 `outside_s` is what a round takes beyond an even share of training and scoring for each CPU: the engine, and CPUs that
-wait for others. `outside_share` is its part of the round. `same_numbers` says how far the lean program's scores are from
-flexifed's, over all clients and rounds: nothing, where both did the same work and means are exact, as those of two
+wait for others; `outside_share` is its part of the round. `same_numbers` says how far the lean program's scores are
+from flexifed's, over all clients and rounds: nothing, where both did the same work and means are exact, as those of two
 clients are. The tutorial draws other batches: its scores are only alike.
 """
 
@@ -71,13 +71,15 @@ def made_environment(folder: Path) -> Path:
     """The interpreter of Flower's environment, which is made if it is missing or holds other versions.
 
     Raises:
-        FlowerError: there is no uv, or it fails.
+        FlowerError: the folder holds something else, there is no uv, or it fails.
     """
     python = folder / "bin" / "python"
     wanted = "\n".join(requirements())
     made = folder / "flexifed-requirements.txt"
     if python.exists() and made.is_file() and made.read_text() == wanted:
         return python
+    if folder.exists() and not (folder / "pyvenv.cfg").is_file() and any(folder.iterdir()):
+        raise FlowerError(f"{folder} holds something else than an environment; name another folder by --flower-env")
     uv = shutil.which("uv")
     if uv is None:
         raise FlowerError(
@@ -328,12 +330,17 @@ def main() -> int:
             },
             data_dir=options.data_dir and str(Path(options.data_dir).expanduser().absolute()),
         )
-        job.config(), job.info()
+        job.config()
+        job.info()
         python = options.flower_python or made_environment(options.flower_env.expanduser().absolute())
         flower_versions(python)
     except (FlexifedError, FlowerError) as error:
         parser.error(str(error))
-    print(json.dumps(measure(job, options.repeat, options.program or PROGRAMS, python), indent=1))
+    try:
+        print(json.dumps(measure(job, options.repeat, options.program or PROGRAMS, python), indent=1))
+    except FlowerError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

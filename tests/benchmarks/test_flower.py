@@ -96,11 +96,19 @@ def test_an_environment_is_used_again_unless_other_versions_are_wanted(
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.touch()
+    (tmp_path / "pyvenv.cfg").touch()
     (tmp_path / "flexifed-requirements.txt").write_text("\n".join(flower.requirements()))
     assert flower.made_environment(tmp_path) == python
     monkeypatch.setattr(flower, "FLOWER", "0.0.0")
     with pytest.raises(flower.FlowerError, match="install uv, or name the Python"):
         flower.made_environment(tmp_path)
+
+
+def test_no_folder_is_emptied_that_is_no_environment(flower: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(flower.FlowerError, match="something else than an environment"):
+        flower.made_environment(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize(
