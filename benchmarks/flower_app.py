@@ -40,12 +40,12 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms.functional import to_pil_image
 
-from flexifed.config import NumericsConfig
 from flexifed.data import Samples, make_pipeline, open_dataset
 from flexifed.federation.rounds import make_shards
 from flexifed.models import build_model
 from flexifed.seeding import derive_seed, torch_generator
 from flexifed.training import evaluate, local
+from flexifed.training.memory import keep_freed_memory
 from flexifed.training.numerics import numeric_settings, seeded_dropout
 
 client_app = ClientApp()
@@ -84,6 +84,7 @@ class Task:
                 samples,
                 labels,
                 config=self.config.training,
+                numerics=self.config.numerics,
                 pipeline=self.pipeline,
                 batches=torch_generator(seed, "batches", client, round_index),
                 augmentation=torch_generator(seed, "augmentation", client, round_index),
@@ -92,7 +93,14 @@ class Task:
     def test(self, model: nn.Module, client: int) -> tuple[float, float]:
         """Accuracy and loss on the client's own test shard."""
         samples, labels = self.test_samples[client]
-        score = evaluate.evaluate(model, samples, labels, config=self.config.training, pipeline=self.pipeline)
+        score = evaluate.evaluate(
+            model,
+            samples,
+            labels,
+            config=self.config.training,
+            numerics=self.config.numerics,
+            pipeline=self.pipeline,
+        )
         return score.accuracy, score.loss
 
 
@@ -162,6 +170,8 @@ PROGRAMS = {"lean": Task, "tutorial": TutorialTask}
 @cache
 def task(program: str, job: str) -> Task:
     """Made once in each process, for all its calls."""
+    if program == "lean":
+        keep_freed_memory()  # as flexifed's own processes do
     return PROGRAMS[program](Job.from_json(job))
 
 
@@ -188,7 +198,7 @@ def train(message: Message, context: Context) -> Message:
     """Train the model of the message on the client's samples."""
     mine, client, model, round_index = _received(message, context)
     started = time.perf_counter()
-    with numeric_settings(NumericsConfig(threads=1)):
+    with numeric_settings(mine.config.numerics):
         loss = mine.train(model, client, round_index)
     metrics: dict[str, Any] = {
         "train_loss": loss,
@@ -204,7 +214,7 @@ def test(message: Message, context: Context) -> Message:
     """Score the model of the message on the client's own test samples."""
     mine, client, model, _ = _received(message, context)
     started = time.perf_counter()
-    with numeric_settings(NumericsConfig(threads=1)):
+    with numeric_settings(mine.config.numerics):
         accuracy, loss = mine.test(model, client)
     metrics: dict[str, Any] = {
         "client": client,
