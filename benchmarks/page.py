@@ -1,0 +1,182 @@
+"""The page about speed, from what the benchmarks printed: `python benchmarks/page.py > docs/speed.md`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).parents[1] / "records" / "benchmarks"
+Figures = dict[str, Any]
+
+INTRODUCTION = """# Speed
+
+What a round takes, and against what. Every figure on this page was printed by a program in `benchmarks/` and is kept in
+[`records/benchmarks`](../records/benchmarks/README.md); `python benchmarks/page.py` makes the page of them. Figures are
+medians, with the smallest and the largest in brackets; what is compared was measured in the same run, in turn.
+
+**None of them is from a GPU.**
+"""
+
+ROUND = """## A round, against one client after another
+
+`benchmarks/sequential.py` is a plain loop as the published program has it: images one by one through a DataLoader, one
+client after another, models built anew in every round, all cores for each. The same data, models and steps.
+"""
+
+PEAK = """Part of the machine's peak rate that training reaches, by model. The peak is that of a large float32 matrix
+product on all cores in the same run. A convolution counts as its multiply-adds, though a library may need fewer.
+"""
+
+FLOWER = """## Against Flower
+
+The same cell in [Flower](https://flower.ai)'s simulation engine: same models, data, shards, seeds, local steps and
+scores, FedAvg within each architecture, as many clients at a time. `lean` gives Flower's clients flexifed's own
+training functions, so that the engines alone differ, and every client's scores are then equal to the last bit;
+`tutorial` is the same job as Flower's tutorials write it.
+"""
+
+AGGREGATE = """## Plan and aggregation, against the number of clients
+
+Thin VGGs in turn, Max-Common. `in pairs` finds the plan's groups by comparing each client with each other.
+"""
+
+SCALE = """## Many clients on one machine
+
+Thin VGGs under Max-Common; ten images a client, so that what a client costs beside its training shows. Memory is what
+processes share with no other (USS).
+"""
+
+
+def load(name: str) -> Figures:
+    """What a benchmark printed."""
+    return dict(json.loads((RECORDS / f"{name}.json").read_text()))
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    digits = 0
+    while abs(value) < 100 / 10**digits and digits < 6:
+        digits += 1
+    return f"{value:.{digits}f}" if value else "0"
+
+
+def median(figures: Figures) -> str:
+    """A median, with the smallest and the largest."""
+    return f"{number(figures['median'])} ({number(figures['min'])} to {number(figures['max'])})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def command(line: str, figures: Figures) -> str:
+    """How a figure was made, and where."""
+    place = figures["machine"] if isinstance(figures["machine"], str) else figures["machine"]["before"]
+    return f"```bash\nuv run --extra test python benchmarks/{line}     # {place}\n```\n"
+
+
+def round_section() -> str:
+    """Of `round.py`."""
+    made = load("round")
+    rows = [
+        ["seconds of a round", median(made["round_s"]), median(made["baseline_s"])],
+        ["times faster", median(made["ratio"]), ""],
+        ["busiest process: training", median(made["train_s"]), ""],
+        ["busiest process: scoring", median(made["eval_s"]), ""],
+        ["part that is neither", median(made["overhead"]), ""],
+    ]
+    shares = made["share_of_peak"]
+    return "\n".join(
+        [
+            ROUND,
+            command("round.py --local-epochs 1", made),
+            f"{made['cell']['data']}, {made['cell']['placement']}, {made['round_s']['n']} rounds of each:\n",
+            table(["", "flexifed", "one after another"], rows),
+            PEAK,
+            table([*shares], [[f"{share:.0%}" for share in shares.values()]]),
+        ]
+    )
+
+
+def flower_section() -> str:
+    """Of `flower.py`, on full shards and on next to no training."""
+    runs = {"thin models": "flower-thin", "next to no training": "flower-engine"}
+    rows = []
+    for what, name in runs.items():
+        made = load(name)
+        rows.append(
+            [
+                what,
+                *(median(made[side]["rounds_per_minute"]) for side in ("flexifed", "lean", "tutorial")),
+                *(median(made["ratio"][side]) for side in ("lean", "tutorial")),
+            ]
+        )
+    lines = [command("flower.py", load("flower-thin"))]
+    lines.append(command("flower.py --width 0.03125 --max-train 16 --max-test 8 --rounds 20", load("flower-engine")))
+    head = ["rounds a minute", "flexifed", "lean", "tutorial", "times lean", "times tutorial"]
+    return "\n".join([FLOWER, *lines, table(head, rows)])
+
+
+def aggregate_section() -> str:
+    """Of `aggregate.py`."""
+    made = load("aggregate")
+    rows = [
+        [
+            f"{int(clients):,}",
+            f"{number(1000 * one['plan_s']['median'])} ms",
+            f"{number(1000 * one['pairwise_plan_s']['median'])} ms" if "pairwise_plan_s" in one else "",
+            f"{number(one['aggregate_s']['median'])} s",
+        ]
+        for clients, one in made["clients"].items()
+    ]
+    powers = made["exponent"]
+    return "\n".join(
+        [
+            AGGREGATE,
+            command("aggregate.py", made),
+            table(["clients", "plan", "in pairs", "aggregation"], rows),
+            "Seconds grow with the number of clients to the power of "
+            f"{powers['plan_s']} (plan) and {powers['aggregate_s']} (aggregation).\n",
+        ]
+    )
+
+
+def scale_section() -> str:
+    """Of `scale.py`."""
+    made = load("scale")
+    rows = [
+        [
+            f"{int(clients):,}",
+            median(one["round_s"]),
+            f"{number(1000 * one['s_per_client']['median'])} ms",
+            f"{number(one['mib_per_client'])} MiB",
+            f"{number(one['clients_mib'])} MiB",
+            f"{number(one['driver_mib'])} MiB",
+            f"{number(one['store_mib'])} MiB",
+        ]
+        for clients, one in made["clients"].items()
+    ]
+    head = ["clients", "seconds of a round", "a client", "memory a client", "all clients", "driver", "shared memory"]
+    return "\n".join(
+        [
+            SCALE,
+            command("scale.py", made),
+            table(head, rows),
+            f"The driver's memory at the most clients is {made['driver_growth']:+.0%} of that at the fewest.\n",
+        ]
+    )
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([INTRODUCTION, round_section(), flower_section(), aggregate_section(), scale_section()])
+
+
+if __name__ == "__main__":
+    print(page(), end="")
