@@ -2,7 +2,7 @@
 
     <folder>/round-000012/clients-000000.safetensors    what the clients of one process keep to themselves
     <folder>/round-000012/shared.safetensors            the driver's global state
-    <folder>/round-000012/manifest.json                 written last: the checksums of the others; it commits the round
+    <folder>/round-000012/manifest.json                 written last: checksums of the others and its own; it commits
 
 A file is written beside its place, flushed and renamed. A folder without a manifest is one that was never finished; one
 whose files don't match it is damaged. Both are passed over, and the one before is used. Nothing here is unpickled.
@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from flexifed.errors import ResultsError
+from flexifed.files import explained, whole_file
 
 KEPT = 2
 MANIFEST = "manifest.json"
@@ -51,11 +51,14 @@ class Checkpoints:
     Args:
         root: their folder.
         run_id: a checkpoint of another run is never used.
+        at_most: the last round that the run may go on with. Later checkpoints are of a longer run, and left alone.
     """
 
-    def __init__(self, root: Path, run_id: str) -> None:
+    def __init__(self, root: Path, run_id: str, at_most: int | None = None) -> None:
         self._root = root
         self._run_id = run_id
+        self._at_most = at_most
+        self._good: list[Path] = []  # newest first
 
     def begin(self, next_round: int) -> Path:
         """An empty folder for the files of a checkpoint.
@@ -63,15 +66,14 @@ class Checkpoints:
         Raises:
             ResultsError: it can't be made.
         """
-        folder = self._root / f"round-{next_round:06d}"
-        with _explained(folder):
-            if folder.exists():
-                shutil.rmtree(folder)
+        folder = self._folder(next_round)
+        with explained(folder):
+            _remove(folder)
             folder.mkdir(parents=True)
         return folder
 
     def commit(self, next_round: int, files: Mapping[str, str]) -> None:
-        """Make a checkpoint valid, and delete all but the last two.
+        """Make a checkpoint valid, and delete all but it and the one before that was good.
 
         Args:
             next_round: the round that a run goes on with.
@@ -80,18 +82,22 @@ class Checkpoints:
         Raises:
             ResultsError: the manifest can't be written.
         """
-        folder = self._root / f"round-{next_round:06d}"
-        manifest = {"run_id": self._run_id, "next_round": next_round, "files": dict(files)}
-        write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-        for old in self._folders()[KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
+        folder = self._folder(next_round)
+        content = {"run_id": self._run_id, "next_round": next_round, "files": dict(files)}
+        manifest = {"sha256": _digest(content), "content": content}
+        with whole_file(folder / MANIFEST) as file:
+            file.write(json.dumps(manifest, indent=1).encode())
+        self._good = [folder, *(good for good in self._good if good != folder)][:KEPT]
+        self._delete_others()
 
-    def latest(self, note: Callable[[str], None], at_most: int | None = None) -> Checkpoint | None:
+    def latest(
+        self, note: Callable[[str], None], fits: Callable[[Checkpoint], bool] = lambda one: True
+    ) -> Checkpoint | None:
         """The last checkpoint that is whole, or None.
 
         Args:
             note: told of each one that is passed over, and why.
-            at_most: the latest round that a run may go on with.
+            fits: whether the rest of the run's results go with it.
         """
         for folder in self._folders():
             try:
@@ -99,40 +105,69 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 note(f"checkpoint {folder.name} is passed over: {error}")
                 continue
-            if at_most is None or checkpoint.next_round <= at_most:
+            if fits(checkpoint):
+                self._good = [folder]
                 return checkpoint
+            note(f"checkpoint {folder.name} is passed over: the rows before it are not all there")
         return None
 
     def end(self, *, keep_final: bool) -> None:
         """The cell has ended: remove all checkpoints, or all but the last, from which more rounds can go on."""
-        if not keep_final:
+        if keep_final:
+            self._good = self._good[:1]
+            self._delete_others()
+        else:
             shutil.rmtree(self._root, ignore_errors=True)
-        for old in self._folders()[1:]:
-            shutil.rmtree(old, ignore_errors=True)
+
+    def _folder(self, next_round: int) -> Path:
+        return self._root / f"round-{next_round:06d}"
 
     def _folders(self) -> list[Path]:
-        """Newest first."""
-        return sorted(self._root.glob("round-*"), reverse=True) if self._root.exists() else []
+        """Newest first, up to the run's last round."""
+        latest = None if self._at_most is None else self._folder(self._at_most)
+        found = sorted(self._root.glob("round-*"), reverse=True) if self._root.exists() else []
+        return [folder for folder in found if latest is None or folder <= latest]
+
+    def _delete_others(self) -> None:
+        """Delete what is not known to be good: the older ones, and those that a kill or damage has left."""
+        for folder in self._folders():
+            if folder not in self._good:
+                with suppress(OSError):
+                    _remove(folder)
 
     def _verified(self, folder: Path) -> Checkpoint:
         path = folder / MANIFEST
         if not path.is_file():
             raise ValueError("it was not finished")
         manifest = json.loads(path.read_bytes())
-        if not isinstance(manifest["next_round"], int):
-            raise ValueError(f"its manifest says round {manifest['next_round']!r}")
-        if manifest["run_id"] != self._run_id:
-            raise ValueError(f"it is of run {manifest['run_id']}")
-        if folder.name != f"round-{manifest['next_round']:06d}":
-            raise ValueError(f"its manifest says round {manifest['next_round']}")
-        for name, expected in manifest["files"].items():
+        content = manifest["content"]
+        if manifest["sha256"] != _digest(content):
+            raise ValueError(f"{MANIFEST} is damaged")
+        if content["run_id"] != self._run_id:
+            raise ValueError(f"it is of run {content['run_id']}")
+        if folder != self._folder(content["next_round"]):
+            raise ValueError(f"its manifest says round {content['next_round']}")
+        for name, expected in content["files"].items():
             if Path(name).name != name or not (folder / name).is_file():  # no device, no pipe, nothing elsewhere
                 raise ValueError(f"{name!r} is no file in it")
             with open(folder / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
                 raise ValueError(f"{name} is damaged (SHA-256 {found[:8]}..., expected {expected[:8]}...)")
-        return Checkpoint(manifest["next_round"], folder, manifest["files"])
+        return Checkpoint(content["next_round"], folder, content["files"])
+
+
+def _digest(content: object) -> str:
+    """SHA-256 of what JSON holds, however it is written: a key that hides another is a change too."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or whatever stands in its place, if there is anything."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -142,7 +177,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
         ResultsError: the file can't be written.
     """
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    write_file(path, content)
+    with whole_file(path) as file:
+        file.write(content)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -157,34 +193,3 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
             return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 - not a dict
     except (OSError, ValueError, SafetensorError) as error:
         raise ResultsError(f"can't read {path}: {error}; remove its folder, and the one before is used") from error
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file beside its place, flush it, and rename it.
-
-    Raises:
-        ResultsError: it can't be written.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with _explained(path):
-        try:
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn an OSError into an error that says which file, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise ResultsError(
-            f"can't write {path}: {error.strerror or error}; make room or mend the folder, "
-            "then the same command goes on"
-        ) from error

@@ -16,7 +16,7 @@ import pyarrow as pa
 from flexifed.config import CellConfig
 from flexifed.data import DatasetInfo
 from flexifed.errors import ResultsError
-from flexifed.federation.checkpoint import Checkpoints
+from flexifed.federation.checkpoint import Checkpoint, Checkpoints
 from flexifed.federation.client import ClientShards
 from flexifed.federation.rounds import Federation, Hosts, RoundResult, make_shards
 from flexifed.results.runlog import RunLog
@@ -75,7 +75,7 @@ class CellSession:
         self._log = RunLog(folder.run_folder(run.name))
         self._folder = folder
         self._placement = placement
-        self._checkpoints = Checkpoints(folder.run_folder(run.name) / "checkpoints", run.run_id)
+        self._checkpoints = Checkpoints(folder.run_folder(run.name) / "checkpoints", run.run_id, run.rounds)
         self._checkpoint_due = time.monotonic() + CHECKPOINT_EVERY_S
         self._committed_round = 0
         self._federation: Federation | None = None
@@ -131,18 +131,21 @@ class CellSession:
 
     def _restore(self, federation: Federation) -> pa.Table | None:
         """Go on from the last checkpoint that is whole and whose rows are there; returns those rows."""
-        checkpoint = self._checkpoints.latest(self._log.write, at_most=self.run.rounds)
+        num_clients = self.run.config.partition.num_clients
+
+        def rows_before(checkpoint: Checkpoint) -> pa.Table:
+            return self._folder.rows_before(self.run.name, checkpoint.next_round)
+
+        checkpoint = self._checkpoints.latest(
+            self._log.write, fits=lambda one: rows_before(one).num_rows == one.next_round * num_clients
+        )
         if checkpoint is None:
             if self._folder.last_round(self.run.name) is not None:
                 self._log.write("there are rows but no checkpoint: begins with round 0")
             return None
-        rows = self._folder.rows_before(self.run.name, checkpoint.next_round)
-        if rows.num_rows != checkpoint.next_round * self.run.config.partition.num_clients:
-            self._log.write(f"checkpoint {checkpoint.folder.name} is passed over: the rows before it are not all there")
-            return None
         federation.restore(checkpoint)
         self._log.write(f"goes on with round {checkpoint.next_round}, from {checkpoint.folder.name}")
-        return rows
+        return rows_before(checkpoint)
 
     def _finished_before(self) -> int | None:
         """The last round of a shorter run that has ended; its file stays until there is more. Others are replaced."""

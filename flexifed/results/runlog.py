@@ -15,7 +15,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from flexifed.results.store import explained
+from flexifed.files import explained
 
 LOG = "log.txt"
 

@@ -13,8 +13,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flexifed.errors import ResultsError
+from flexifed.files import explained, whole_file
 from flexifed.results.schema import SCHEMA
 
 _METADATA_KEY = b"flexifed"
@@ -191,34 +191,10 @@ def write_table(path: Path, table: pa.Table) -> None:
     Raises:
         ResultsError: the file can't be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     with explained(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, "wb") as file:
-                pq.write_table(table, file, compression="zstd")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn an OSError into an error that says which file, and what to do.
-
-    Raises:
-        ResultsError: instead of the OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ResultsError(
-            f"can't write {path}: {error.strerror or error}; make room or mend the folder, "
-            "then the same command goes on"
-        ) from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
 def read_summary(path: Path) -> tuple[dict[str, object], dict[str, object] | None]:
@@ -249,6 +225,11 @@ def _metadata(table: pa.Table) -> dict[str, object]:
 
 def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     try:
-        return pq.read_table(path, columns=None if columns is None else list(columns), partitioning=None)
+        return pq.read_table(
+            path,
+            columns=None if columns is None else list(columns),
+            partitioning=None,
+            page_checksum_verification=True,
+        )
     except (OSError, pa.ArrowException) as error:
         raise ResultsError(f"can't read {path}: {error}; move it away, and its cell is run again") from error
