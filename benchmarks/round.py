@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import ray
@@ -33,7 +33,7 @@ import torch
 from common import machine, spread, versions
 from sequential import SequentialLoop
 
-from flexifed.config import SCHEMES, CellConfig, ModelConfig
+from flexifed.config import SCHEMES, CellConfig, ModelConfig, NumericsConfig, Precision
 from flexifed.data import find_dataset, open_dataset
 from flexifed.federation.rounds import RoundResult, make_shards
 from flexifed.models.cost import model_multiply_adds
@@ -164,6 +164,7 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         model=ModelConfig(width=options.width),
         partition=replace(authors.partition, num_shards=options.num_shards),
         training=replace(authors.training, local_epochs=options.local_epochs),
+        numerics=NumericsConfig(precision=options.precision, fused=options.fused or None),
     )
     run = CellRun(
         config=config, info=info, profile="benchmark", rounds=options.repeat + 1, results=results, keep_final=False
@@ -190,6 +191,8 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
             "clients": config.partition.num_clients,
             "images_in_an_epoch": window[0],
             "local_epochs": options.local_epochs,
+            "precision": options.precision,
+            "fused": options.fused,
             "placement": str(placement),
         },
         "round_s": spread(round_s),
@@ -212,6 +215,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="rounds of each that count")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--precision", choices=get_args(Precision), help="of ours; default: PyTorch's own")
+    parser.add_argument("--fused", action="store_true", help="optimizer steps of ours in one pass, on CPUs too")
     parser.add_argument("--scheme", choices=SCHEMES, default="max_common")
     parser.add_argument("--family", choices=("vgg", "vgg_plain", "resnet"), default="vgg")
     parser.add_argument("--num-shards", type=int, default=20, help="more shards, fewer images")

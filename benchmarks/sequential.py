@@ -1,8 +1,7 @@
 """A round as the published program plays it: one client after another, images one by one, models built anew.
 
 Written from its description, not from its code: PIL transforms behind a DataLoader, a new model for every client in
-every round, states passed on as deep copies, PyTorch's default threads and memory format. Clients are scored in
-evaluation mode and averaged in plain means, so that both sides of a comparison do the same work.
+every round, states passed on as deep copies, PyTorch's default threads and memory format, scores in training mode.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ class SequentialLoop:
 
     @torch.no_grad()
     def _score(self, model: nn.Module, indices: np.ndarray) -> float:
-        model.eval()
+        model.train()  # as the published program does, so that batch norm takes the statistics of each batch
         images = Images(self._data.test, indices, self._plain)
         correct = 0
         for inputs, labels in DataLoader(images, batch_size=self._config.training.batch_size):

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from flexifed.config import DatasetName, Device
 from flexifed.errors import CellsFailedError, FlexifedError, FlexifedWarning
 from flexifed.grid import CellName, GridOptions, parse_options, select_cells
-from flexifed.stopping import stop_requests
+from flexifed.stopping import sigterm_as_ctrl_c, stop_requests
 
 if TYPE_CHECKING:  # torch, Ray and pandas are imported when a line has proved readable, so that --help is quick
     from flexifed.data import DatasetInfo
@@ -55,7 +55,8 @@ def guarded(action: Callable[[], None], when_stopped: str = "") -> int:
         when_stopped: what to add to the message after Ctrl-C.
     """
     try:
-        action()
+        with sigterm_as_ctrl_c():
+            action()
     except FlexifedError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

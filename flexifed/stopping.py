@@ -34,6 +34,22 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Within this block SIGTERM raises KeyboardInterrupt, also where Ray has made an exit of it."""
+
+    def hear(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        with _handled_by(hear, signal.SIGTERM):
+            yield
+    except SystemExit as exiting:
+        if exiting.code != signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt from exiting
+
+
+@contextmanager
 def uninterrupted() -> Iterator[None]:
     """Within this block Ctrl-C and SIGTERM are passed over: for what leaves processes behind if it is cut short."""
     with _handled_by(signal.SIG_IGN):
@@ -41,11 +57,12 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def _handled_by(handler: Any) -> Iterator[None]:
+def _handled_by(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """Ctrl-C and SIGTERM, or these signals, go to a handler."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in numbers or (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

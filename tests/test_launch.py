@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -149,3 +150,34 @@ def test_a_second_command_in_one_folder_is_refused(
         assert run(tmp_path, "--rounds", "2", "--fresh") == 0, "another folder has another lock"
         first.communicate()
     assert len(in_process) == 2
+
+
+def test_cells_that_failed_are_listed_and_the_status_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(cells: Sequence[PlacedRun], *_: Any, **__: Any) -> dict[str, str]:
+        return {cells[0].run.name: "client 3, round 1, training: the training loss is nan"}
+
+    monkeypatch.setattr("flexifed.orchestra.sweep.run_grid", failing)
+    assert run(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "error: 1 of 1 cells failed; each folder in " in said
+    assert "-standalone-seed0-" in said
+    assert "client 3, round 1, training: the training loss is nan" in said
+
+
+@pytest.mark.parametrize("ended_by", ["a signal", "Ray, which turns it into an exit"])
+def test_sigterm_before_the_first_round_is_as_ctrl_c(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, ended_by: str
+) -> None:
+    def terminated(*_: Any, **__: Any) -> None:
+        if ended_by != "a signal":
+            sys.exit(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("the signal was not heard")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("flexifed.orchestra.cluster.connected", terminated)
+    assert run(tmp_path) == 130
+    assert "stopped: the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,4 +1,4 @@
-"""Mean accuracy over the eight clients, every sixth round and the last: `python records/thin-text-speech/accuracies.py`."""
+"""Mean accuracy over the eight clients, every sixth round and the last."""
 
 from pathlib import Path
 

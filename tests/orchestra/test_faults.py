@@ -31,7 +31,7 @@ from flexifed.orchestra.actors import ClientActor, GroupLostError, LostError
 from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.ledger import CellReport
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
-from flexifed.orchestra.sweep import CellTrial, PlacedRun, run_grid
+from flexifed.orchestra.sweep import CellTrial, PlacedRun, _stop_files, run_grid
 from flexifed.results.store import ResultsFolder
 
 ROOT = Path(__file__).parents[2]
@@ -173,6 +173,14 @@ def test_a_cell_that_lost_its_place_is_left_to_tune(
     assert BrittleHosts.alive == 0
     assert steps(trial(run))[-1].state == "finished"
     assert_equal(run, undisturbed)
+
+
+def test_a_request_to_stop_that_a_kill_has_left_is_forgotten(tmp_path: Path) -> None:
+    file = ResultsFolder(cell(tmp_path).results).stop_file
+    file.touch()
+    with _stop_files({file}, lambda: False, Heard()) as stopping:
+        assert not file.exists()
+        assert not stopping()
 
 
 def test_a_cell_stops_after_its_round_and_none_begins(

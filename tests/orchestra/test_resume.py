@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -12,7 +14,7 @@ from flexifed.config import SCHEMES, CellConfig, ModelConfig, PartitionConfig, S
 from flexifed.data import find_dataset
 from flexifed.federation.checkpoint import MANIFEST, SHARED, Checkpoints, read_tensors
 from flexifed.federation.host import state_bytes
-from flexifed.federation.rounds import LocalHosts
+from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.orchestra.cell import CellRun, CellSession
 from flexifed.results.store import ResultsFolder, read_metadata
 
@@ -147,6 +149,44 @@ def test_the_size_of_a_state_is_known_beforehand(tmp_path: Path, scheme: SchemeN
     for path in checkpoints(run).rglob("*.safetensors"):
         found += sum(tensor.nbytes for tensor in read_tensors(path).values())
     assert state_bytes(run.config, run.info) == found
+
+
+class Clock:
+    """Stands in for the module `time` where sessions look at it; rounds and checkpoints take what a test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def takes(self, seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        def done(*args: object) -> object:
+            self.now += seconds
+            return work(*args)
+
+        return done
+
+
+@pytest.mark.parametrize(
+    ("round_s", "save_s", "expected"),
+    [
+        (30.0, 0.0, [2, 4, 6, 8]),
+        (70.0, 0.0, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (25.0, 6.0, [3]),  # and the next after 6 s / 0.03 = 200 s, eight rounds later
+    ],
+)
+def test_checkpoints_come_by_time_and_take_a_small_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, round_s: float, save_s: float, expected: list[int]
+) -> None:
+    clock, committed = Clock(), []
+    monkeypatch.setattr("flexifed.orchestra.cell.time", clock)
+    monkeypatch.setattr(Federation, "play_round", clock.takes(round_s, Federation.play_round))
+    monkeypatch.setattr(Federation, "save", clock.takes(save_s, lambda federation, folder: {}))
+    monkeypatch.setattr(Checkpoints, "commit", lambda self, next_round, files: committed.append(next_round))
+    run = replace(cell(tmp_path, rounds=12), checkpoint_every=None)
+    play(run, 8)
+    assert committed == expected
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
