@@ -224,12 +224,12 @@ def _metadata(table: pa.Table) -> dict[str, object]:
 
 
 def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns of a rounds file, each page held against its checksum; names stand outside of the pages."""
+    wanted = SCHEMA.names if columns is None else list(columns)
     try:
-        return pq.read_table(
-            path,
-            columns=None if columns is None else list(columns),
-            partitioning=None,
-            page_checksum_verification=True,
-        )
-    except (OSError, pa.ArrowException) as error:
+        table = pq.read_table(path, columns=wanted, partitioning=None, page_checksum_verification=True)
+        if missing := [name for name in wanted if name not in table.column_names]:
+            raise pa.ArrowInvalid(f"it has no column {', '.join(missing)}")
+        return table
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise ResultsError(f"can't read {path}: {error}; move it away, and its cell is run again") from error

@@ -161,9 +161,9 @@ class Clock:
         return self.now
 
     def takes(self, seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
-        def done(*args: object) -> object:
+        def done(*args: object, **options: object) -> object:
             self.now += seconds
-            return work(*args)
+            return work(*args, **options)
 
         return done
 

@@ -233,6 +233,22 @@ def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(
     assert folder.last_round("one") == 2
 
 
+def test_a_flipped_bit_is_an_error_or_changes_nothing(folder: ResultsFolder) -> None:
+    written(folder, "one", rounds=20)
+    path, whole = folder.rounds_file("one"), folder.rows_before("one", 20)
+    content = path.read_bytes()
+    errors = 0
+    for place in range(0, len(content), 5):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            assert folder.rows_before("one", 20).equals(whole), place
+        except ResultsError:
+            errors += 1
+    assert errors > len(content) / 20
+
+
 def test_a_file_is_on_the_disk_before_it_takes_its_place(
     folder: ResultsFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
