@@ -97,6 +97,11 @@ class GridOptions:
             value = getattr(self, name)
             if value is not None and not 1 <= value < _LARGEST:
                 raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1 and below 2**31")
+        if self.min_nodes > 1 and self.address is None:
+            raise ConfigError(
+                f"min_nodes is {self.min_nodes}, but Ray is started on this machine alone; name a cluster by --address "
+                "or RAY_ADDRESS, or leave --min-nodes out"
+            )
         distinct = len(set(self.seeds)) == len(self.seeds) > 0
         if not distinct or min(self.seeds) < 0 or max(self.seeds) >= 2**63:
             raise ConfigError(f"seeds is {list(self.seeds)}; give at least one, all different, from 0 to 2**63 - 1")

@@ -176,7 +176,7 @@ def fuzz_checkpoint(root: Path, written: Path, data: st.DataObject) -> None:
     found = newest(root)
     path.write_bytes(before)
     if name == MANIFEST and found == 2:  # blanks may have changed; what it says may not
-        assert json.loads(after)["files"] == json.loads(before)["files"]
+        assert json.loads(after)["content"] == json.loads(before)["content"]
     else:
         assert found == (2 if after == before else 1)
 
@@ -193,6 +193,12 @@ def test_checkpoints(root: Path, written: Path, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_checkpoints_for_longer(root: Path, written: Path, data: st.DataObject) -> None:
     fuzz_checkpoint(root, written, data)
+
+
+def signed(content: object) -> str:
+    """A manifest whose own checksum is right."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"sha256": digest, "content": content})
 
 
 JSON = st.recursive(
@@ -220,13 +226,21 @@ def test_a_manifest_that_says_anything(root: Path, manifest: object) -> None:
     folder = root / "round-000002"
     if not (folder / "pipe").exists():
         os.mkfifo(folder / "pipe")
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(signed(manifest))
     says_nothing = isinstance(manifest, dict) and manifest.get("files") == {} and manifest.get("next_round") == 2
     assert newest(root) == 1 or says_nothing
 
 
 def test_a_manifest_nested_without_end(root: Path) -> None:
-    (root / "round-000002" / MANIFEST).write_text("[" * 200_000)
+    for nested in ("[" * 200_000, '{"sha256": "", "content": ' + "[" * 200_000):
+        (root / "round-000002" / MANIFEST).write_text(nested)
+        assert newest(root) == 1
+
+
+@FUZZ
+@given(manifest=JSON)
+def test_a_manifest_without_a_checksum(root: Path, manifest: object) -> None:
+    (root / "round-000002" / MANIFEST).write_text(json.dumps(manifest))
     assert newest(root) == 1
 
 
@@ -247,9 +261,9 @@ def test_tensors_of_another_cell_under_a_right_checksum(root: Path) -> None:
     folder = root / "round-000002"
     content = (folder / "clients-000000.safetensors").read_bytes()
     (folder / "shared.safetensors").write_bytes(content)
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text())["content"]
     manifest["files"]["shared.safetensors"] = hashlib.sha256(content).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(signed(manifest))
     checkpoint = Checkpoints(root, RUN_ID).latest(pytest.fail)
     assert checkpoint is not None
     with pytest.raises(ResultsError, match="does not hold the tensors of this cell"):

@@ -67,6 +67,7 @@ BAD_SETTINGS = [
     (["--num-clients", "0"], "num_clients is 0; it must be a whole number of at least 1"),
     (["--windows-per-shard", "0"], "windows_per_shard is 0; it must be a whole number of at least 1"),
     (["--clients-per-actor", "0"], "clients_per_actor is 0; it must be a whole number of at least 1"),
+    (["--min-nodes", "5"], "min_nodes is 5, but Ray is started on this machine alone; name a cluster by --address"),
     (["--min-nodes", "0"], "min_nodes is 0; it must be a whole number of at least 1"),
     (["--max-concurrent", "-2"], "max_concurrent is -2; it must be a whole number of at least 1"),
     (["--learning-rate", "0"], "learning_rate is 0.0; it must be a finite number above 0"),

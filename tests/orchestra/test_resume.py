@@ -189,6 +189,17 @@ def test_checkpoints_come_by_time_and_take_a_small_part_of_it(
     assert committed == expected
 
 
+def test_rows_are_written_before_the_checkpoint_that_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexifed.results.store._WRITE_SHARE", 1e-9)  # so that none but the first come by themselves
+    run = cell(tmp_path)
+    play(run, 4)
+    play(run)
+    assert "goes on with round 4" in log(run)
+    assert sorted(rows(run)["round"].unique()) == list(range(ROUNDS + 1))
+
+
 def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     run = cell(tmp_path)
     play(run, 4)
