@@ -16,7 +16,8 @@ What a round takes, and against what. Every figure on this page was printed by a
 [`records/benchmarks`](../records/benchmarks/README.md); `python benchmarks/page.py` makes the page of them. Figures are
 medians, with the smallest and the largest in brackets; what is compared was measured in the same run, in turn.
 
-**None of them is from a GPU.**
+**None of them is from a GPU**: what the project does on one (TF32 and bf16, fused optimizer steps, fractions of a GPU)
+is tested on CPUs, and has not been timed.
 """
 
 ROUND = """## A round, against one client after another
@@ -26,7 +27,8 @@ client after another, models built anew in every round, all cores for each. The 
 """
 
 PEAK = """Part of the machine's peak rate that training reaches, by model. The peak is that of a large float32 matrix
-product on all cores in the same run. A convolution counts as its multiply-adds, though a library may need fewer.
+product on all cores in the same run. A convolution counts as its multiply-adds, though a library may need fewer. At
+full width there is little left to gain on CPUs in float32, and the plain loop keeps all cores busy too.
 """
 
 FLOWER = """## Against Flower
@@ -95,8 +97,8 @@ def round_section() -> str:
     return "\n".join(
         [
             ROUND,
-            command("round.py --local-epochs 1", made),
-            f"{made['cell']['data']}, {made['cell']['placement']}, {made['round_s']['n']} rounds of each:\n",
+            command(f"round.py --local-epochs {made['cell']['local_epochs']} --repeat {made['round_s']['n']}", made),
+            f"{made['cell']['data']} data; {made['cell']['placement']}; {made['round_s']['n']} rounds of each:\n",
             table(["", "flexifed", "one after another"], rows),
             PEAK,
             table([*shares], [[f"{share:.0%}" for share in shares.values()]]),
@@ -107,9 +109,13 @@ def round_section() -> str:
 def flower_section() -> str:
     """Of `flower.py`, on full shards and on next to no training."""
     runs = {"thin models": "flower-thin", "next to no training": "flower-engine"}
-    rows = []
+    rows, lines = [], []
     for what, name in runs.items():
         made = load(name)
+        job, repeat = made["job"], made["ratio"]["lean"]["n"]
+        less = f" --width {job['width']} --max-train {job['max_train']} --max-test {job['max_test']}"
+        options = f"--rounds {job['rounds']} --repeat {repeat}" + (less if job["max_train"] else "")
+        lines.append(command(f"flower.py {options}", made))
         rows.append(
             [
                 what,
@@ -117,8 +123,6 @@ def flower_section() -> str:
                 *(median(made["ratio"][side]) for side in ("lean", "tutorial")),
             ]
         )
-    lines = [command("flower.py", load("flower-thin"))]
-    lines.append(command("flower.py --width 0.03125 --max-train 16 --max-test 8 --rounds 20", load("flower-engine")))
     head = ["rounds a minute", "flexifed", "lean", "tutorial", "times lean", "times tutorial"]
     return "\n".join([FLOWER, *lines, table(head, rows)])
 
@@ -168,7 +172,7 @@ def scale_section() -> str:
             SCALE,
             command("scale.py", made),
             table(head, rows),
-            f"The driver's memory at the most clients is {made['driver_growth']:+.0%} of that at the fewest.\n",
+            f"From the fewest clients to the most, the driver's memory changes by {made['driver_growth']:+.1%}.\n",
         ]
     )
 

@@ -123,3 +123,8 @@ def test_scale_sees_every_kind_of_process() -> None:
         assert min(one["clients_mib"], one["driver_mib"], one["command_mib"]) > 50
         assert one["store_mib"] >= 0
     assert measured["driver_growth"] < 0.25
+
+
+def test_the_page_about_speed_is_made_of_what_the_benchmarks_printed() -> None:
+    made = subprocess.run([sys.executable, str(FOLDER / "page.py")], capture_output=True, text=True, check=True).stdout
+    assert made == (FOLDER.parent / "docs" / "speed.md").read_text(), "python benchmarks/page.py > docs/speed.md"
