@@ -9,12 +9,13 @@ anew in a new group.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from flexifed.results.store import ResultsFolder
 
 NODES_EVERY_S = 5.0
 WAIT_FOR_NODES_S = 600.0
+_SCRATCH = "flexifed-tune-"
 
 Place = Callable[[CellRun, Sequence[Resources]], CellPlacement]
 
@@ -245,7 +247,7 @@ def _run_tune(
     cells: Sequence[PlacedRun], observer: Observer, ledger: Ledger, max_concurrent: int, stopping: Callable[[], bool]
 ) -> None:
     """Let Tune run cells of one shape. A trial that it gives up leaves its cell without a last word."""
-    scratch = Path(tempfile.mkdtemp(prefix="flexifed-tune-"))
+    scratch = _make_scratch()
     try:
         tune.Tuner(
             tune.with_resources(CellTrial, tune.PlacementGroupFactory(cells[0].placement.bundles)),
@@ -268,6 +270,25 @@ def _run_tune(
         ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _make_scratch() -> Path:
+    """A folder for Tune's state, with this process's number; those of processes that were killed are removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        with suppress(ValueError, OSError):  # named by someone else, or somebody else's
+            if not _is_alive(int(left.name.removeprefix(_SCRATCH).split("-")[0])):
+                shutil.rmtree(left)
+    return Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-"))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _roomier(cell: PlacedRun, ledger: Ledger) -> PlacedRun:

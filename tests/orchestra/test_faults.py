@@ -31,7 +31,7 @@ from flexifed.orchestra.actors import ClientActor, GroupLostError, LostError
 from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.ledger import CellReport
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
-from flexifed.orchestra.sweep import CellTrial, PlacedRun, _stop_files, run_grid
+from flexifed.orchestra.sweep import CellTrial, PlacedRun, _make_scratch, _stop_files, run_grid
 from flexifed.results.store import ResultsFolder
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +181,18 @@ def test_a_request_to_stop_that_a_kill_has_left_is_forgotten(tmp_path: Path) -> 
     with _stop_files({file}, lambda: False, Heard()) as stopping:
         assert not file.exists()
         assert not stopping()
+
+
+def test_what_killed_commands_have_left_in_tmp_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    for name in (f"{ended.pid}-left", "1-anothers", "oldname"):
+        (tmp_path / f"flexifed-tune-{name}").mkdir()
+    mine = _make_scratch()
+    assert _make_scratch() != mine, "one command may have several"
+    left = {path.name.removeprefix("flexifed-tune-").split("-")[0] for path in tmp_path.iterdir()}
+    assert left == {"1", "oldname", str(os.getpid())}
 
 
 def test_a_cell_stops_after_its_round_and_none_begins(
