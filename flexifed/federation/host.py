@@ -79,20 +79,28 @@ class ClientHost:
         started = time.perf_counter()
         measured: list[ClientRound] = []
         blocks: dict[int, BlockSums] = {}
-
-        def play(block: Sequence[Client]) -> Iterator[tuple[GroupState, float]]:
-            for client in block:
-                one, contribution = client.play_round(round_index, shared, train=train)
-                measured.append(one)
-                if contribution is not None:
-                    yield contribution, client_weight(self._config, client.num_train)
-
         if shared is not None:
             shared = self._on_device(shared)
         with numeric_settings(self._config.numerics):
-            for block in blocks_of(self._clients, block_size := self._config.sharing.reduce_block):
-                blocks[block[0].index // block_size] = sum_block(play(block))
+            for block in blocks_of(self._clients, self._config.sharing.reduce_block):
+                contributions = self._play(block, round_index, shared, train, measured)
+                blocks[block[0].index // self._config.sharing.reduce_block] = sum_block(contributions)
         return HostRound(tuple(measured), blocks, time.perf_counter() - started)
+
+    def _play(
+        self,
+        clients: Sequence[Client],
+        round_index: int,
+        shared: GroupState | None,
+        train: bool,
+        measured: list[ClientRound],
+    ) -> Iterator[tuple[GroupState, float]]:
+        """Let one client after another play; what it measured goes to a list, what it shares to the caller."""
+        for client in clients:
+            one, contribution = client.play_round(round_index, shared, train=train)
+            measured.append(one)
+            if contribution is not None:
+                yield contribution, client_weight(self._config, client.num_train)
 
     def device_name(self) -> str:
         """What the clients compute on."""
