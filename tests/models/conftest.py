@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -22,6 +24,15 @@ class SmallModels:
         if input_kind(name) == "text":
             return torch.randint(0, 70, (count, SHORT), generator=generator)
         return torch.randn(count, 3, 32, 32, generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other at every small operation cost more than they bring, above all beside others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
