@@ -118,9 +118,10 @@ def halved(placement: CellPlacement, config: CellConfig, nodes: Sequence[Resourc
     if sharing < 2:
         return None
     share = math.floor(10_000 / (sharing // 2)) / 10_000
-    num_clients, per_actor = config.partition.num_clients, len(placement.clients[0])
+    num_clients, block = config.partition.num_clients, config.sharing.reduce_block
+    per_actor = block * math.ceil(max(map(len, placement.clients)) / block)  # the last block may be short
     while True:
-        clients = tuple(assign_clients(num_clients, per_actor, config.sharing.reduce_block))
+        clients = tuple(assign_clients(num_clients, per_actor, block))
         roomier = replace(placement, clients=clients, gpus_per_actor=share)
         if holds(nodes, roomier) or len(clients) == 1:
             return roomier
