@@ -9,6 +9,7 @@ anew in a new group.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -78,7 +79,7 @@ class CellTrial(tune.Trainable):
             report = self._interrupted("lost", str(error))
         except DeviceMemoryError as error:
             roomier = halved(self._placed.placement, self._placed.run.config, cluster.nodes())
-            reason = f"{error}; {_memory_advice(self._placed.placement, roomier)}"
+            reason = f"{error}; {_memory_advice(self._placed, roomier)}"
             report = replace(self._interrupted("out_of_memory", reason), roomier=roomier)
         except FlexifedError as error:
             report = self._interrupted("failed", str(error))
@@ -352,14 +353,15 @@ def _remove(files: Set[Path]) -> None:
         file.unlink(missing_ok=True)
 
 
-def _memory_advice(placement: CellPlacement, roomier: CellPlacement | None) -> str:
+def _memory_advice(placed: PlacedRun, roomier: CellPlacement | None) -> str:
     """How many clients share a GPU, and what to ask for instead."""
+    placement, block = placed.placement, placed.run.config.sharing.reduce_block
     each = max(len(clients) for clients in placement.clients)
     sharing = int(1 / placement.gpus_per_actor + 1e-6) if placement.gpus_per_actor else 1
     now = f"up to {sharing * each} clients, in {sharing} processes, share a GPU"
     if roomier is None:
         return f"{now}; use a smaller --width or --batch-size"
-    hosted = max(len(clients) for clients in roomier.clients)
+    hosted = block * math.ceil(max(map(len, roomier.clients)) / block)
     return (
         f"{now}; ask for --gpus-per-client {roomier.gpus_per_actor / hosted:g} --clients-per-actor {hosted}, "
         "or let --retry-out-of-memory do so"
