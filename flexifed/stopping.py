@@ -22,6 +22,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     first: float | None = None
 
     def hear(signum: int, frame: Any) -> None:
+        """Note the first signal; a later Ctrl-C stops at once."""
         nonlocal first
         now = time.monotonic()
         if first is None:
@@ -38,6 +39,7 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
     """Within this block SIGTERM raises KeyboardInterrupt, also where Ray has made an exit of it."""
 
     def hear(signum: int, frame: Any) -> None:
+        """As Python does at Ctrl-C."""
         raise KeyboardInterrupt
 
     try:

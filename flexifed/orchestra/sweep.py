@@ -333,6 +333,7 @@ def _stop_files(files: Set[Path], stop: Callable[[], bool], observer: Observer) 
     """Pass a request to stop on to running cells, on whatever node: their results folders are what all of them see."""
 
     def stopping() -> bool:
+        """Whether to stop; the first time that it is so, the cells are told."""
         if not stop():
             return False
         if missing := [file for file in files if not file.exists()]:

@@ -130,6 +130,7 @@ def accuracy_over_bytes(study: Study) -> Drawing:
     curves = bands(scheme_curves(version_curves(study.curve_rows())))
 
     def draw(axes: Axes, panel: pd.DataFrame) -> None:
+        """Accuracy over bytes sent, a line for each scheme."""
         sent = panel["sent"][panel["sent"] > 0]
         if sent.max() > _DECADES * sent.min():
             axes.set_xscale("log")
@@ -160,6 +161,7 @@ def rounds_to_a_target(study: Study, pick: Pick = "last", target: Target = None)
     table = speedups(reached).reset_index()
 
     def draw(axes: Axes, panel: pd.DataFrame) -> None:
+        """A row for each scheme: rounds of each seed, their mean, and the speed-up."""
         for row, scheme in enumerate(SCHEMES):
             cell = panel[panel["scheme"] == scheme]
             if cell.empty:

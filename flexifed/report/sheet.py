@@ -98,6 +98,7 @@ class _Layout:
 
     @classmethod
     def of(cls, column: Column, cells: list[Cell]) -> _Layout:
+        """The widths that a column's cells need."""
         number, *parts = [max(map(len, part)) for part in zip_longest(*cells, fillvalue="")] or [0]
         beside = max(sum(parts) + len(parts) - 1, len(" ".join(column.beside)))
         total = number + bool(parts) * (1 + beside)
