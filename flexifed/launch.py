@@ -133,7 +133,7 @@ def check_settings(options: GridOptions, cells: Sequence[CellName], infos: Mappi
         DataError: more shards than samples.
     """
     from flexifed.data.partition import window
-    from flexifed.federation.host import assign_clients
+    from flexifed.federation.assignment import assign_clients
     from flexifed.federation.rounds import make_shards
 
     placement = _placement(options)

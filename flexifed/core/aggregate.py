@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from flexifed.core.schemes import SharingPlan
+from flexifed.core.schemes import Group, SharingPlan
 from flexifed.errors import ConfigError, SignatureError
 
 _SUMMED_AT_ONCE = 2**16  # numbers; as float64 half a megabyte
@@ -82,22 +82,24 @@ def sum_block(members: Iterable[tuple[GroupState, float]]) -> BlockSums:
     return sums
 
 
-def combine_blocks(plan: SharingPlan, blocks: Iterable[BlockSums]) -> GroupState:
+def combine_blocks(plan: SharingPlan, blocks: Iterable[BlockSums], groups: Sequence[Group] | None = None) -> GroupState:
     """The mean of every group, from the sums of its blocks.
 
     Args:
         blocks: in client order.
+        groups: those whose mean is wanted, all of the plan's by default. Others that a block holds are passed over.
 
     Raises:
         ConfigError: the weights of a group add up to nothing, or nobody contributed to it.
     """
-    parts: dict[int, list[BlockSum]] = {group.index: [] for group in plan.groups}
+    wanted = plan.groups if groups is None else groups
+    parts: dict[int, list[BlockSum]] = {group.index: [] for group in wanted}
     for block in blocks:
         for index, one in block.items():
-            if one.weight:
+            if one.weight and index in parts:
                 parts[index].append(one)
     means: GroupState = {}
-    for group in plan.groups:
+    for group in wanted:
         summed = parts[group.index]
         weight = sum(one.weight for one in summed)
         if not 0 < weight < math.inf:

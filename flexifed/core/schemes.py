@@ -150,6 +150,12 @@ class SharingPlan:
         """The groups that the layers of an architecture belong to, in forward order."""
         return tuple(self.groups[index] for index in self.group_of[architecture] if index is not None)
 
+    def groups_within(self, clients: Iterable[int]) -> tuple[Group, ...]:
+        """The groups that have all of their members among these clients."""
+        found = Counter(self.architecture_of[client] for client in clients)
+        whole = {index for index, count in found.items() if count == len(self.clients_of[index])}
+        return tuple(group for group in self.groups if whole.issuperset(group.architectures))
+
     def shared_names(self, client: int) -> dict[int, tuple[str, ...]]:
         """For each of a client's groups (by index), the state-dict keys of the tensors that are averaged."""
         names = self.signatures[client].names

@@ -1,7 +1,8 @@
 """Checkpoints of one cell: what the rest of a run depends on. A kill loses the rounds since the last one, no more.
 
     <folder>/round-000012/clients-000000.safetensors    what the clients of one process keep to themselves
-    <folder>/round-000012/shared.safetensors            the driver's global state
+    <folder>/round-000012/shared.safetensors            the driver's part of the global state
+    <folder>/round-000012/shared-000000.safetensors     the groups whose clients all live in one process
     <folder>/round-000012/manifest.json                 written last: checksums of the others and its own; it commits
 
 A file is written beside its place, flushed and renamed. A folder without a manifest is one that was never finished; one
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from flexifed.core.aggregate import GroupState
+from flexifed.core.schemes import Group
 from flexifed.errors import ResultsError
 from flexifed.files import explained, whole_file
 
 KEPT = 2
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
+_GROUPS = "shared"  # what the names of all files with groups begin with
 
 
 @dataclass(frozen=True)
@@ -193,3 +197,30 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
             return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 - not a dict
     except (OSError, ValueError, SafetensorError) as error:
         raise ResultsError(f"can't read {path}: {error}; remove its folder, and the one before is used") from error
+
+
+def write_groups(path: Path, state: GroupState) -> str:
+    """Write the values of groups; see `write_tensors`."""
+    return write_tensors(
+        path, {f"{group}/{index}": tensor for group, tensors in state.items() for index, tensor in enumerate(tensors)}
+    )
+
+
+def read_groups(checkpoint: Checkpoint, groups: Iterable[Group]) -> GroupState:
+    """The values of some groups, whichever process wrote them, on the CPU.
+
+    Raises:
+        ResultsError: the checkpoint does not have them, or a file can't be read.
+    """
+    names = {group.index: [f"{group.index}/{index}" for index in range(len(group.tensors))] for group in groups}
+    wanted = {name for ordered in names.values() for name in ordered}
+    found: dict[str, torch.Tensor] = {}
+    for file in checkpoint.files:
+        if file.startswith(_GROUPS):
+            found |= read_tensors(checkpoint.folder / file, wanted.__contains__)
+    if missing := wanted - found.keys():
+        raise ResultsError(
+            f"{checkpoint.folder} does not hold the tensors of this cell ({len(missing)} are missing); remove it, and "
+            "the one before is used"
+        )
+    return {index: tuple(found[name] for name in ordered) for index, ordered in names.items()}

@@ -5,24 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from flexifed.config import NUM_VERSIONS, CellConfig
-from flexifed.core.aggregate import BlockSums, GroupState, blocks_of, sum_block
+from flexifed.config import CellConfig
+from flexifed.core.aggregate import BlockSums, GroupState, State, blocks_of, combine_blocks, sum_block
 from flexifed.core.schemes import SharingPlan, sharing_plan
 from flexifed.data import DatasetInfo, make_pipeline, open_dataset
-from flexifed.errors import ConfigError
-from flexifed.federation.checkpoint import Checkpoint, read_tensors, write_tensors
+from flexifed.federation.checkpoint import Checkpoint, read_groups, read_tensors, write_groups, write_tensors
 from flexifed.federation.client import Client, ClientRound, ClientShards
 from flexifed.models import build_model, model_signature
 from flexifed.training.numerics import device_name, numeric_settings
 
 _CLIENTS = "clients-"
-_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,8 @@ class HostRound:
 
     Attributes:
         clients: in client order.
-        blocks: by block of clients: block b holds clients b * reduce_block and on.
+        blocks: by block of clients: block b holds clients b * reduce_block and on. Groups that the host averages itself
+            are not in them.
         busy_s: wall time that the host spent on it.
     """
 
@@ -42,6 +40,8 @@ class HostRound:
 
 class ClientHost:
     """Clients that take turns in one process. A plain class; the Ray floor makes an actor of it.
+
+    A group whose clients all live here is averaged here, and its values stay: nobody else ever needs them.
 
     Args:
         config: the cell.
@@ -56,6 +56,8 @@ class ClientHost:
         device = torch.device(config.device)
         self._config = config
         self._plan = cell_plan(config, info)
+        self._own_groups = self._plan.groups_within(clients)
+        self._own_means: GroupState = {}
         data = open_dataset(info)
         pipeline = make_pipeline(data, config.family, device=device, channels_last=config.numerics.channels_last)
         workspaces = {
@@ -75,17 +77,27 @@ class ClientHost:
         ]
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> HostRound:
-        """Play a round with each client in turn; see `Client.play_round`."""
+        """Play a round with each client in turn; see `Client.play_round`.
+
+        Args:
+            shared: the groups that clients here have in common with clients elsewhere; None before the first
+                aggregation.
+        """
         started = time.perf_counter()
         measured: list[ClientRound] = []
         blocks: dict[int, BlockSums] = {}
-        if shared is not None:
-            shared = self._on_device(shared)
+        held = self._complete(shared)
         with numeric_settings(self._config.numerics):
             for block in blocks_of(self._clients, self._config.sharing.reduce_block):
-                contributions = self._play(block, round_index, shared, train, measured)
+                contributions = self._play(block, round_index, held, train, measured)
                 blocks[block[0].index // self._config.sharing.reduce_block] = sum_block(contributions)
-        return HostRound(tuple(measured), blocks, time.perf_counter() - started)
+            if train:
+                self._own_means = combine_blocks(self._plan, blocks.values(), self._own_groups)
+        leaving = {
+            number: {group: one for group, one in sums.items() if group not in self._own_means}
+            for number, sums in blocks.items()
+        }
+        return HostRound(tuple(measured), leaving, time.perf_counter() - started)
 
     def _play(
         self,
@@ -107,10 +119,14 @@ class ClientHost:
         return device_name(torch.device(self._config.device))
 
     def save(self, folder: Path) -> dict[str, str]:
-        """Write what the clients keep to themselves; returns the file's name and its SHA-256."""
-        name = f"{_CLIENTS}{self._clients[0].index:06d}.safetensors"
+        """Write what the clients keep to themselves, and this host's own groups; returns the files' SHA-256 by name."""
+        first = self._clients[0].index
+        clients, groups = f"{_CLIENTS}{first:06d}.safetensors", f"shared-{first:06d}.safetensors"
         kept = {f"{one.index}/{key}": tensor for one in self._clients for key, tensor in one.kept.items()}
-        return {name: write_tensors(folder / name, kept)}
+        written = {clients: write_tensors(folder / clients, kept)}
+        if self._own_means:
+            written[groups] = write_groups(folder / groups, self._own_means)
+        return written
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Let the clients go on from a checkpoint, in whichever processes they lived when it was written."""
@@ -123,16 +139,28 @@ class ClientHost:
                     kept[int(index)][tensor_name] = tensor
         for client in self._clients:
             client.restore(kept[client.index])
+        self._own_means = self._on_device(read_groups(checkpoint, self._own_groups))
+
+    def states(self, shared: GroupState | None) -> dict[int, State]:
+        """What each client holds, by client; see `Client.state`."""
+        held = self._complete(shared)
+        return {client.index: client.state(held) for client in self._clients}
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
         """The digest of what each client holds, by client."""
-        return {client.index: client.state_sha256(shared) for client in self._clients}
+        held = self._complete(shared)
+        return {client.index: client.state_sha256(held) for client in self._clients}
 
-    def _on_device(self, shared: GroupState) -> GroupState:
-        """The groups of this host's clients, moved to its device once for all of them."""
-        device = torch.device(self._config.device)
+    def _complete(self, shared: GroupState | None) -> GroupState | None:
+        """All groups of this host's clients, on its device: those that were sent, and its own."""
+        if shared is None:
+            return None
         mine = {group for client in self._clients for group in self._plan.shared_names(client.index)}
-        return {group: tuple(tensor.to(device) for tensor in shared[group]) for group in sorted(mine)}
+        return self._on_device({group: shared[group] for group in sorted(mine & shared.keys())}) | self._own_means
+
+    def _on_device(self, state: GroupState) -> GroupState:
+        device = torch.device(self._config.device)
+        return {group: tuple(tensor.to(device) for tensor in tensors) for group, tensors in state.items()}
 
 
 def _workspace(name: str, config: CellConfig, info: DatasetInfo) -> nn.Module:
@@ -177,46 +205,3 @@ def state_bytes(config: CellConfig, info: DatasetInfo) -> int:
 def client_weight(config: CellConfig, num_train: int) -> float:
     """A client's weight in a mean: FedAvg's number of samples, or 1."""
     return float(num_train) if config.sharing.weighting == "samples" else 1.0
-
-
-def assign_clients(num_clients: int, clients_per_host: int, reduce_block: int) -> list[tuple[int, ...]]:
-    """Which clients live together: whole blocks, dealt so that all hosts finish a round at about the same time.
-
-    A block goes to the host that has the least to do, those with the deepest models first (Graham's longest processing
-    time rule). A version's number stands for its cost, since a family's versions go from the shallowest to the deepest.
-
-    Returns:
-        Indices for each host, ascending, at most `clients_per_host` of them; hosts in the order of their first client.
-
-    Raises:
-        ConfigError: hosts would cut through the blocks whose sums are formed in one process.
-    """
-    if clients_per_host < num_clients and clients_per_host % reduce_block:
-        raise ConfigError(
-            f"clients_per_actor is {clients_per_host}, no multiple of reduce_block ({reduce_block}); a block of "
-            f"clients lives in one process: use {reduce_block * -(-clients_per_host // reduce_block)} clients an actor"
-        )
-    blocks = blocks_of(range(num_clients), reduce_block)
-    most = -(-clients_per_host // reduce_block)
-    hosts: list[list[int]] = [[] for _ in range(-(-len(blocks) // most))]
-    with_room = [(0, 0, host) for host in range(len(hosts))]  # cost so far, number of blocks, which host
-    for cost, block in sorted(((_cost(block), block) for block in blocks), key=lambda one: -one[0]):
-        load, held, host = heappop(with_room)
-        hosts[host] += block
-        if held + 1 < most:
-            heappush(with_room, (load + cost, held + 1, host))
-    return sorted(tuple(sorted(clients)) for clients in hosts)
-
-
-def _cost(block: Sequence[int]) -> int:
-    return sum(client % NUM_VERSIONS + 1 for client in block)
-
-
-def name_clients(clients: Sequence[int]) -> str:
-    """Words for the clients of a host: `client 3`, `clients 0 to 3`, or `clients 0, 3, 4 and 12 more`."""
-    if len(clients) == 1:
-        return f"client {clients[0]}"
-    if clients[-1] - clients[0] == len(clients) - 1:
-        return f"clients {clients[0]} to {clients[-1]}"
-    shown = ", ".join(map(str, clients[:_MOST_NAMED]))
-    return f"clients {shown}" + (f" and {len(clients) - _MOST_NAMED} more" if len(clients) > _MOST_NAMED else "")

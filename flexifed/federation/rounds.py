@@ -16,15 +16,21 @@ from flexifed.config import CellConfig
 from flexifed.core.aggregate import GroupState, combine_blocks
 from flexifed.data import DatasetInfo
 from flexifed.data.partition import iid_shards
-from flexifed.errors import ResultsError
-from flexifed.federation.checkpoint import SHARED, Checkpoint, read_tensors, write_tensors
+from flexifed.federation.assignment import assign_clients
+from flexifed.federation.checkpoint import SHARED, Checkpoint, read_groups, write_groups
 from flexifed.federation.client import ClientRound, ClientShards
-from flexifed.federation.host import ClientHost, HostRound, assign_clients, cell_plan
+from flexifed.federation.host import ClientHost, HostRound, cell_plan
 from flexifed.seeding import numpy_generator
+from flexifed.training.numerics import numeric_settings
 
 
 class Hosts(Protocol):
     """Where the clients live: in this process, or in Ray actors. The rounds are the same."""
+
+    @property
+    def clients(self) -> Sequence[Sequence[int]]:
+        """The clients of each host."""
+        ...
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
         """Let all hosts play a round, at the same time where they can."""
@@ -57,10 +63,9 @@ class LocalHosts:
         shards: Sequence[ClientShards],
         clients_per_host: int | None = None,
     ) -> None:
-        per_host = clients_per_host or len(shards)
+        self.clients = assign_clients(len(shards), clients_per_host or len(shards), config.sharing.reduce_block)
         self._hosts = [
-            ClientHost(config, info, clients, [shards[client] for client in clients])
-            for clients in assign_clients(len(shards), per_host, config.sharing.reduce_block)
+            ClientHost(config, info, clients, [shards[client] for client in clients]) for clients in self.clients
         ]
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
@@ -100,10 +105,13 @@ class RoundResult:
 
 
 class Federation:
-    """The driver's side of a cell: the global state, and the round that it is in."""
+    """The driver's side of a cell: the round that it is in, and what clients of different hosts share."""
 
     def __init__(self, config: CellConfig, info: DatasetInfo, hosts: Hosts) -> None:
+        self._config = config
         self.plan = cell_plan(config, info)
+        of_one_host = {group.index for clients in hosts.clients for group in self.plan.groups_within(clients)}
+        self._groups = [group for group in self.plan.groups if group.index not in of_one_host]
         self.shared: GroupState | None = None
         self.next_round = 0
         self._hosts = hosts
@@ -115,7 +123,8 @@ class Federation:
         aggregating = time.perf_counter()
         if train:
             blocks = {index: block for host in played for index, block in host.blocks.items()}
-            self.shared = combine_blocks(self.plan, (blocks[index] for index in sorted(blocks)))
+            with numeric_settings(self._config.numerics):
+                self.shared = combine_blocks(self.plan, (blocks[index] for index in sorted(blocks)), self._groups)
         finished = time.perf_counter()
         clients = sorted(
             ((client, host) for host, one in enumerate(played) for client in one.clients),
@@ -138,25 +147,11 @@ class Federation:
 
     def save(self, folder: Path) -> dict[str, str]:
         """Write everything that the rounds to come depend on; returns the files' names and digests."""
-        shared = self.shared or {}
-        named = {
-            f"{group}/{index}": tensor for group, tensors in shared.items() for index, tensor in enumerate(tensors)
-        }
-        return {**self._hosts.save(folder), SHARED: write_tensors(folder / SHARED, named)}
+        return {**self._hosts.save(folder), SHARED: write_groups(folder / SHARED, self.shared or {})}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this cell."""
-        named = read_tensors(checkpoint.folder / SHARED)
-        expected = {f"{group.index}/{index}" for group in self.plan.groups for index in range(len(group.tensors))}
-        if expected != set(named):
-            raise ResultsError(
-                f"{checkpoint.folder / SHARED} does not hold the tensors of this cell; remove its folder, and the one "
-                "before is used"
-            )
-        self.shared = {
-            group.index: tuple(named[f"{group.index}/{index}"] for index in range(len(group.tensors)))
-            for group in self.plan.groups
-        }
+        self.shared = read_groups(checkpoint, self._groups)
         self.next_round = checkpoint.next_round
         self._hosts.restore(checkpoint)
 

@@ -16,9 +16,10 @@ from flexifed.config import CellConfig
 from flexifed.core.aggregate import GroupState
 from flexifed.data import DatasetInfo
 from flexifed.errors import ClientError, DeviceMemoryError, FlexifedError, ResourceError
+from flexifed.federation.assignment import name_clients
 from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.client import ClientShards
-from flexifed.federation.host import ClientHost, HostRound, cell_plan, name_clients
+from flexifed.federation.host import ClientHost, HostRound, cell_plan
 from flexifed.orchestra.placement import CellPlacement
 from flexifed.orchestra.wire import (
     PackedGroups,
@@ -128,7 +129,7 @@ class ActorHosts:
         Raises:
             GroupLostError: actors that were not started yet have lost their node.
         """
-        self._clients = placement.clients
+        self.clients = placement.clients
         self._plan = cell_plan(config, info)
         self._architectures = [
             {self._plan.architecture_of[client] for client in clients} for clients in placement.clients
@@ -210,7 +211,7 @@ class ActorHosts:
 
     def _loss(self, error: ray.exceptions.RayError) -> LostError:
         """Which clients' process is lost, where Ray says so, and its reason."""
-        names = {actor._actor_id.hex(): clients for actor, clients in zip(self._actors, self._clients, strict=True)}
+        names = {actor._actor_id.hex(): clients for actor, clients in zip(self._actors, self.clients, strict=True)}
         clients = names.get(getattr(error, "actor_id", None))
         process = f"the process of {name_clients(clients)}" if clients else "a process"
         reason = f"{process} is gone: {str(error).strip().splitlines()[-1]}"

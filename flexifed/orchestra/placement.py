@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from flexifed.config import CellConfig
 from flexifed.errors import ConfigError, ResourceError
-from flexifed.federation.host import assign_clients
+from flexifed.federation.assignment import assign_clients
 
 DEFAULT_GPUS_PER_CLIENT = 0.125
 Resources = Mapping[str, float]

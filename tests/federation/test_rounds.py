@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,14 @@ from hypothesis import strategies as st
 
 import flexifed
 from flexifed.config import SCHEMES, CellConfig, ModelConfig, PartitionConfig, SharingConfig, TrainingConfig
-from flexifed.core.aggregate import BlockSum, GroupState, shared_tensors, sum_block
+from flexifed.core.aggregate import BlockSum, GroupState, State, shared_tensors, sum_block
 from flexifed.core.schemes import SharingPlan
 from flexifed.data import synthetic
-from flexifed.errors import ClientError, ConfigError
+from flexifed.errors import ClientError, ConfigError, ResultsError
+from flexifed.federation.assignment import assign_clients
+from flexifed.federation.checkpoint import SHARED, Checkpoint
 from flexifed.federation.client import Client, ClientRound, ClientShards
-from flexifed.federation.host import HostRound, assign_clients, cell_plan
+from flexifed.federation.host import HostRound, cell_plan
 from flexifed.federation.rounds import Federation, Hosts, LocalHosts, RoundResult, make_shards
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
@@ -233,7 +236,13 @@ def test_a_clients_error_reaches_the_caller_as_it_was_raised(backend: Backend) -
 
 
 def clients_of(hosts: LocalHosts) -> list[Client]:
-    return [client for host in hosts._hosts for client in host._clients]
+    return sorted((client for host in hosts._hosts for client in host._clients), key=lambda client: client.index)
+
+
+def states_of(hosts: LocalHosts, shared: GroupState | None) -> list[State]:
+    """What each client holds, in client order."""
+    held = {client: state for host in hosts._hosts for client, state in host.states(shared).items()}
+    return [held[client] for client in range(NUM_CLIENTS)]
 
 
 def test_hosts_that_would_cut_a_block_are_refused_with_the_remedy() -> None:
@@ -264,8 +273,62 @@ def test_clients_are_dealt_out_once_each_in_whole_blocks(
 
 def test_a_host_with_a_deep_model_gets_a_shallow_one_beside_it() -> None:
     assert assign_clients(8, 2, 1) == [(0, 3), (1, 2), (4, 7), (5, 6)]
-    assert assign_clients(8, 4, 1) == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert assign_clients(8, 4, 4) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+
+
+def test_clients_of_one_architecture_live_together_where_that_takes_no_longer() -> None:
+    assert assign_clients(8, 4, 1) == [(0, 3, 4, 7), (1, 2, 5, 6)]
+    assert assign_clients(10, 5, 1) == [(0, 3, 4, 7, 8), (1, 2, 5, 6, 9)]
+    assert assign_clients(5, 1, 1) == [(0,), (1,), (2,), (3,), (4,)], "no host may stay empty"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("clients_per_host", [8, 4, 2])
+def test_only_what_clients_of_different_hosts_share_leaves_a_host(scheme: str, clients_per_host: int) -> None:
+    config = cell(scheme)
+    hosts = LocalHosts(config, INFO, make_shards(config, INFO), clients_per_host)
+    federation = Federation(config, INFO, hosts)
+    host_of = {client: host for host, clients in enumerate(hosts.clients) for client in clients}
+    plan = federation.plan
+    travelling = {group.index for group in plan.groups if len({host_of[one] for one in plan.members(group)}) > 1}
+    federation.play_round()
+    played = hosts.play_round(1, federation.shared, train=True)
+    assert {group for host in played for block in host.blocks.values() for group in block} == travelling
+    assert federation.shared is not None
+    assert federation.shared.keys() == travelling
+
+
+def saved(federation: Federation, folder: Path) -> Checkpoint:
+    folder.mkdir()
+    return Checkpoint(federation.next_round, folder, federation.save(folder))
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 4), (4, 8), (4, 1), (1, 4), (2, 8)])
+@pytest.mark.parametrize("scheme", ["clustered_common", "max_common"])
+def test_clients_go_on_from_a_checkpoint_wherever_they_lived_before(
+    tmp_path: Path, scheme: str, before: int, after: int
+) -> None:
+    federation = start(cell(scheme), clients_per_host=before)
+    federation.play_round()
+    checkpoint = saved(federation, tmp_path / "one")
+    other = start(cell(scheme), clients_per_host=after)
+    other.restore(checkpoint)
+    assert other.state_sha256() == federation.state_sha256()
+    again = start(cell(scheme), clients_per_host=before)
+    again.restore(saved(other, tmp_path / "two"))
+    federation.play_round()
+    again.play_round()
+    assert again.state_sha256() == federation.state_sha256()
+
+
+def test_a_checkpoint_without_a_group_is_refused(tmp_path: Path) -> None:
+    federation = start(cell(), clients_per_host=4)
+    federation.play_round()
+    checkpoint = saved(federation, tmp_path / "one")
+    for missing in (SHARED, "shared-000001.safetensors"):
+        files = {name: digest for name, digest in checkpoint.files.items() if name != missing}
+        with pytest.raises(ResultsError, match="does not hold the tensors of this cell"):
+            start(cell(), clients_per_host=4).restore(replace(checkpoint, files=files))
 
 
 def test_one_host_may_end_within_a_block() -> None:
@@ -287,8 +350,7 @@ def test_a_round_is_the_pure_aggregate_of_the_trained_states(scheme: str, weight
     trained = [client._workspace.state_dict() for client in clients_of(hosts)]
     weights = [float(len(one.train)) for one in shards] if weighting == "samples" else None
     expected = flexifed.aggregate(federation.plan, trained, weights, reduce_block=2)
-    for client, state in zip(clients_of(hosts), expected, strict=True):
-        held = client.state(federation.shared)
+    for held, state in zip(states_of(hosts, federation.shared), expected, strict=True):
         assert held.keys() == state.keys()
         assert [name for name in state if not torch.equal(held[name], state[name])] == []
 
@@ -297,6 +359,7 @@ class OneOfEachSize:
     """Hosts of four clients each, whose shared values are so far apart in size that any other order has another sum."""
 
     values = (1e30, -1e30, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    clients = tuple(assign_clients(NUM_CLIENTS, 4, 1))
 
     def __init__(self, plan: SharingPlan) -> None:
         self.plan = plan
@@ -304,7 +367,7 @@ class OneOfEachSize:
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
         return [
             HostRound((), {client: sum_block([(self.contribution(client), 1.0)]) for client in clients}, 0.0)
-            for clients in assign_clients(NUM_CLIENTS, 4, 1)
+            for clients in self.clients
         ]
 
     def contribution(self, client: int) -> GroupState:
@@ -333,7 +396,7 @@ def test_members_of_a_group_hold_equal_tensors_and_personal_layers_differ() -> N
     hosts = LocalHosts(config, INFO, make_shards(config, INFO))
     federation = Federation(config, INFO, hosts)
     federation.play_round()
-    states = [dict(client.state(federation.shared)) for client in clients_of(hosts)]
+    states = states_of(hosts, federation.shared)
     plan = federation.plan
     assert [plan.members(group) for group in plan.groups] == [tuple(range(NUM_CLIENTS))]
     shared = [shared_tensors(plan, client, state)[0] for client, state in enumerate(states)]
@@ -349,7 +412,7 @@ def test_common_layers_start_equal_only_where_all_draw_from_one_stream(init: str
     config = cell(model=ModelConfig(width=0.03, init=init))
     hosts = LocalHosts(config, INFO, make_shards(config, INFO))
     plan = Federation(config, INFO, hosts).plan
-    states = [dict(client.state(None)) for client in clients_of(hosts)]
+    states = states_of(hosts, None)
     for group in plan.groups:
         first, *others = [shared_tensors(plan, client, states[client])[group.index] for client in plan.members(group)]
         weight = next(index for index, spec in enumerate(group.specs) if len(spec.shape) > 1)

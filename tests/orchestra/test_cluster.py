@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
 from flexifed.data import find_dataset
 from flexifed.errors import ResourceError
-from flexifed.federation.host import assign_clients
+from flexifed.federation.assignment import assign_clients
 from flexifed.federation.rounds import Federation, Hosts, LocalHosts, make_shards
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts

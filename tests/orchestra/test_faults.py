@@ -92,6 +92,7 @@ class BrittleHosts:
 
     def begin(self, config: CellConfig, info: DatasetInfo, placement: CellPlacement, shards: Sequence[Any]) -> None:
         self._inner = LocalHosts(config, info, shards, len(placement.clients[0]))
+        self.clients = self._inner.clients
         self._fail("begin")
 
     def __getattr__(self, name: str) -> Callable[..., object]:

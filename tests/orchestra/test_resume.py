@@ -206,7 +206,7 @@ def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert sorted(folder.name for folder in checkpoints(run).iterdir()) == ["round-000002", "round-000004"]
 
 
-@pytest.mark.parametrize("victim", [MANIFEST, SHARED, "clients-000000.safetensors"])
+@pytest.mark.parametrize("victim", [MANIFEST, SHARED, "clients-000000.safetensors", "shared-000000.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "missing"])
 def test_damage_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path, victim: str, damage: str) -> None:
     run = cell(tmp_path)

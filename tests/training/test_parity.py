@@ -65,7 +65,7 @@ def federated_weights(config: CellConfig) -> dict[str, torch.Tensor]:
     federation = Federation(config, INFO, hosts)
     for _ in range(ROUNDS):
         federation.play_round()
-    return dict(hosts._hosts[0]._clients[0].state(federation.shared))
+    return dict(hosts._hosts[0].states(federation.shared)[0])
 
 
 def plain_weights(config: CellConfig, shard: ClientShards) -> dict[str, torch.Tensor]:
