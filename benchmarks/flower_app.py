@@ -44,7 +44,7 @@ from flexifed.data import Samples, make_pipeline, open_dataset
 from flexifed.federation.rounds import make_shards
 from flexifed.models import build_model
 from flexifed.seeding import derive_seed, torch_generator
-from flexifed.training import evaluate, local
+from flexifed.training import evaluate, local, streams
 from flexifed.training.memory import keep_freed_memory
 from flexifed.training.numerics import numeric_settings, seeded_dropout
 
@@ -79,7 +79,7 @@ class Task:
         samples, labels = self.train_samples[client]
         seed = self.config.seed
         with seeded_dropout(derive_seed(seed, "dropout", client, round_index), CPU):
-            return local.train(
+            steps = local.train(
                 model,
                 samples,
                 labels,
@@ -89,6 +89,7 @@ class Task:
                 batches=torch_generator(seed, "batches", client, round_index),
                 augmentation=torch_generator(seed, "augmentation", client, round_index),
             )
+            return streams.run(steps)
 
     def test(self, model: nn.Module, client: int) -> tuple[float, float]:
         """Accuracy and loss on the client's own test shard."""

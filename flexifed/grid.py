@@ -73,7 +73,9 @@ class GridOptions:
     gpus_per_client: float | None = None
     """Fraction of a GPU for each client. Default: 0.125 on a GPU."""
     clients_per_actor: int | None = None
-    """Clients that take turns in one process. Default: 1 on a GPU; on CPUs, as many as give every CPU one process."""
+    """Clients in one process. Default: on a GPU, those of --streams; on CPUs, as many as give every CPU one process."""
+    streams: int = 1
+    """On a GPU, clients of one process that compute at the same time, each on a CUDA stream of its own."""
     max_concurrent: int | None = None
     """At most so many cells at a time. Default: as many as fit."""
     checkpoint_every: int | None = None
@@ -93,7 +95,7 @@ class GridOptions:
     numerics: Annotated[NumericsConfig, _FLAT] = field(default_factory=NumericsConfig)
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "clients_per_actor", "max_concurrent", "checkpoint_every", "min_nodes"):
+        for name in ("rounds", "clients_per_actor", "streams", "max_concurrent", "checkpoint_every", "min_nodes"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < _LARGEST:
                 raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1 and below 2**31")

@@ -327,7 +327,11 @@ def _device(options: GridOptions, has_gpus: bool) -> Device:
 def _placement(options: GridOptions) -> PlacementOptions:
     from flexifed.orchestra.placement import PlacementOptions
 
-    return PlacementOptions(gpus_per_client=options.gpus_per_client, clients_per_actor=options.clients_per_actor)
+    return PlacementOptions(
+        gpus_per_client=options.gpus_per_client,
+        clients_per_actor=options.clients_per_actor,
+        streams=options.streams,
+    )
 
 
 def _label(run: CellRun) -> str:

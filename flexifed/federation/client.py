@@ -25,6 +25,7 @@ from flexifed.seeding import Purpose, derive_seed, torch_generator
 from flexifed.training.evaluate import evaluate
 from flexifed.training.local import train
 from flexifed.training.numerics import seeded_dropout
+from flexifed.training.streams import Steps
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,10 @@ class Client:
 
     def play_round(
         self, round_index: int, shared: GroupState | None, *, train: bool
-    ) -> tuple[ClientRound, GroupState | None]:
+    ) -> Steps[tuple[ClientRound, GroupState | None]]:
         """Score what the client holds at the start of the round, then train it.
+
+        Other clients of this process may have their turn after its score and after each step of its training.
 
         Args:
             round_index: from 0.
@@ -143,9 +146,10 @@ class Client:
         )
         if not train:
             return measured, None
+        yield
         with self._stage(round_index, "training"):
             train_started, started = time.time(), time.perf_counter()
-            train_loss = self._train(round_index)
+            train_loss = yield from self._train(round_index)
             train_s = time.perf_counter() - started
             self._check_finite(train_loss)
         trained = replace(
@@ -186,20 +190,22 @@ class Client:
             for name, tensor in self._workspace.state_dict().items():
                 tensor.copy_(state[name])
 
-    def _train(self, round_index: int) -> float:
+    def _train(self, round_index: int) -> Steps[float]:
         seed = self._config.seed
         samples = window(np.arange(self.num_train), round_index, self._config.partition.windows_per_shard)
         rows = torch.from_numpy(samples).to(self._device)
         with seeded_dropout(self._seed("dropout", round_index), self._device):
-            return train(
-                self._workspace,
-                self._train_samples[rows],
-                self._train_labels[rows],
-                config=self._config.training,
-                numerics=self._config.numerics,
-                pipeline=self._pipeline,
-                batches=torch_generator(seed, "batches", self.index, round_index),
-                augmentation=torch_generator(seed, "augmentation", self.index, round_index),
+            return (
+                yield from train(
+                    self._workspace,
+                    self._train_samples[rows],
+                    self._train_labels[rows],
+                    config=self._config.training,
+                    numerics=self._config.numerics,
+                    pipeline=self._pipeline,
+                    batches=torch_generator(seed, "batches", self.index, round_index),
+                    augmentation=torch_generator(seed, "augmentation", self.index, round_index),
+                )
             )
 
     @property

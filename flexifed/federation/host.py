@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from flexifed.federation.checkpoint import Checkpoint, read_groups, read_tensors
 from flexifed.federation.client import Client, ClientRound, ClientShards
 from flexifed.models import build_model, model_signature
 from flexifed.training.numerics import device_name, numeric_settings
+from flexifed.training.streams import Stream, overlap
 
 _CLIENTS = "clients-"
 
@@ -48,10 +50,16 @@ class ClientHost:
         info: which data set; it is opened here, samples do not travel.
         clients: indices, ascending; whole blocks of `reduce_block` consecutive clients.
         shards: one for each of them.
+        streams: so many clients compute on the GPU at the same time.
     """
 
     def __init__(
-        self, config: CellConfig, info: DatasetInfo, clients: Sequence[int], shards: Sequence[ClientShards]
+        self,
+        config: CellConfig,
+        info: DatasetInfo,
+        clients: Sequence[int],
+        shards: Sequence[ClientShards],
+        streams: int = 1,
     ) -> None:
         device = torch.device(config.device)
         self._config = config
@@ -60,24 +68,29 @@ class ClientHost:
         self._own_means: GroupState = {}
         data = open_dataset(info)
         pipeline = make_pipeline(data, config.family, device=device, channels_last=config.numerics.channels_last)
-        workspaces = {
-            name: _workspace(name, config, info) for name in sorted({config.model_name(index) for index in clients})
-        }
+        self._streams = [Stream(device) for _ in range(streams)]
+        in_turn = [config.model_name(index) for index in clients]
+        places = [
+            (name, together[:position].count(name))  # clients that overlap each need a workspace of their own
+            for together in blocks_of(in_turn, streams)
+            for position, name in enumerate(together)
+        ]
+        workspaces = {place: _workspace(place[0], config, info) for place in sorted(set(places))}
         self._clients = [
             Client(
                 index,
                 config=config,
                 plan=self._plan,
-                workspace=workspaces[config.model_name(index)],
+                workspace=workspaces[place],
                 data=data,
                 shards=one,
                 pipeline=pipeline,
             )
-            for index, one in zip(clients, shards, strict=True)
+            for index, one, place in zip(clients, shards, places, strict=True)
         ]
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> HostRound:
-        """Play a round with each client in turn; see `Client.play_round`.
+        """Play a round with all clients; see `Client.play_round`.
 
         Args:
             shared: the groups that clients here have in common with clients elsewhere; None before the first
@@ -86,11 +99,10 @@ class ClientHost:
         started = time.perf_counter()
         measured: list[ClientRound] = []
         blocks: dict[int, BlockSums] = {}
-        held = self._complete(shared)
         with numeric_settings(self._config.numerics):
-            for block in blocks_of(self._clients, self._config.sharing.reduce_block):
-                contributions = self._play(block, round_index, held, train, measured)
-                blocks[block[0].index // self._config.sharing.reduce_block] = sum_block(contributions)
+            played = self._play(round_index, self._complete(shared), train, measured)
+            for number, members in groupby(played, key=lambda one: one[0]):
+                blocks[number] = sum_block((contribution, weight) for _, contribution, weight in members)
             if train:
                 self._own_means = combine_blocks(self._plan, blocks.values(), self._own_groups)
         leaving = {
@@ -100,19 +112,19 @@ class ClientHost:
         return HostRound(tuple(measured), leaving, time.perf_counter() - started)
 
     def _play(
-        self,
-        clients: Sequence[Client],
-        round_index: int,
-        shared: GroupState | None,
-        train: bool,
-        measured: list[ClientRound],
-    ) -> Iterator[tuple[GroupState, float]]:
-        """Let one client after another play; what it measured goes to a list, what it shares to the caller."""
-        for client in clients:
-            one, contribution = client.play_round(round_index, shared, train=train)
-            measured.append(one)
-            if contribution is not None:
-                yield contribution, client_weight(self._config, client.num_train)
+        self, round_index: int, shared: GroupState | None, train: bool, measured: list[ClientRound]
+    ) -> Iterator[tuple[int, GroupState, float]]:
+        """Let clients play, as many at a time as there are streams.
+
+        What they measured goes to a list. What they share goes to the caller: the block, the tensors, the weight.
+        """
+        for together in blocks_of(self._clients, len(self._streams)):
+            plays = [client.play_round(round_index, shared, train=train) for client in together]
+            for client, (one, contribution) in zip(together, overlap(plays, self._streams), strict=True):
+                measured.append(one)
+                if contribution is not None:
+                    block = client.index // self._config.sharing.reduce_block
+                    yield block, contribution, client_weight(self._config, client.num_train)
 
     def device_name(self) -> str:
         """What the clients compute on."""

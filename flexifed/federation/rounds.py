@@ -62,10 +62,12 @@ class LocalHosts:
         info: DatasetInfo,
         shards: Sequence[ClientShards],
         clients_per_host: int | None = None,
+        streams: int = 1,
     ) -> None:
         self.clients = assign_clients(len(shards), clients_per_host or len(shards), config.sharing.reduce_block)
         self._hosts = [
-            ClientHost(config, info, clients, [shards[client] for client in clients]) for clients in self.clients
+            ClientHost(config, info, clients, [shards[client] for client in clients], streams)
+            for clients in self.clients
         ]
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:

@@ -52,9 +52,14 @@ class ClientActor:
         self._clients: Sequence[int] = ()
 
     def begin(
-        self, config: CellConfig, info: DatasetInfo, clients: Sequence[int], shards: Sequence[ClientShards]
+        self,
+        config: CellConfig,
+        info: DatasetInfo,
+        clients: Sequence[int],
+        shards: Sequence[ClientShards],
+        streams: int,
     ) -> None:
-        """Forget the cell before, and hold these clients of this one."""
+        """Forget the cell before, and hold these clients of this one; see `ClientHost`."""
         self._host = None
         self._clients = clients
         if config.device == "cuda":
@@ -63,7 +68,7 @@ class ClientActor:
             if not torch.cuda.is_available():
                 raise ResourceError(f"{name_clients(clients)} were to run on a GPU, but their process sees none")
         with _device_memory_explained(clients):
-            self._host = ClientHost(config, info, clients, shards)
+            self._host = ClientHost(config, info, clients, shards, streams)
 
     def play_round(self, round_index: int, train: bool, aggregated: bool, *parts: PackedGroups) -> PackedHostRound:
         """See `ClientHost.play_round`; the global state comes in parts, which Ray hands over by reference."""
@@ -135,7 +140,7 @@ class ActorHosts:
             {self._plan.architecture_of[client] for client in clients} for clients in placement.clients
         ]
         begun = [
-            actor.begin.remote(config, info, clients, [shards[client] for client in clients])
+            actor.begin.remote(config, info, clients, [shards[client] for client in clients], placement.streams)
             for actor, clients in zip(self._actors, placement.clients, strict=True)
         ]
         while len(ray.wait(begun, num_returns=len(begun), timeout=_LOOK_EVERY_S)[0]) < len(begun):

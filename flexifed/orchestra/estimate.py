@@ -20,6 +20,7 @@ from flexifed.seeding import torch_generator
 from flexifed.training.evaluate import evaluate
 from flexifed.training.local import train
 from flexifed.training.numerics import numeric_settings
+from flexifed.training.streams import run as run_steps
 
 START_S = 15.0  # Ray, and the first processes that import torch; seen on 2 cores
 _SAMPLES = 16
@@ -75,7 +76,7 @@ def _seconds_per_sample(
     with numeric_settings(numerics):
         for _ in range(2):  # the first step warms up
             started = time.perf_counter()
-            train(model, samples, labels, config=one_step, numerics=numerics, pipeline=pipeline, **streams)
+            run_steps(train(model, samples, labels, config=one_step, numerics=numerics, pipeline=pipeline, **streams))
             trained = time.perf_counter()
             evaluate(model, samples, labels, config=one_step, numerics=numerics, pipeline=pipeline)
             train_s, eval_s = trained - started, time.perf_counter() - trained

@@ -21,27 +21,32 @@ class PlacementOptions:
 
     Attributes:
         gpus_per_client: fraction of a GPU for each client; None: an eighth on a GPU, 0 without one.
-        clients_per_actor: clients that take turns in one process; None: one on a GPU; on CPUs as many as it takes to
-            give every CPU one actor.
+        clients_per_actor: clients that live in one process; None: on a GPU as many as have a stream; on CPUs as many as
+            it takes to give every CPU one actor.
+        streams: so many of an actor's clients compute on its GPU at the same time.
     """
 
     gpus_per_client: float | None = None
     clients_per_actor: int | None = None
+    streams: int = 1
 
     def __post_init__(self) -> None:
         if self.gpus_per_client is not None and not 0 <= self.gpus_per_client < math.inf:
             raise ConfigError(f"gpus_per_client is {self.gpus_per_client!r}; it must be a number of at least 0")
         if self.clients_per_actor is not None and self.clients_per_actor < 1:
             raise ConfigError(f"clients_per_actor is {self.clients_per_actor!r}; it must be at least 1")
+        if self.streams < 1:
+            raise ConfigError(f"streams is {self.streams!r}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellPlacement:
-    """The actors of one cell: which clients each holds, and what each asks for."""
+    """The actors of one cell: which clients each holds, how many of them overlap, and what each actor asks for."""
 
     clients: tuple[tuple[int, ...], ...]
     cpus_per_actor: float
     gpus_per_actor: float
+    streams: int = 1
 
     @property
     def bundles(self) -> list[dict[str, float]]:
@@ -56,7 +61,8 @@ class CellPlacement:
         gpus = f" and {self.gpus_per_actor:g} GPU" if self.gpus_per_actor else ""
         actors = "1 actor" if len(self.clients) == 1 else f"{len(self.clients)} actors"
         clients = "1 client" if most == 1 else f"up to {most} clients"
-        return f"{actors} of {clients}, each {self.cpus_per_actor:g} CPU{gpus}"
+        streams = f", {self.streams} at a time" if self.streams > 1 else ""
+        return f"{actors} of {clients}{streams}, each {self.cpus_per_actor:g} CPU{gpus}"
 
 
 def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Resources]) -> CellPlacement:
@@ -80,10 +86,16 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
         raise ResourceError(
             "device is 'cuda' but gpus_per_client is 0; give clients a share of a GPU, or use --device cpu"
         )
+    if options.streams > 1 and config.device == "cpu":
+        raise ResourceError(
+            f"streams is {options.streams}, but device is 'cpu', which has none; leave --streams out, or use --device "
+            "cuda"
+        )
     per_actor = options.clients_per_actor
     if per_actor is None:
         block = config.sharing.reduce_block
-        wanted = 1 if gpus_per_client else math.ceil(num_clients / max(1, int(total_cpus) // config.numerics.threads))
+        on_cpus = math.ceil(num_clients / max(1, int(total_cpus) // config.numerics.threads))
+        wanted = options.streams if gpus_per_client else on_cpus
         per_actor = block * math.ceil(wanted / block)
     clients = assign_clients(num_clients, per_actor, config.sharing.reduce_block)
     most = max(map(len, clients))
@@ -95,7 +107,13 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
         )
     shares = _cpu_shares(len(clients), config.numerics.threads, nodes)
     placements = [
-        CellPlacement(clients=tuple(clients), cpus_per_actor=share, gpus_per_actor=gpus_per_actor) for share in shares
+        CellPlacement(
+            clients=tuple(clients),
+            cpus_per_actor=share,
+            gpus_per_actor=gpus_per_actor,
+            streams=min(options.streams, most),
+        )
+        for share in shares
     ]
     fitting = next((one for one in placements if holds(nodes, one)), None)
     return fitting or _refuse(placements[-1], nodes)
@@ -107,13 +125,16 @@ def holds(nodes: Sequence[Resources], placement: CellPlacement) -> bool:
 
 
 def halved(placement: CellPlacement, config: CellConfig, nodes: Sequence[Resources]) -> CellPlacement | None:
-    """The same cell with half as many actors at a time on a GPU, which changes no number.
+    """The same cell with half as many clients at a time on a GPU, which changes no number.
 
-    Each gets twice the share of a GPU; where the nodes don't hold that many, fewer actors host more clients each.
+    Where clients of an actor overlap, half as many of them do. Otherwise half as many actors are on a GPU, each with
+    twice the share of it; where the nodes don't hold that many, fewer actors host more clients each.
 
     Returns:
-        None where an actor has a GPU to itself already, or has none.
+        None where a client has a GPU to itself already, or has none.
     """
+    if placement.streams > 1:
+        return replace(placement, streams=placement.streams // 2)
     sharing = int(1 / placement.gpus_per_actor + 1e-6) if placement.gpus_per_actor else 0
     if sharing < 2:
         return None

@@ -362,6 +362,8 @@ def _memory_advice(placed: PlacedRun, roomier: CellPlacement | None) -> str:
     now = f"up to {sharing * each} clients, in {sharing} processes, share a GPU"
     if roomier is None:
         return f"{now}; use a smaller --width or --batch-size"
+    if placement.streams > 1:
+        return f"{now}; ask for --streams {roomier.streams}, or let --retry-out-of-memory do so"
     hosted = block * math.ceil(max(map(len, roomier.clients)) / block)
     return (
         f"{now}; ask for --gpus-per-client {roomier.gpus_per_actor / hosted:g} --clients-per-actor {hosted}, "

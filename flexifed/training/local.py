@@ -9,6 +9,7 @@ from torch.nn import functional
 from flexifed.config import NumericsConfig, TrainingConfig
 from flexifed.data import Pipeline
 from flexifed.training.numerics import autocast
+from flexifed.training.streams import Steps
 
 
 def train(
@@ -21,8 +22,8 @@ def train(
     pipeline: Pipeline,
     batches: torch.Generator,
     augmentation: torch.Generator,
-) -> float:
-    """Train a model in place with a fresh optimizer.
+) -> Steps[float]:
+    """Train a model in place with a fresh optimizer, a step at a time.
 
     Dropout draws from PyTorch's global generator: seed it around this call.
 
@@ -59,5 +60,6 @@ def train(
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(batch)
+            yield
     model.zero_grad(set_to_none=True)  # the gradients' memory is for whoever trains next
     return total.item() / (config.local_epochs * len(samples))

@@ -140,6 +140,17 @@ def test_bits_do_not_depend_on_where_clients_live(run: Run, clients_per_host: in
     assert_like_the_reference(run, cell("max_common"), clients_per_host)
 
 
+@pytest.mark.parametrize(("clients_per_host", "streams"), [(8, 8), (8, 3), (4, 2)])
+@pytest.mark.parametrize("reduce_block", [1, 2])
+def test_bits_do_not_depend_on_how_many_clients_overlap(clients_per_host: int, streams: int, reduce_block: int) -> None:
+    config = cell(sharing=SharingConfig(reduce_block=reduce_block))
+
+    def overlapping(config: CellConfig, shards: Sequence[ClientShards], clients_per_host: int) -> Hosts:
+        return LocalHosts(config, INFO, shards, clients_per_host, streams)
+
+    assert_like_the_reference(partial(play, overlapping), config, clients_per_host)
+
+
 @pytest.mark.parametrize("clients_per_host", [4, 2])
 def test_bits_do_not_depend_on_where_whole_blocks_live(run: Run, clients_per_host: int) -> None:
     assert_like_the_reference(run, cell(sharing=SharingConfig(reduce_block=2)), clients_per_host)

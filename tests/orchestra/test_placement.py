@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,24 @@ def test_eight_clients_share_one_gpu_by_default() -> None:
     assert str(placement) == "8 actors of 1 client, each 1 CPU and 0.125 GPU"
 
 
+def test_clients_of_an_actor_overlap_if_it_has_so_many() -> None:
+    nodes = [{"CPU": 16, "GPU": 1}]
+    placement = place(cell(device="cuda"), nodes, streams=4)
+    assert placement.streams == 4
+    assert str(placement) == "2 actors of up to 4 clients, 4 at a time, each 1 CPU and 0.5 GPU"
+    assert place(cell(device="cuda"), nodes, streams=4, clients_per_actor=2).streams == 2
+
+
+def test_a_full_gpu_has_fewer_streams_before_it_has_fewer_actors() -> None:
+    config, nodes = cell(device="cuda"), [{"CPU": 16, "GPU": 1}]
+    placement = place(config, nodes, streams=3, clients_per_actor=4)
+    roomier = halved(placement, config, nodes)
+    assert roomier == replace(placement, streams=1)
+    again = halved(roomier, config, nodes)
+    assert again is not None
+    assert shape(again) == ([8], 1.0, 1.0)
+
+
 def test_actors_on_gpus_share_cpus_that_are_too_few() -> None:
     assert shape(place(cell(device="cuda"), [{"CPU": 2, "GPU": 1}])) == ([1] * 8, 0.25, 0.125)
 
@@ -79,6 +98,7 @@ def test_cpu_clients_can_be_given_a_share_of_a_gpu() -> None:
         ({"clients_per_actor": 100}, ([8], 1.0, 1.0)),
         ({"gpus_per_client": 0.25}, ([1] * 8, 1.0, 0.25)),
         ({"gpus_per_client": 0.25, "clients_per_actor": 8}, ([8], 1.0, 2.0)),
+        ({"streams": 4}, ([4, 4], 1.0, 0.5)),
     ],
 )
 def test_what_the_user_asks_for_comes_first(
@@ -136,6 +156,7 @@ def test_actors_that_would_cut_a_block_are_refused() -> None:
             {"gpus_per_client": 0},
             ["device is 'cuda' but gpus_per_client is 0", "--device cpu"],
         ),
+        (cell(), [{"CPU": 8}], {"streams": 2}, ["streams is 2, but device is 'cpu'", "leave --streams out"]),
         (cell(), [{"CPU": 0}], {}, ["hold only 0", "0 CPU, 0 GPU"]),
         (cell(), [], {}, ["hold only 0"]),
     ],
@@ -155,6 +176,7 @@ def test_what_no_node_could_ever_hold_is_refused_with_numbers_and_remedy(
         ("gpus_per_client", float("nan"), "gpus_per_client is nan; it must be a number of at least 0"),
         ("gpus_per_client", float("inf"), "gpus_per_client is inf; it must be a number of at least 0"),
         ("clients_per_actor", 0, "clients_per_actor is 0; it must be at least 1"),
+        ("streams", 0, "streams is 0; it must be at least 1"),
     ],
 )
 def test_options_out_of_range_are_refused(option: str, value: float, message: str) -> None:

@@ -31,6 +31,7 @@ from flexifed.models import build_model
 from flexifed.seeding import derive_seed, torch_generator
 from flexifed.training.evaluate import Score, evaluate
 from flexifed.training.numerics import numeric_settings, seeded_dropout
+from flexifed.training.streams import Steps
 
 INFO = synthetic.info()
 SEED = 3
@@ -301,7 +302,8 @@ def test_a_loss_that_is_not_finite_names_client_round_stage_and_remedy() -> None
 
 
 def test_weights_that_the_last_step_has_spoiled_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoiled(model: nn.Module, *_: object, **__: object) -> float:
+    def spoiled(model: nn.Module, *_: object, **__: object) -> Steps[float]:
+        yield
         with torch.no_grad():
             model.get_parameter("classifier.6.bias")[0] = torch.inf
         return 2.3
