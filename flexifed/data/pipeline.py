@@ -1,4 +1,4 @@
-"""From stored samples to what a model is fed, on the device and a whole batch at a time."""
+"""From stored samples to what a model is fed, on the device and many samples at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexifed.data.augment import random_crop_and_flip, shift_and_add_noise
+from flexifed.data.augment import CropAndFlip, ShiftAndNoise, Variation
 from flexifed.data.wav import SAMPLE_RATE
 
 MEL_BANDS = 32
@@ -30,8 +30,12 @@ class Pipeline(Protocol):
         """From stored samples (see `flexifed.data.Samples`) to what a model takes."""
         ...
 
-    def augment(self, samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The same for training, with random variation drawn from a CPU generator."""
+    def draw(self, count: int, generator: torch.Generator) -> Variation:
+        """Draw random variation of so many samples from a CPU generator."""
+        ...
+
+    def augment(self, samples: torch.Tensor, variation: Variation) -> torch.Tensor:
+        """From stored samples to what a model takes in training: with what was drawn for them, on their device."""
         ...
 
 
@@ -49,14 +53,19 @@ class ImagePipeline:
         self._mean = 255 * torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self._std = 255 * torch.tensor(std, device=device).view(1, -1, 1, 1)
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._variation = CropAndFlip()
 
     def prepare(self, samples: torch.Tensor) -> torch.Tensor:
         """From uint8 (batch, channels, height, width) to float32 of mean 0 and deviation 1 over the data set."""
         return ((samples.float() - self._mean) / self._std).contiguous(memory_format=self._memory_format)
 
-    def augment(self, samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """`random_crop_and_flip`, then `prepare`."""
-        return self.prepare(random_crop_and_flip(samples, generator))
+    def draw(self, count: int, generator: torch.Generator) -> Variation:
+        """See `CropAndFlip`."""
+        return self._variation.draw(count, generator)
+
+    def augment(self, samples: torch.Tensor, variation: Variation) -> torch.Tensor:
+        """`CropAndFlip`, then `prepare`."""
+        return self.prepare(self._variation.apply(samples, variation))
 
 
 class TextPipeline:
@@ -73,8 +82,12 @@ class TextPipeline:
         """From uint8 (batch, stored length) to int64 (batch, length)."""
         return samples[:, : self._length].long()
 
-    def augment(self, samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """As `prepare`; nothing is drawn."""
+    def draw(self, count: int, generator: torch.Generator) -> Variation:
+        """Nothing is drawn."""
+        return ()
+
+    def augment(self, samples: torch.Tensor, variation: Variation) -> torch.Tensor:
+        """As `prepare`."""
         return self.prepare(samples)
 
 
@@ -102,16 +115,20 @@ class SpeechPipeline:
         self._spectrum: Any = Spectrogram(n_fft=FFT_SAMPLES, hop_length=HOP_SAMPLES, power=None).to(device)
         self._mel_scale: Any = MelScale(MEL_BANDS, SAMPLE_RATE, n_stft=FFT_SAMPLES // 2 + 1).to(device)
         (self._mean,), (self._std,) = mean, std
-        self._noise = _in_unit_range(torch.tensor(noise, device=device))
+        self._variation = ShiftAndNoise(_in_unit_range(torch.tensor(noise, device=device)), SAMPLE_RATE)
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def prepare(self, samples: torch.Tensor) -> torch.Tensor:
         """From int16 (batch, 16000) to float32 (batch, 1, 32 bands, 32 frames), of mean 0 and deviation 1."""
         return self._features(_in_unit_range(samples))
 
-    def augment(self, samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The same of what `shift_and_add_noise` makes of the waveforms."""
-        return self._features(shift_and_add_noise(_in_unit_range(samples), self._noise, generator))
+    def draw(self, count: int, generator: torch.Generator) -> Variation:
+        """See `ShiftAndNoise`."""
+        return self._variation.draw(count, generator)
+
+    def augment(self, samples: torch.Tensor, variation: Variation) -> torch.Tensor:
+        """The same of what `ShiftAndNoise` makes of the waveforms."""
+        return self._features(self._variation.apply(_in_unit_range(samples), variation))
 
     def _features(self, waveforms: torch.Tensor) -> torch.Tensor:
         log_mel = torch.cat([self._log_mel(block) for block in waveforms.split(BLOCK)])

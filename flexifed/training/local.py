@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from flexifed.config import NumericsConfig, TrainingConfig
 from flexifed.data import Pipeline
+from flexifed.training.batches import epoch_batches
 from flexifed.training.numerics import autocast
 from flexifed.training.streams import Steps
 
@@ -48,18 +49,26 @@ def train(
         weight_decay=config.weight_decay,
         fused=samples.is_cuda if numerics.fused is None else numerics.fused,
     )
+    # On a GPU a whole epoch, so that a step need not launch it; on a CPU a batch, which then lies in its caches.
+    prepared_at_once = len(samples) if samples.is_cuda else config.batch_size
     total = torch.zeros((), dtype=torch.float64, device=samples.device)
     for _ in range(config.local_epochs):
-        order = torch.randperm(len(samples), generator=batches).to(samples.device)
-        for batch in order.split(config.batch_size):
-            stored = samples[batch]
-            inputs = pipeline.augment(stored, augmentation) if config.augment else pipeline.prepare(stored)
+        epoch = epoch_batches(
+            samples,
+            labels,
+            config=config,
+            pipeline=pipeline,
+            batches=batches,
+            augmentation=augmentation,
+            prepared_at_once=prepared_at_once,
+        )
+        for inputs, targets in epoch:
             optimizer.zero_grad(set_to_none=True)
             with autocast(numerics, samples.device):
-                loss = functional.cross_entropy(model(inputs), labels[batch])
+                loss = functional.cross_entropy(model(inputs), targets)
             loss.backward()
             optimizer.step()
-            total += loss.detach() * len(batch)
+            total += loss.detach() * len(targets)
             yield
     model.zero_grad(set_to_none=True)  # the gradients' memory is for whoever trains next
     return total.item() / (config.local_epochs * len(samples))

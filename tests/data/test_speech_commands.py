@@ -22,7 +22,7 @@ from torchaudio.transforms import MelSpectrogram
 
 from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
 from flexifed.data import Dataset, DatasetInfo, find_dataset, make_pipeline, open_dataset, speech_commands
-from flexifed.data.augment import shift_and_add_noise
+from flexifed.data.augment import ShiftAndNoise
 from flexifed.data.pipeline import SpeechPipeline
 from flexifed.data.speech_commands import NAME_12
 from flexifed.data.speech_commands_12 import COMMANDS, SILENCE, UNKNOWN
@@ -373,21 +373,24 @@ def test_same_draws_give_the_same_inputs(pipeline: SpeechPipeline) -> None:
     samples = waveforms(20)
     before = samples.clone()
     generator = torch.Generator().manual_seed(0)
-    first = pipeline.augment(samples, generator)
-    second = pipeline.augment(samples, generator)
-    assert torch.equal(first, pipeline.augment(samples, torch.Generator().manual_seed(0)))
+    first = pipeline.augment(samples, pipeline.draw(20, generator))
+    second = pipeline.augment(samples, pipeline.draw(20, generator))
+    assert torch.equal(first, pipeline.augment(samples, pipeline.draw(20, torch.Generator().manual_seed(0))))
     assert not torch.equal(first, second)
     assert first.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(samples, before)
     assert torch.equal(pipeline.prepare(samples), pipeline.prepare(samples)), "scoring never varies"
 
 
+def varied(variation: ShiftAndNoise, clean: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    return variation.apply(clean, variation.draw(len(clean), generator or torch.Generator().manual_seed(0)))
+
+
 def test_no_shift_and_no_volume_change_nothing() -> None:
     clean = waveforms(5) / 32_768
     noise = torch.full((30_000,), 0.5)
     for options in ({"noise_probability": 0.0}, {"max_volume": 0.0}):
-        varied = shift_and_add_noise(clean, noise, torch.Generator(), max_shift=0, **options)
-        assert torch.equal(varied, clean)
+        assert torch.equal(varied(ShiftAndNoise(noise, 16_000, max_shift=0, **options), clean), clean)
 
 
 @given(st.integers(0, 2_000), st.integers(0, 2**32))
@@ -396,7 +399,7 @@ def test_shift_moves_by_at_most_so_much_and_fills_with_silence(max_shift: int, s
     clean = torch.zeros(8, 16_000)
     clean[:, 0], clean[:, 8_000], clean[:, 15_999] = 0.25, 0.5, 0.75
     generator = torch.Generator().manual_seed(seed)
-    moved = shift_and_add_noise(clean, torch.zeros(16_000), generator, max_shift=max_shift)
+    moved = varied(ShiftAndNoise(torch.zeros(16_000), 16_000, max_shift=max_shift), clean, generator)
     for one in moved:
         shift = int(one.argmax()) - 8_000 if one.max() == 0.5 else None
         if shift is None:  # the end is still there, so it moved to the left or stayed
@@ -410,9 +413,9 @@ def test_shift_moves_by_at_most_so_much_and_fills_with_silence(max_shift: int, s
 
 def test_noise_is_added_to_most_at_up_to_its_volume() -> None:
     silence, noise = torch.zeros(2_000, 100), torch.ones(150)
-    varied = shift_and_add_noise(silence, noise, torch.Generator().manual_seed(0), max_shift=0)
-    volumes = varied[:, 0]
-    assert torch.equal(varied, volumes[:, None].expand(-1, 100))
+    noisy = varied(ShiftAndNoise(noise, 100, max_shift=0), silence)
+    volumes = noisy[:, 0]
+    assert torch.equal(noisy, volumes[:, None].expand(-1, 100))
     assert 0.76 < (volumes > 0).double().mean() < 0.84
     assert 0.09 < volumes.max() <= 0.1
     assert volumes[volumes > 0].mean().item() == pytest.approx(0.05, abs=0.005)
@@ -421,12 +424,10 @@ def test_noise_is_added_to_most_at_up_to_its_volume() -> None:
 def test_noise_is_cut_from_anywhere_and_sums_are_clipped() -> None:
     places = torch.arange(1_001) / 1_000
     silence = torch.zeros(3_000, 1)
-    varied = shift_and_add_noise(
-        silence, places, torch.Generator().manual_seed(0), max_shift=0, noise_probability=1.0, max_volume=1e-3
-    )
-    assert varied.max() > 9e-4
-    loud = shift_and_add_noise(torch.ones(9, 4), torch.ones(9), torch.Generator(), max_shift=0, noise_probability=1.0)
-    assert torch.equal(loud, torch.ones(9, 4))
+    quiet = ShiftAndNoise(places, 1, max_shift=0, noise_probability=1.0, max_volume=1e-3)
+    assert varied(quiet, silence).max() > 9e-4
+    loud = ShiftAndNoise(torch.ones(9), 4, max_shift=0, noise_probability=1.0)
+    assert torch.equal(varied(loud, torch.ones(9, 4)), torch.ones(9, 4))
 
 
 # The stand-in
@@ -548,8 +549,8 @@ def test_real_features_are_normalised(real: tuple[Path, Dataset, Path]) -> None:
     assert inputs.isfinite().all()
     assert inputs.mean().item() == pytest.approx(0, abs=0.1)
     assert inputs.std().item() == pytest.approx(1, abs=0.1)
-    varied = pipeline.augment(dataset.train.take(np.arange(200))[0], torch.Generator().manual_seed(0))
-    assert varied.isfinite().all()
+    drawn = pipeline.draw(200, torch.Generator().manual_seed(0))
+    assert pipeline.augment(dataset.train.take(np.arange(200))[0], drawn).isfinite().all()
 
 
 def test_real_twelve_classes(real: tuple[Path, Dataset, Path], data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

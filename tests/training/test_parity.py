@@ -22,7 +22,7 @@ from flexifed.config import (
     TrainingConfig,
 )
 from flexifed.data import open_dataset, synthetic
-from flexifed.data.augment import random_crop_and_flip
+from flexifed.data.augment import CropAndFlip
 from flexifed.data.pipeline import ImagePipeline
 from flexifed.errors import ClientError, ConfigError
 from flexifed.federation.client import ClientShards
@@ -211,7 +211,8 @@ def test_crop_and_flip_agree_pixel_by_pixel_with_torchvision(
 ) -> None:
     pixels = torch.randint(256, (count, channels, height, width), generator=torch.Generator().manual_seed(seed))
     images = pixels.to(torch.uint8)
-    ours = random_crop_and_flip(images, torch.Generator().manual_seed(seed), padding)
+    variation = CropAndFlip(padding)
+    ours = variation.apply(images, variation.draw(count, torch.Generator().manual_seed(seed)))
     theirs = cropped_and_flipped(images, torch.Generator().manual_seed(seed), padding)
     assert ours.dtype == torch.uint8
     assert torch.equal(ours, theirs)
@@ -219,7 +220,8 @@ def test_crop_and_flip_agree_pixel_by_pixel_with_torchvision(
 
 def test_crop_and_flip_reach_every_offset_and_flip_half() -> None:
     image = torch.arange(9).reshape(1, 1, 3, 3).to(torch.uint8) + 1
-    shifted = random_crop_and_flip(image.repeat(4000, 1, 1, 1), torch.Generator().manual_seed(0), padding=1)
+    variation = CropAndFlip(padding=1)
+    shifted = variation.apply(image.repeat(4000, 1, 1, 1), variation.draw(4000, torch.Generator().manual_seed(0)))
     seen = {tuple(one.flatten().tolist()) for one in shifted}
     assert len(seen) == 2 * 3 * 3
     assert (shifted[:, 0, 1, 1] != 0).all(), "the centre is never beyond the edge"
