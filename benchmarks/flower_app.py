@@ -47,6 +47,7 @@ from flexifed.seeding import derive_seed, torch_generator
 from flexifed.training import evaluate, local, streams
 from flexifed.training.memory import keep_freed_memory
 from flexifed.training.numerics import numeric_settings, seeded_dropout
+from flexifed.training.workspace import Workspace
 
 client_app = ClientApp()
 CPU = torch.device("cpu")
@@ -80,11 +81,9 @@ class Task:
         seed = self.config.seed
         with seeded_dropout(derive_seed(seed, "dropout", client, round_index), CPU):
             steps = local.train(
-                model,
+                Workspace(model, self.config.training, self.config.numerics),
                 samples,
                 labels,
-                config=self.config.training,
-                numerics=self.config.numerics,
                 pipeline=self.pipeline,
                 batches=torch_generator(seed, "batches", client, round_index),
                 augmentation=torch_generator(seed, "augmentation", client, round_index),

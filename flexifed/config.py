@@ -170,14 +170,17 @@ class NumericsConfig:
     """Memory format of images and convolutions."""
     fused: bool | None = None
     """Optimizer steps in one pass through memory. Default: on GPUs only; CPUs round differently then."""
+    cuda_graph: bool | None = None
+    """Record a training step once and replay it, in one launch instead of hundreds (GPUs). Default: no."""
     precision: Precision | None = None
     """Of products: `tf32` (GPUs), or `bf16` (autocast). Default: PyTorch's own, TF32 for convolutions on GPUs alone."""
 
     def __post_init__(self) -> None:
         _check_integer(self, "threads", 1, _MOST_THREADS)
         _check_bool(self, "channels_last")
-        if self.fused is not None:
-            _check_bool(self, "fused")
+        for name in ("fused", "cuda_graph"):
+            if getattr(self, name) is not None:
+                _check_bool(self, name)
         if self.precision is not None:
             _check_literal(self, "precision", get_args(Precision))
 
@@ -213,6 +216,8 @@ class CellConfig:
             raise ConfigError(
                 "precision is 'tf32', which CPUs do not have; leave it out, or choose bf16 or --device cuda"
             )
+        if self.numerics.cuda_graph and self.device == "cpu":
+            raise ConfigError("cuda_graph is True, which CPUs do not have; leave it out, or choose --device cuda")
 
     @property
     def versions(self) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import GroupState, State, apply_group_state, shared_tensors
@@ -26,6 +25,7 @@ from flexifed.training.evaluate import evaluate
 from flexifed.training.local import train
 from flexifed.training.numerics import seeded_dropout
 from flexifed.training.streams import Steps
+from flexifed.training.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Client:
     """A client of a federation.
 
     Between rounds it keeps only what nobody sends it: all of its model before the first aggregation, its personal
-    tensors after it. The model that it trains in is a workspace that clients of one architecture take turns in.
+    tensors after it. The workspace that it trains in is one that clients of its architecture take turns in.
 
     Args:
         index: which client, from 0.
         config: the cell.
         plan: says which of its tensors are shared.
-        workspace: a model of its architecture, on the device; its values are overwritten.
+        workspace: has a model of its architecture, on the device, whose values are overwritten.
         data: the data set; the client's shards are copied to the device.
         shards: its samples.
         pipeline: makes a model's input of stored samples.
@@ -73,7 +73,7 @@ class Client:
         *,
         config: CellConfig,
         plan: SharingPlan,
-        workspace: nn.Module,
+        workspace: Workspace,
         data: Dataset,
         shards: ClientShards,
         pipeline: Pipeline,
@@ -85,7 +85,7 @@ class Client:
         self._plan = plan
         self._workspace = workspace
         self._pipeline = pipeline
-        self._device = next(workspace.parameters()).device
+        self._device = workspace.device
         self._train_samples, self._train_labels = (part.to(self._device) for part in data.train.take(shards.train))
         self._test_samples, self._test_labels = (part.to(self._device) for part in data.test.take(shards.test))
         stream = () if config.model.init == "shared" else (index,)
@@ -123,7 +123,7 @@ class Client:
             started = time.perf_counter()
             with seeded_dropout(self._seed("scoring", round_index), self._device):
                 score = evaluate(
-                    self._workspace,
+                    self._workspace.model,
                     self._test_samples,
                     self._test_labels,
                     config=self._config.training,
@@ -187,7 +187,7 @@ class Client:
 
     def _load(self, state: State) -> None:
         with torch.no_grad():
-            for name, tensor in self._workspace.state_dict().items():
+            for name, tensor in self._workspace.model.state_dict().items():
                 tensor.copy_(state[name])
 
     def _train(self, round_index: int) -> Steps[float]:
@@ -200,8 +200,6 @@ class Client:
                     self._workspace,
                     self._train_samples[rows],
                     self._train_labels[rows],
-                    config=self._config.training,
-                    numerics=self._config.numerics,
                     pipeline=self._pipeline,
                     batches=torch_generator(seed, "batches", self.index, round_index),
                     augmentation=torch_generator(seed, "augmentation", self.index, round_index),
@@ -216,7 +214,7 @@ class Client:
         """Refuse what would spread to all who share a layer. The last step can spoil weights after a sound loss."""
         if not math.isfinite(train_loss):
             raise ArithmeticError(f"the training loss is {train_loss}; {self._remedy}")
-        trained = self._workspace.state_dict()
+        trained = self._workspace.model.state_dict()
         # The least and the greatest value, which a NaN is both: one pass over each tensor, one wait for a GPU.
         extremes = torch.stack([torch.stack(torch.aminmax(tensor)).double() for tensor in trained.values()])
         for name, finite in zip(trained, extremes.isfinite().all(dim=1).tolist(), strict=True):
@@ -225,7 +223,7 @@ class Client:
 
     def _take_out(self) -> GroupState:
         """Keep the personal tensors, give out the shared ones: copies, since the workspace goes to the next client."""
-        trained = self._workspace.state_dict()
+        trained = self._workspace.model.state_dict()
         contribution = {
             group: tuple(tensor.clone() for tensor in tensors)
             for group, tensors in shared_tensors(self._plan, self.index, trained).items()

@@ -9,7 +9,6 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import BlockSums, GroupState, State, blocks_of, combine_blocks, sum_block
@@ -20,6 +19,7 @@ from flexifed.federation.client import Client, ClientRound, ClientShards
 from flexifed.models import build_model, model_signature
 from flexifed.training.numerics import device_name, numeric_settings
 from flexifed.training.streams import Stream, overlap
+from flexifed.training.workspace import Workspace
 
 _CLIENTS = "clients-"
 
@@ -175,7 +175,7 @@ class ClientHost:
         return {group: tuple(tensor.to(device) for tensor in tensors) for group, tensors in state.items()}
 
 
-def _workspace(name: str, config: CellConfig, info: DatasetInfo) -> nn.Module:
+def _workspace(name: str, config: CellConfig, info: DatasetInfo) -> Workspace:
     """A model whose values don't matter; clients of its architecture take turns in it."""
     model = build_model(
         name, num_classes=info.num_classes, in_channels=info.in_channels, width=config.model.width, device=config.device
@@ -184,7 +184,7 @@ def _workspace(name: str, config: CellConfig, info: DatasetInfo) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return model
+    return Workspace(model, config.training, config.numerics)
 
 
 def cell_plan(config: CellConfig, info: DatasetInfo) -> SharingPlan:

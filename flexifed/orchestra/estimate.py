@@ -21,6 +21,7 @@ from flexifed.training.evaluate import evaluate
 from flexifed.training.local import train
 from flexifed.training.numerics import numeric_settings
 from flexifed.training.streams import run as run_steps
+from flexifed.training.workspace import Workspace
 
 START_S = 15.0  # Ray, and the first processes that import torch; seen on 2 cores
 _SAMPLES = 16
@@ -71,12 +72,13 @@ def _seconds_per_sample(
     pipeline = make_pipeline(data, family, device=where, channels_last=numerics.channels_last)
     samples, labels = (part.to(where) for part in data.train.take(np.arange(_SAMPLES) % info.num_train))
     one_step = TrainingConfig(local_epochs=1, batch_size=_SAMPLES)
+    workspace = Workspace(model, one_step, numerics)
     streams = {"batches": torch_generator(0, "batches"), "augmentation": torch_generator(0, "augmentation")}
     train_s = eval_s = 0.0
     with numeric_settings(numerics):
         for _ in range(2):  # the first step warms up
             started = time.perf_counter()
-            run_steps(train(model, samples, labels, config=one_step, numerics=numerics, pipeline=pipeline, **streams))
+            run_steps(train(workspace, samples, labels, pipeline=pipeline, **streams))
             trained = time.perf_counter()
             evaluate(model, samples, labels, config=one_step, numerics=numerics, pipeline=pipeline)
             train_s, eval_s = trained - started, time.perf_counter() - trained

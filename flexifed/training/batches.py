@@ -36,8 +36,8 @@ def epoch_batches(
     device, size = samples.device, config.batch_size
     order = torch.randperm(len(samples), generator=batches)
     drawn = [pipeline.draw(len(batch), augmentation) for batch in order.split(size)] if config.augment else []
-    variation = [torch.cat(part).to(device) for part in zip(*drawn, strict=True)]
-    order = order.to(device)
+    variation = [_moved(torch.cat(part), device) for part in zip(*drawn, strict=True)]
+    order = _moved(order, device)
     for first in range(0, len(order), prepared_at_once):
         some = slice(first, first + prepared_at_once)
         stored, targets = samples[order[some]], labels[order[some]]
@@ -46,3 +46,8 @@ def epoch_batches(
         else:
             inputs = pipeline.prepare(stored)
         yield from zip(inputs.split(size), targets.split(size), strict=True)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on a device. A GPU copies it in its turn: nothing waits here for what it was given before."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

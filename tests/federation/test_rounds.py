@@ -358,7 +358,7 @@ def test_a_round_is_the_pure_aggregate_of_the_trained_states(scheme: str, weight
     federation = Federation(config, INFO, hosts)
     federation.play_round()
     # Neighbours have different versions, so each client of a host has a workspace of its own, still as it was trained.
-    trained = [client._workspace.state_dict() for client in clients_of(hosts)]
+    trained = [client._workspace.model.state_dict() for client in clients_of(hosts)]
     weights = [float(len(one.train)) for one in shards] if weighting == "samples" else None
     expected = flexifed.aggregate(federation.plan, trained, weights, reduce_block=2)
     for held, state in zip(states_of(hosts, federation.shared), expected, strict=True):

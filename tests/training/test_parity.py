@@ -32,6 +32,7 @@ from flexifed.seeding import derive_seed, torch_generator
 from flexifed.training.evaluate import Score, evaluate
 from flexifed.training.numerics import numeric_settings, seeded_dropout
 from flexifed.training.streams import Steps
+from flexifed.training.workspace import Workspace
 
 INFO = synthetic.info()
 SEED = 3
@@ -304,10 +305,10 @@ def test_a_loss_that_is_not_finite_names_client_round_stage_and_remedy() -> None
 
 
 def test_weights_that_the_last_step_has_spoiled_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoiled(model: nn.Module, *_: object, **__: object) -> Steps[float]:
+    def spoiled(workspace: Workspace, *_: object, **__: object) -> Steps[float]:
         yield
         with torch.no_grad():
-            model.get_parameter("classifier.6.bias")[0] = torch.inf
+            workspace.model.get_parameter("classifier.6.bias")[0] = torch.inf
         return 2.3
 
     monkeypatch.setattr("flexifed.federation.client.train", spoiled)

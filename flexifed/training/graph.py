@@ -1,0 +1,84 @@
+"""A step of training that is recorded once and then replayed, so that a GPU gets all of its kernels in one launch.
+
+A recording is of addresses, not of values: what it reads and writes must stay where it is, and Python is not run again
+(https://docs.pytorch.org/docs/2.11/notes/cuda.html#cuda-graphs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from flexifed.training.step import Step
+
+Replay = Callable[[], None]
+Record = Callable[[Callable[[], None]], Replay]
+"""Runs what it is given, some times or none, and returns what does the same work again on the same memory."""
+
+_WARM_UP = 3  # runs before a recording: libraries get their memory and choose their kernels, as PyTorch's notes advise
+
+
+class CudaGraphs:
+    """Records CUDA graphs that share one pool of memory. They must not be replayed at the same time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self, work: Callable[[], None]) -> Replay:
+        """Run some work to warm up, then record it."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UP):
+                work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            work()
+        return graph.replay
+
+
+class RecordedStep:
+    """Steps that are recorded for each size of batch when it first comes, and replayed from then on.
+
+    Dropout draws what it would have drawn without a recording.
+
+    Args:
+        step: whose tensors stay where they are as long as this lives.
+        record: how its work is recorded.
+    """
+
+    def __init__(self, step: Step, record: Record) -> None:
+        self._step = step
+        self._record = record
+        self._recordings: dict[torch.Size, tuple[torch.Tensor, torch.Tensor, Replay]] = {}
+
+    @property
+    def loss_sum(self) -> torch.Tensor:
+        """As in `Step`."""
+        return self._step.loss_sum
+
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Take a step; see `Step`."""
+        if inputs.shape not in self._recordings:
+            self._recordings[inputs.shape] = self._recording(inputs, targets)
+        recorded_inputs, recorded_targets, replay = self._recordings[inputs.shape]
+        recorded_inputs.copy_(inputs)
+        recorded_targets.copy_(targets)
+        replay()
+
+    def reset(self) -> None:
+        """Begin again as a fresh optimizer would."""
+        self._step.reset()
+
+    @torch.no_grad()
+    def _recording(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Replay]:
+        """Record a step on a copy of a batch, and leave all values and random generators as they were."""
+        inputs, targets = inputs.clone(), targets.clone()
+        before = [tensor.clone() for tensor in self._step.tensors()]
+        with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []), torch.enable_grad():
+            replay = self._record(lambda: self._step(inputs, targets))
+        for tensor, value in zip(self._step.tensors(), before, strict=True):
+            tensor.copy_(value)
+        return inputs, targets, replay

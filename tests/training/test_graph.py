@@ -1,0 +1,365 @@
+"""A step that is recorded and replayed does what it does without: to the bit, for all that training can be told.
+
+`CpuRecorder` stands in for CUDA graphs, and finds what a recording would get wrong; the tests at the end need a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recording import CaptureError, CpuRecorder
+from torch import nn
+
+from flexifed.config import CellConfig, ModelConfig, NumericsConfig, PartitionConfig, TrainingConfig
+from flexifed.data import find_dataset
+from flexifed.data.pipeline import ImagePipeline
+from flexifed.errors import ConfigError
+from flexifed.federation.rounds import Federation, LocalHosts, make_shards
+from flexifed.models import build_model
+from flexifed.training.graph import CudaGraphs, Record, RecordedStep
+from flexifed.training.local import train
+from flexifed.training.numerics import numeric_settings, seeded_dropout
+from flexifed.training.step import Step
+from flexifed.training.streams import run
+from flexifed.training.workspace import Workspace
+
+CPU = torch.device("cpu")
+CLASSES = 3
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class SmallModel(nn.Module):
+    """All kinds of layers that the families have, in little: (batch, 1, 4, 4) to (batch, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.5),
+            nn.Linear(16, CLASSES),
+        )
+        self.register_buffer("mask", torch.zeros(8, 8))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.mask.copy_(nn.functional.dropout(torch.ones_like(self.mask), 0.5, self.training))
+        scores: torch.Tensor = self.layers(images)
+        return scores
+
+
+def small_model(seed: int = 0, device: torch.device = CPU) -> SmallModel:
+    model = SmallModel()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def images(count: int, seed: int, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (count, 1, 4, 4), generator=generator).to(torch.uint8)
+    return pixels.to(device), torch.randint(CLASSES, (count,), generator=generator).to(device)
+
+
+State = dict[str, torch.Tensor]
+
+
+def take_turns(
+    workspace: Workspace, counts: Sequence[int], rounds: int = 2
+) -> tuple[list[State], list[float], torch.Tensor]:
+    """Clients with so many samples train in turn in one workspace, each from its own state.
+
+    Returns:
+        The state of each after each round, the losses, and what dropout would draw next.
+    """
+    device = workspace.device
+    pipeline = ImagePipeline((0.5,), (0.25,), device, channels_last=True)
+    clients = [small_model(seed, device).state_dict() for seed in range(len(counts))]
+    states, losses = [], []
+    torch.manual_seed(99)
+    for round_index in range(rounds):
+        for client, count in enumerate(counts):
+            with torch.no_grad():
+                for name, tensor in workspace.model.state_dict().items():
+                    tensor.copy_(clients[client][name])
+            samples, labels = images(count, client, device)
+            with seeded_dropout(10 * client + round_index, device):
+                steps = train(
+                    workspace,
+                    samples,
+                    labels,
+                    pipeline=pipeline,
+                    batches=torch.Generator().manual_seed(client),
+                    augmentation=torch.Generator().manual_seed(round_index),
+                )
+                losses.append(run(steps))
+            clients[client] = {name: tensor.clone() for name, tensor in workspace.model.state_dict().items()}
+            states.append(clients[client])
+    return states, losses, torch.rand(4, device=device)
+
+
+def workspaces(
+    config: TrainingConfig, numerics: dict[str, object], record: Record | None = None, device: torch.device = CPU
+) -> tuple[Workspace, Workspace]:
+    """One that runs every step, and one that records it."""
+    eager = Workspace(small_model(device=device), config, NumericsConfig(**numerics))
+    recorded = Workspace(small_model(device=device), config, NumericsConfig(cuda_graph=True, **numerics), record)
+    return eager, recorded
+
+
+def assert_equal(one: State, other: State) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+@pytest.mark.parametrize("fused", [None, False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_replayed_steps_are_the_steps(
+    momentum: float, weight_decay: float, fused: bool | None, precision: str | None
+) -> None:
+    """Batches of 8, 8 and 4, then of 8 and 1, then of 7 alone, from client to client."""
+    record = CpuRecorder()
+    config = TrainingConfig(
+        local_epochs=2, batch_size=8, learning_rate=0.1, momentum=momentum, weight_decay=weight_decay
+    )
+    eager, recorded = workspaces(config, {"fused": fused, "precision": precision}, record)
+    counts = [20, 9, 7, 20]
+    states, losses, drawn = take_turns(eager, counts)
+    replayed, replayed_losses, also_drawn = take_turns(recorded, counts)
+    for one, other in zip(states, replayed, strict=True):
+        assert_equal(one, other)
+    assert losses == replayed_losses
+    assert torch.equal(drawn, also_drawn), "no recording may use up draws of another"
+    assert record.recorded == 4, "one for each size of batch"
+    assert record.replayed == 2 * 2 * (3 + 2 + 1 + 3)
+    assert len({state["mask"].numpy().tobytes() for state in replayed}) > len(counts), "or no draw was tested"
+
+
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    batch_size=st.integers(1, 13),
+    epochs=st.integers(1, 2),
+    momentum=st.sampled_from([0.0, 0.5]),
+)
+@settings(max_examples=25)
+def test_so_it_is_for_any_number_of_samples(counts: list[int], batch_size: int, epochs: int, momentum: float) -> None:
+    config = TrainingConfig(local_epochs=epochs, batch_size=batch_size, learning_rate=0.1, momentum=momentum)
+    record = CpuRecorder()
+    eager, recorded = workspaces(config, {}, record)
+    states, losses, drawn = take_turns(eager, counts, rounds=1)
+    replayed, replayed_losses, also_drawn = take_turns(recorded, counts, rounds=1)
+    for one, other in zip(states, replayed, strict=True):
+        assert_equal(one, other)
+    assert losses == replayed_losses
+    assert torch.equal(drawn, also_drawn)
+    sizes = {min(batch_size, count - first) for count in counts for first in range(0, count, batch_size)}
+    assert record.recorded == len(sizes)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "family", "width"),
+    [
+        ("cifar10", "vgg", 0.03),
+        ("cifar10", "resnet", 0.1),
+        ("agnews", "charcnn", 0.02),
+        ("agnews", "vdcnn", 0.02),
+    ],
+)
+def test_a_federation_of_replayed_steps_ends_with_the_same_bits(
+    dataset: str, family: str, width: float, tmp_path: object
+) -> None:
+    """Clients 0 and 4 take turns in one workspace, with what they share and what they keep."""
+    info = find_dataset(dataset, data="synthetic", data_dir=tmp_path)  # type: ignore[arg-type]
+    config = CellConfig(
+        dataset=dataset,  # type: ignore[arg-type]
+        family=family,  # type: ignore[arg-type]
+        scheme="basic_common",
+        model=ModelConfig(width=width),
+        partition=PartitionConfig(num_clients=5, num_shards=100, windows_per_shard=2, max_train=20, max_test=4),
+        training=TrainingConfig(local_epochs=1, batch_size=6),
+    )
+    digests, losses, record = [], [], CpuRecorder()
+    for recorded in (False, True):
+        hosts = LocalHosts(config, info, make_shards(config, info))
+        [host] = hosts._hosts
+        if recorded:  # a config of a CPU can't ask for it
+            numerics = NumericsConfig(cuda_graph=True)
+            built = {id(client._workspace): client._workspace for client in host._clients}
+            made = {key: Workspace(one.model, one.config, numerics, record) for key, one in built.items()}
+            for client in host._clients:
+                client._workspace = made[id(client._workspace)]
+        federation = Federation(config, info, hosts)
+        played = [federation.play_round().clients for _ in range(2)]
+        losses.append([(client.loss, client.train_loss) for clients in played for client in clients])
+        digests.append(host.state_sha256(federation.shared))
+    assert digests[0] == digests[1]
+    assert losses[0] == losses[1]
+    assert record.recorded == 2 * 4, "two sizes of batch, four architectures"
+
+
+# What the stand-in would find
+
+
+def a_step(**config: object) -> Step:
+    return Step(small_model(), TrainingConfig(learning_rate=0.1, **config), NumericsConfig())  # type: ignore[arg-type]
+
+
+def inputs(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    samples, labels = images(count, seed)
+    return samples / 255, labels
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda tensor: tensor.sum().item(),
+        lambda tensor: tensor[tensor > 0],
+        lambda tensor: tensor + torch.tensor(3.0),
+        lambda tensor: tensor.nonzero(),
+    ],
+    ids=["item", "mask", "tensor", "nonzero"],
+)
+def test_the_stand_in_refuses_what_a_capture_refuses(work: Callable[[torch.Tensor], object]) -> None:
+    with pytest.raises(CaptureError, match="waits for the device, or copies from the host"):
+        CpuRecorder()(lambda: work(torch.ones(3)))
+
+
+def test_the_stand_in_finds_steps_that_are_not_all_alike() -> None:
+    total, runs = torch.zeros(()), []
+
+    def work() -> None:
+        runs.append(None)
+        total.add_(len(runs))
+
+    replay = CpuRecorder()(work)
+    assert (total.item(), len(runs)) == (1 + 2, 2)
+    replay()
+    assert (total.item(), len(runs)) == (1 + 2 + 2, 2), "Python is not run again"
+
+
+def test_the_stand_in_finds_what_outlives_a_step() -> None:
+    total, kept = torch.zeros(3), []
+
+    def work() -> None:
+        if len(kept) < 2:  # the recording is the second run
+            kept.append(torch.ones(3))
+        total.add_(kept[-1])
+
+    replay = CpuRecorder()(work)
+    kept[-1].fill_(5)
+    replay()
+    assert total.tolist() == [3, 3, 3], "made anew in every replay"
+
+
+def test_recordings_go_with_their_workspace() -> None:
+    _, recorded = workspaces(TrainingConfig(batch_size=4, local_epochs=1), {}, CpuRecorder())
+    take_turns(recorded, [6])
+    model = weakref.ref(recorded.model)
+    gc.disable()
+    try:
+        del recorded
+        assert model() is None, "a GPU's memory would wait for the garbage collector"
+    finally:
+        gc.enable()
+
+
+def test_a_recording_leaves_values_momentum_and_losses_as_they_were() -> None:
+    """The second size of batch comes when the first has already trained."""
+    step = a_step()
+    recorded = RecordedStep(step, CpuRecorder())
+    recorded.reset()
+    recorded(*inputs(4))
+    before = [tensor.clone() for tensor in step.tensors()]
+    drawn = torch.get_rng_state()
+    recorded._recording(*inputs(3))
+    assert all(torch.equal(one, other) for one, other in zip(before, step.tensors(), strict=True))
+    assert torch.equal(drawn, torch.get_rng_state())
+
+
+def test_a_batch_that_was_recorded_stays_its_givers() -> None:
+    recorded = RecordedStep(a_step(), CpuRecorder())
+    recorded.reset()
+    first = inputs(4, seed=1)
+    recorded(*first)
+    recorded(*inputs(4, seed=2))
+    assert all(torch.equal(one, other) for one, other in zip(first, inputs(4, seed=1), strict=True))
+
+
+def test_graphs_are_refused_on_cpus() -> None:
+    with pytest.raises(ConfigError, match="cuda_graph is True, which CPUs do not have; leave it out, or choose --dev"):
+        CellConfig(dataset="cifar10", family="vgg", scheme="standalone", numerics=NumericsConfig(cuda_graph=True))
+    with pytest.raises(ConfigError, match="cuda_graph is 1; choose one of: True, False"):
+        NumericsConfig(cuda_graph=1)  # type: ignore[arg-type]
+
+
+def test_who_asks_for_no_graphs_keeps_the_run_id() -> None:
+    """Of cells that ran before there were graphs."""
+    one = CellConfig(dataset="cifar10", family="vgg", scheme="standalone")
+    assert one.run_id("data") == "e300a5ecd3b72999"
+    asked = CellConfig(
+        dataset="cifar10", family="vgg", scheme="standalone", device="cuda", numerics=NumericsConfig(cuda_graph=True)
+    )
+    plain = CellConfig(dataset="cifar10", family="vgg", scheme="standalone", device="cuda")
+    assert asked.run_id("data") != plain.run_id("data")
+
+
+# On a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch sees none")
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", [None, "bf16"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_on_a_gpu_graphs_and_eager_steps_agree(momentum: float, precision: str | None) -> None:
+    """To what rounding differs by, should a library choose other kernels in a capture."""
+    device = torch.device("cuda")
+    config = TrainingConfig(local_epochs=2, batch_size=8, learning_rate=0.1, momentum=momentum)
+    numerics = {"precision": precision}
+    eager, recorded = workspaces(config, numerics, device=device)
+    with numeric_settings(NumericsConfig(**numerics)):
+        states, losses, drawn = take_turns(eager, [20, 9, 7, 20])
+        replayed, replayed_losses, also_drawn = take_turns(recorded, [20, 9, 7, 20])
+    tolerance = 1e-3 if precision is None else 2e-2
+    for one, other in zip(states, replayed, strict=True):
+        assert torch.equal(one["mask"], other["mask"]), "the same draws of dropout"
+        assert one.keys() == other.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance)
+    assert losses == pytest.approx(replayed_losses, rel=tolerance)
+    assert torch.equal(drawn, also_drawn)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["vgg11_bn", "resnet20", "charcnn3", "vdcnn9"])
+def test_on_a_gpu_every_familys_step_can_be_captured(name: str) -> None:
+    device = torch.device("cuda")
+    model = build_model(name, num_classes=10, width=0.1, device=device)
+    is_text = name in ("charcnn3", "vdcnn9")
+    length = 1014 if name == "charcnn3" else 1024
+    batch = torch.randint(0, 70, (4, length), device=device) if is_text else torch.randn(4, 3, 32, 32, device=device)
+    model.train()
+    step = RecordedStep(Step(model, TrainingConfig(), NumericsConfig()), CudaGraphs())
+    step.reset()
+    step(batch, torch.arange(4, device=device))
+    assert torch.isfinite(step.loss_sum)
