@@ -16,8 +16,8 @@ What a round takes, and against what. Every figure on this page was printed by a
 [`records/benchmarks`](../records/benchmarks/README.md); `python benchmarks/page.py` makes the page of them. Figures are
 medians, with the smallest and the largest in brackets; what is compared was measured in the same run, in turn.
 
-**None of them is from a GPU**: what the project does on one (TF32 and bf16, fused optimizer steps, fractions of a GPU)
-is tested on CPUs, and has not been timed.
+**None of them is from a GPU**: what the project does on one (TF32 and bf16, fused optimizer steps, steps recorded as
+CUDA graphs, fractions of a GPU) is tested on CPUs, the graphs against a stand-in, and has been neither seen nor timed.
 """
 
 ROUND = """## A round, against one client after another

@@ -164,7 +164,9 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         model=ModelConfig(width=options.width),
         partition=replace(authors.partition, num_shards=options.num_shards),
         training=replace(authors.training, local_epochs=options.local_epochs),
-        numerics=NumericsConfig(precision=options.precision, fused=options.fused or None),
+        numerics=NumericsConfig(
+            precision=options.precision, fused=options.fused or None, cuda_graph=options.cuda_graph or None
+        ),
     )
     run = CellRun(
         config=config, info=info, profile="benchmark", rounds=options.repeat + 1, results=results, keep_final=False
@@ -193,6 +195,7 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
             "local_epochs": options.local_epochs,
             "precision": options.precision,
             "fused": options.fused,
+            "cuda_graph": options.cuda_graph,
             "placement": str(placement),
         },
         "round_s": spread(round_s),
@@ -217,6 +220,9 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--precision", choices=get_args(Precision), help="of ours; default: PyTorch's own")
     parser.add_argument("--fused", action="store_true", help="optimizer steps of ours in one pass, on CPUs too")
+    parser.add_argument(
+        "--cuda-graph", action="store_true", help="training steps of ours recorded and replayed, on GPUs"
+    )
     parser.add_argument("--scheme", choices=SCHEMES, default="max_common")
     parser.add_argument("--family", choices=("vgg", "vgg_plain", "resnet"), default="vgg")
     parser.add_argument("--num-shards", type=int, default=20, help="more shards, fewer images")
