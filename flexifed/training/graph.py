@@ -6,7 +6,8 @@ A recording is of addresses, not of values: what it reads and writes must stay w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -20,11 +21,18 @@ _WARM_UP = 3  # runs before a recording: libraries get their memory and choose t
 
 
 class CudaGraphs:
-    """Records CUDA graphs that share one pool of memory. They must not be replayed at the same time."""
+    """Records CUDA graphs that share one pool of memory, so that they must not be replayed at the same time.
+
+    Those of different instances may be (`flexifed.training.streams`). PyTorch would give all graphs of a process the
+    same memory for the seed and offset of their random draws, and those that were recorded on one stream the same
+    memory for cuBLAS to work in; here each instance has its own.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
+        self._generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        self._draws = self._generator.clone_state()
 
     def __call__(self, work: Callable[[], None]) -> Replay:
         """Run some work to warm up, then record it."""
@@ -34,9 +42,27 @@ class CudaGraphs:
                 work()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with self._apart(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             work()
-        return graph.replay
+
+        def replay() -> None:
+            self._draws.set_state(self._generator.get_state())
+            graph.replay()
+            self._generator.set_state(self._draws.get_state())
+
+        return replay
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Record with this instance's own state of the generator, and no memory of cuBLAS from before."""
+        state = self._generator.graphsafe_get_state()
+        self._generator.graphsafe_set_state(self._draws)
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            yield
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+            self._generator.graphsafe_set_state(state)
 
 
 class RecordedStep:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from flexifed.training.graph import CudaGraphs, Record, RecordedStep
 from flexifed.training.local import train
 from flexifed.training.numerics import numeric_settings, seeded_dropout
 from flexifed.training.step import Step
-from flexifed.training.streams import run
+from flexifed.training.streams import Steps, Stream, overlap, run
 from flexifed.training.workspace import Workspace
 
 CPU = torch.device("cpu")
@@ -177,18 +179,19 @@ def test_so_it_is_for_any_number_of_samples(counts: list[int], batch_size: int, 
 
 
 @pytest.mark.parametrize(
-    ("dataset", "family", "width"),
+    ("dataset", "family", "width", "streams"),
     [
-        ("cifar10", "vgg", 0.03),
-        ("cifar10", "resnet", 0.1),
-        ("agnews", "charcnn", 0.02),
-        ("agnews", "vdcnn", 0.02),
+        ("cifar10", "vgg", 0.03, 1),
+        ("cifar10", "vgg", 0.03, 5),
+        ("cifar10", "resnet", 0.1, 1),
+        ("agnews", "charcnn", 0.02, 2),
+        ("agnews", "vdcnn", 0.02, 1),
     ],
 )
 def test_a_federation_of_replayed_steps_ends_with_the_same_bits(
-    dataset: str, family: str, width: float, tmp_path: object
+    dataset: str, family: str, width: float, streams: int, tmp_path: object
 ) -> None:
-    """Clients 0 and 4 take turns in one workspace, with what they share and what they keep."""
+    """Clients 0 and 4 take turns in one workspace, or overlap, with what they share and what they keep."""
     info = find_dataset(dataset, data="synthetic", data_dir=tmp_path)  # type: ignore[arg-type]
     config = CellConfig(
         dataset=dataset,  # type: ignore[arg-type]
@@ -200,7 +203,7 @@ def test_a_federation_of_replayed_steps_ends_with_the_same_bits(
     )
     digests, losses, record = [], [], CpuRecorder()
     for recorded in (False, True):
-        hosts = LocalHosts(config, info, make_shards(config, info))
+        hosts = LocalHosts(config, info, make_shards(config, info), streams=streams if recorded else 1)
         [host] = hosts._hosts
         if recorded:  # a config of a CPU can't ask for it
             numerics = NumericsConfig(cuda_graph=True)
@@ -214,7 +217,8 @@ def test_a_federation_of_replayed_steps_ends_with_the_same_bits(
         digests.append(host.state_sha256(federation.shared))
     assert digests[0] == digests[1]
     assert losses[0] == losses[1]
-    assert record.recorded == 2 * 4, "two sizes of batch, four architectures"
+    assert record.recorded == 2 * len(made), "two sizes of batch"
+    assert len(made) == max(4, streams), "of four architectures, or as many as overlap"
 
 
 # What the stand-in would find
@@ -296,6 +300,89 @@ def test_a_recording_leaves_values_momentum_and_losses_as_they_were() -> None:
     assert torch.equal(drawn, torch.get_rng_state())
 
 
+class FakeGenerator:
+    """A GPU's default generator, as graphs see it: it points to a state of (seed, offset)."""
+
+    def __init__(self, state: list[int]) -> None:
+        self.state = state
+
+    def clone_state(self) -> FakeGenerator:
+        return FakeGenerator(list(self.state))
+
+    def graphsafe_get_state(self) -> FakeGenerator:
+        return FakeGenerator(self.state)
+
+    def graphsafe_set_state(self, other: FakeGenerator) -> None:
+        self.state = other.state
+
+    def get_state(self) -> list[int]:
+        return list(self.state)
+
+    def set_state(self, values: list[int]) -> None:
+        self.state[:] = values
+
+
+class FakeCuda:
+    """What graphs need of `torch.cuda`. Work draws numbers; a graph draws from the state that it was recorded with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.generator = FakeGenerator([3, 0])
+        self.drawn: list[tuple[int, int]] = []
+        self.capturing: list[int] | None = None  # offsets within the graph
+        self.states: list[list[int]] = []
+        fakes = {
+            "default_generators": (self.generator,),
+            "current_device": lambda: 0,
+            "graph_pool_handle": object,
+            "Stream": MagicMock,
+            "current_stream": MagicMock,
+            "stream": nullcontext,
+            "CUDAGraph": MagicMock,
+            "graph": self.graph,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+
+    def draw(self) -> None:
+        if self.capturing is None:
+            self.drawn.append((self.generator.state[0], self.generator.state[1]))
+            self.generator.state[1] += 4
+        else:
+            self.capturing.append(4 * len(self.capturing))
+
+    @contextmanager
+    def graph(self, graph: MagicMock, pool: object, stream: object) -> Iterator[None]:
+        state, self.capturing = self.generator.state, []
+        yield
+        offsets, self.capturing = self.capturing, None
+        self.states.append(state)
+
+        def replay() -> None:
+            self.drawn += [(state[0], state[1] + offset) for offset in offsets]
+            state[1] += 4 * len(offsets)
+
+        graph.replay = replay
+
+
+def test_each_recorder_has_a_state_of_the_generator_and_draws_what_the_default_one_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch keeps a state's seed and offset in one place on the GPU; graphs that overlap would both write to it."""
+    cuda = FakeCuda(monkeypatch)
+    own = cuda.generator.state
+    replays = [record(lambda: (cuda.draw(), cuda.draw())) for record in (CudaGraphs(), CudaGraphs())]
+    assert cuda.generator.state is own
+    assert len({id(state) for state in (own, *cuda.states)}) == 3
+    assert own == [3, 2 * 3 * 2 * 4], "warm-ups draw; whoever records puts them back"
+    cuda.drawn.clear()
+    own[:] = [8, 0]
+    for replay in (*replays, replays[0]):
+        replay()
+    cuda.draw()
+    assert cuda.drawn == [(8, 4 * count) for count in range(7)]
+
+
 def test_a_batch_that_was_recorded_stays_its_givers() -> None:
     recorded = RecordedStep(a_step(), CpuRecorder())
     recorded.reset()
@@ -348,6 +435,30 @@ def test_on_a_gpu_graphs_and_eager_steps_agree(momentum: float, precision: str |
             torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance)
     assert losses == pytest.approx(replayed_losses, rel=tolerance)
     assert torch.equal(drawn, also_drawn)
+
+
+@needs_gpu
+def test_on_a_gpu_graphs_that_overlap_draw_what_they_draw_alone() -> None:
+    device = torch.device("cuda")
+    config = TrainingConfig(local_epochs=20, batch_size=8, learning_rate=0.1)
+    pipeline = ImagePipeline((0.5,), (0.25,), device, channels_last=True)
+
+    def computation(workspace: Workspace, seed: int) -> Steps[torch.Tensor]:
+        """Adds up all masks that a client's dropout draws."""
+        total = torch.zeros(8, 8, device=device)
+        streams = {name: torch.Generator().manual_seed(seed) for name in ("batches", "augmentation")}
+        with seeded_dropout(seed, device):
+            for _ in train(workspace, *images(20, seed, device), pipeline=pipeline, **streams):
+                total = 3 * total.remainder(1000) + workspace.model.mask
+                yield
+        return total
+
+    alone, together = ([workspaces(config, {}, device=device)[1] for _ in range(4)] for _ in range(2))
+    expected = [run(computation(workspace, seed)) for seed, workspace in enumerate(alone)]
+    for _ in range(2):  # with what was recorded in the first round
+        plays = [computation(workspace, seed) for seed, workspace in enumerate(together)]
+        found = overlap(plays, [Stream(device) for _ in plays])
+        assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
 @needs_gpu
