@@ -17,13 +17,30 @@ What a round takes, and against what. Every figure on this page was printed by a
 medians, with the smallest and the largest in brackets; what is compared was measured in the same run, in turn.
 
 **None of them is from a GPU**: what the project does on one (TF32 and bf16, fused optimizer steps, steps recorded as
-CUDA graphs, fractions of a GPU) is tested on CPUs, the graphs against a stand-in, and has been neither seen nor timed.
+CUDA graphs, clients that overlap on streams, fractions of a GPU) is tested on CPUs, the graphs against a stand-in, and
+has been neither seen nor timed.
+"""
+
+GPU = """## On a GPU
+
+What there is to try, and to time with `python benchmarks/round.py --device cuda`:
+
+| setting | what it does |
+| --- | --- |
+| default | each client has a process of its own and an eighth of the GPU; processes on one GPU take turns |
+| `--streams 8` | eight clients live in one process and overlap on its GPU; what only they share stays there |
+| `--cuda-graph True` | a training step is recorded once and replayed in one launch |
+| `--precision tf32`, `bf16` | products on tensor cores; PyTorch's own default is TF32 for convolutions alone |
+
+`--streams` changes no number. The others are part of a run's id, since they can. A GPU that is too full gives way to
+fewer streams first, then to fewer processes (`--retry-out-of-memory`).
 """
 
 ROUND = """## A round, against one client after another
 
 `benchmarks/sequential.py` is a plain loop as the published program has it: images one by one through a DataLoader, one
-client after another, models built anew in every round, all cores for each. The same data, models and steps.
+client after another, models built anew in every round, all cores for each. The same data, models and steps. With
+`--precision bf16` ours computes its products in 16 bits, where the processor can: other numbers, weights stay float32.
 """
 
 PEAK = """Part of the machine's peak rate that training reaches, by model. The peak is that of a large float32 matrix
@@ -84,22 +101,28 @@ def command(line: str, figures: Figures) -> str:
 
 
 def round_section() -> str:
-    """Of `round.py`."""
-    made = load("round")
-    rows = [
-        ["seconds of a round", median(made["round_s"]), median(made["baseline_s"])],
-        ["times faster", median(made["ratio"]), ""],
-        ["busiest process: training", median(made["train_s"]), ""],
-        ["busiest process: scoring", median(made["eval_s"]), ""],
-        ["part that is neither", median(made["overhead"]), ""],
-    ]
-    shares = made["share_of_peak"]
+    """Of `round.py`, in PyTorch's own precision and in bf16."""
+    runs = {"PyTorch's own": load("round"), "bf16": load("round-bf16")}
+    plain = runs["PyTorch's own"]
+    lines, rows = [], []
+    for name, made in runs.items():
+        cell = made["cell"]
+        precision = f" --precision {cell['precision']}" if cell["precision"] else ""
+        options = f"--local-epochs {cell['local_epochs']} --repeat {made['round_s']['n']}{precision}"
+        lines.append(command(f"round.py {options}", made))
+        figures = ("round_s", "baseline_s", "ratio", "train_s", "eval_s", "overhead")
+        rows.append([name, *(median(made[figure]) for figure in figures)])
+    shares = plain["share_of_peak"]
     return "\n".join(
         [
             ROUND,
-            command(f"round.py --local-epochs {made['cell']['local_epochs']} --repeat {made['round_s']['n']}", made),
-            f"{made['cell']['data']} data; {made['cell']['placement']}; {made['round_s']['n']} rounds of each:\n",
-            table(["", "flexifed", "one after another"], rows),
+            *lines,
+            f"{plain['cell']['data']} data; {plain['cell']['placement']}; {plain['round_s']['n']} rounds of each.",
+            "Training and scoring are of the busiest process; the loop is in PyTorch's own precision.\n",
+            table(
+                ["our precision", "a round, s", "the loop, s", "times faster", "training, s", "scoring, s", "neither"],
+                rows,
+            ),
             PEAK,
             table([*shares], [[f"{share:.0%}" for share in shares.values()]]),
         ]
@@ -179,7 +202,7 @@ def scale_section() -> str:
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([INTRODUCTION, round_section(), flower_section(), aggregate_section(), scale_section()])
+    return "\n".join([INTRODUCTION, round_section(), flower_section(), aggregate_section(), scale_section(), GPU])
 
 
 if __name__ == "__main__":

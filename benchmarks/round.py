@@ -2,6 +2,7 @@
 
     uv run --extra test python benchmarks/round.py --local-epochs 1      some minutes on 2 cores
     uv run --extra test python benchmarks/round.py --device cuda         the published protocol on a GPU
+    ... --device cuda --cuda-graph --streams 8                           the same in one actor, clients overlapping
 
 Rounds of both take turns in one run, and the first of each, which warms up, is left out. Prints JSON:
 
@@ -11,6 +12,7 @@ Rounds of both take turns in one run, and the first of each, which warms up, is 
     overhead                part of a round that is neither training nor scoring in the busiest process
     peak_rate               FLOP/s of a large matrix product on all cores, or on the GPU, measured in this run
     share_of_peak           of it, while training: by model, and over all of them
+    device_busy             on a GPU: part of a round, all clients in this process, in which a kernel was running
     peak_memory_mib         of each process of ours, and of this one, which plays driver and baseline
 """
 
@@ -30,12 +32,13 @@ from typing import Any, get_args
 import psutil
 import ray
 import torch
+from busy import covered, device_share
 from common import machine, spread, versions
 from sequential import SequentialLoop
 
 from flexifed.config import SCHEMES, CellConfig, ModelConfig, NumericsConfig, Precision
 from flexifed.data import find_dataset, open_dataset
-from flexifed.federation.rounds import RoundResult, make_shards
+from flexifed.federation.rounds import Federation, LocalHosts, RoundResult, make_shards
 from flexifed.models.cost import model_multiply_adds
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
@@ -73,25 +76,31 @@ def peak_rate(device: torch.device, cores: int, size: int = 4096, repeat: int = 
 
 def busy(result: RoundResult) -> tuple[float, float]:
     """Seconds of training and of scoring of the process that has most of both."""
-    train_s: dict[int, float] = defaultdict(float)
+    training: dict[int, list[tuple[float, float]]] = defaultdict(list)
     eval_s: dict[int, float] = defaultdict(float)
     for host, client in zip(result.host_of, result.clients, strict=True):
-        train_s[host] += client.train_s or 0.0
+        if client.train_s is not None and client.train_started is not None:
+            training[host].append((client.train_started, client.train_started + client.train_s))
         eval_s[host] += client.eval_s
-    return max(((train_s[host], eval_s[host]) for host in train_s), key=sum)
+    return max(((covered(training[host]), eval_s[host]) for host in eval_s), key=sum)
 
 
 def share_of_peak(
-    config: CellConfig, num_classes: int, samples: Sequence[int], results: Sequence[RoundResult], rate: float
+    config: CellConfig,
+    num_classes: int,
+    samples: Sequence[int],
+    results: Sequence[RoundResult],
+    rate: float,
+    sharing: int,
 ) -> dict[str, float]:
     """Which part of the peak rate training reached, by model and over all clients.
 
-    A process that trains beside others is held against its share of the peak.
+    A client that trains beside others is held against its share of the peak.
 
     Args:
         samples: that each client trains on in an epoch.
+        sharing: clients that train at a time.
     """
-    sharing = max(results[0].host_of) + 1
     flops: dict[str, float] = defaultdict(float)
     seconds: dict[str, float] = defaultdict(float)
     for result in results:
@@ -150,6 +159,15 @@ def take_turns(
     return played, round_s, baseline_s
 
 
+def device_busy(run: CellRun, streams: int) -> float:
+    """The GPU's part of a round's time, with all clients in this process: a profiler sees no other."""
+    hosts = LocalHosts(run.config, run.info, make_shards(run.config, run.info), streams=streams)
+    federation = Federation(run.config, run.info, hosts)
+    for _ in range(2):  # what is recorded once, and what is allocated once
+        federation.play_round()
+    return device_share(torch.device(run.config.device), federation.play_round)
+
+
 def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     """Play rounds of both, in turn."""
     authors = PROFILES["authors"]
@@ -175,12 +193,13 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     device = torch.device(options.device)
     with cluster.connected(None):
         nodes = cluster.nodes()
-        placement = place_cell(config, PlacementOptions(), nodes)
+        placement = place_cell(config, PlacementOptions(streams=options.streams), nodes)
         rate = peak_rate(device, int(sum(node["CPU"] for node in nodes)))
         played, round_s, baseline_s = (values[1:] for values in take_turns(run, placement, options.repeat + 1))
         memory = peak_memory()
     window = [len(one.train) // config.partition.windows_per_shard for one in make_shards(config, info)]
     work = [busy(result) for result in played]
+    at_a_time = len(placement.clients) * placement.streams
     return {
         "machine": machine(),
         "device": device_name(device),
@@ -206,7 +225,8 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         "aggregate_s": spread([result.aggregate_s for result in played]),
         "overhead": spread([1 - sum(one) / wall for one, wall in zip(work, round_s, strict=True)]),
         "peak_rate": rate,
-        "share_of_peak": share_of_peak(config, info.num_classes, window, played, rate),
+        "share_of_peak": share_of_peak(config, info.num_classes, window, played, rate, at_a_time),
+        "device_busy": device_busy(run, options.streams) if device.type == "cuda" else None,
         "peak_memory_mib": memory,
     }
 
@@ -217,6 +237,7 @@ def main() -> None:
     parser.add_argument("--local-epochs", type=int, default=10, help="the published program's 10, or 1 for CPUs")
     parser.add_argument("--repeat", type=int, default=3, help="rounds of each that count")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--streams", type=int, default=1, help="clients of an actor that overlap on a GPU")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--precision", choices=get_args(Precision), help="of ours; default: PyTorch's own")
     parser.add_argument("--fused", action="store_true", help="optimizer steps of ours in one pass, on CPUs too")

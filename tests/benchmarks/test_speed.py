@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +81,29 @@ def test_the_exponent_of_a_power_is_that_power(aggregate_benchmark: Any, power: 
 
 
 def test_the_busiest_process_is_the_one_with_most_of_both(round_benchmark: Any) -> None:
-    def client(index: int, train_s: float, eval_s: float) -> ClientRound:
-        return ClientRound(index, 0.5, 1.0, 1.0, 0, 0, eval_s=eval_s, train_s=train_s, train_started=0.0)
+    def client(index: int, started: float, train_s: float, eval_s: float) -> ClientRound:
+        return ClientRound(index, 0.5, 1.0, 1.0, 0, 0, eval_s=eval_s, train_s=train_s, train_started=started)
 
-    clients = (client(0, 1.0, 0.5), client(1, 3.0, 0.25), client(2, 2.0, 0.5))
+    clients = (client(0, 0.0, 1.0, 0.5), client(1, 0.0, 3.0, 0.25), client(2, 1.5, 2.0, 0.5))
     result = RoundResult(0, clients, host_of=(0, 1, 0), round_s=4.0, aggregate_s=0.0)
     assert round_benchmark.busy(result) == (3.0, 1.0)
+    overlapping = replace(result, clients=(clients[0], clients[1], client(2, 0.5, 2.0, 0.5)))
+    assert round_benchmark.busy(overlapping) == (2.5, 1.0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), max_size=8))
+def test_spans_that_overlap_count_once(round_benchmark: Any, spans: list[tuple[int, int]]) -> None:
+    moments = {moment for start, length in spans for moment in range(start, start + length)}
+    assert round_benchmark.covered((start, start + length) for start, length in spans) == len(moments)
+
+
+def test_the_part_in_which_a_device_works_is_seen(round_benchmark: Any) -> None:
+    one = torch.rand(400, 400)
+    busy = round_benchmark.device_share(torch.device("cpu"), lambda: [one @ one for _ in range(20)])
+    half_idle = round_benchmark.device_share(
+        torch.device("cpu"), lambda: [(one @ one, threading.Event().wait(0.05)) for _ in range(4)]
+    )
+    assert 0 < half_idle < 0.5 < busy <= 1
 
 
 def test_the_baselines_mean_is_the_plans(round_benchmark: Any) -> None:
