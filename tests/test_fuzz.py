@@ -128,14 +128,14 @@ CONFIG = CellConfig(
     family="vgg",
     scheme="max_common",
     model=ModelConfig(width=0.02),
-    partition=PartitionConfig(num_clients=4, num_shards=2000, windows_per_shard=1),
+    partition=PartitionConfig(num_clients=8, num_shards=2000, windows_per_shard=1),
     training=TrainingConfig(local_epochs=1),
 )
 
 
 def federation() -> Federation:
     info = find_dataset("cifar10", data="synthetic", data_dir=Path("nowhere"))
-    return Federation(CONFIG, info, LocalHosts(CONFIG, info, make_shards(CONFIG, info)))
+    return Federation(CONFIG, info, LocalHosts(CONFIG, info, make_shards(CONFIG, info), clients_per_host=4))
 
 
 @pytest.fixture(scope="module")
