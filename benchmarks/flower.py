@@ -154,7 +154,8 @@ def _play_cell(job: Job) -> Rounds:
     from flexifed.orchestra import cluster
     from flexifed.orchestra.cell import CellRun
     from flexifed.orchestra.placement import PlacementOptions, place_cell
-    from flexifed.orchestra.sweep import PlacedRun, run_grid
+    from flexifed.orchestra.sweep import run_grid
+    from flexifed.orchestra.trial import PlacedRun
     from flexifed.results.store import ResultsFolder
 
     config, info = job.config(), job.info()

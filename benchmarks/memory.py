@@ -31,7 +31,8 @@ from flexifed.orchestra import cluster
 from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.ledger import CellReport
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
-from flexifed.orchestra.sweep import PlacedRun, run_grid
+from flexifed.orchestra.sweep import run_grid
+from flexifed.orchestra.trial import PlacedRun
 from flexifed.results.store import ResultsFolder
 
 MIB = 2**20

@@ -35,7 +35,8 @@ from flexifed.orchestra import cluster
 from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.ledger import CellReport
 from flexifed.orchestra.placement import PlacementOptions
-from flexifed.orchestra.sweep import PlacedRun, run_grid
+from flexifed.orchestra.sweep import run_grid
+from flexifed.orchestra.trial import PlacedRun
 from flexifed.results.store import ResultsFolder
 
 NUM_BLOCKS = 8

@@ -180,7 +180,8 @@ def _run_cells(
     from flexifed.orchestra import cluster
     from flexifed.orchestra.estimate import this_machine
     from flexifed.orchestra.placement import place_cell
-    from flexifed.orchestra.sweep import PlacedRun, run_grid
+    from flexifed.orchestra.sweep import run_grid
+    from flexifed.orchestra.trial import PlacedRun
     from flexifed.progress import GridProgress, counted
 
     runs: list[CellRun] = []

@@ -19,7 +19,7 @@ from flexifed.federation.rounds import LocalHosts
 from flexifed.grid import make_cells
 from flexifed.launch import run_experiment
 from flexifed.orchestra.cell import CellSession
-from flexifed.orchestra.sweep import PlacedRun
+from flexifed.orchestra.trial import PlacedRun
 
 SMALL = ["--profile", "smoke", "--data", "synthetic", "--only", "*/*/standalone", "--device", "cpu", "--rounds", "1"]
 SMALL += ["--width", "0.02", "--num-clients", "4", "--num-shards", "2000", "--windows-per-shard", "1"]

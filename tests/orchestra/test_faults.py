@@ -31,7 +31,8 @@ from flexifed.orchestra.actors import ClientActor, GroupLostError, LostError
 from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.ledger import CellReport
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
-from flexifed.orchestra.sweep import CellTrial, PlacedRun, _make_scratch, _stop_files, run_grid
+from flexifed.orchestra.sweep import _make_scratch, _stop_files, run_grid
+from flexifed.orchestra.trial import CellTrial, PlacedRun
 from flexifed.results.store import ResultsFolder
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +116,7 @@ class BrittleHosts:
 
 @pytest.fixture
 def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[CellRun], CellTrial]:
-    monkeypatch.setattr("flexifed.orchestra.sweep.ActorHosts", BrittleHosts)
+    monkeypatch.setattr("flexifed.orchestra.trial.ActorHosts", BrittleHosts)
     monkeypatch.setattr("ray.util.get_current_placement_group", lambda: "a group")
     monkeypatch.setattr("flexifed.orchestra.cluster.nodes", lambda: [{"CPU": 4, "GPU": 1}])
     BrittleHosts.failing, BrittleHosts.alive = [], 0

@@ -1,0 +1,126 @@
+"""The driver of a cell, as a Ray Tune trial: it keeps its client actors, and goes from one cell to the next."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray import tune
+
+from flexifed.errors import DeviceMemoryError, FlexifedError
+from flexifed.orchestra import cluster
+from flexifed.orchestra.actors import ActorHosts, GroupLostError, LostError
+from flexifed.orchestra.cell import CellRun, CellSession, accuracy_by_version
+from flexifed.orchestra.ledger import CellReport, CellState
+from flexifed.orchestra.placement import CellPlacement, halved
+from flexifed.results.store import ResultsFolder
+
+
+@dataclass(frozen=True)
+class PlacedRun:
+    """A cell and its actors."""
+
+    run: CellRun
+    placement: CellPlacement
+
+
+class CellTrial(tune.Trainable):
+    """The driver of one cell after another: Tune sets it up once, and resets it to the next cell.
+
+    One step is one round. What goes wrong in a cell ends this cell alone, and is reported as a result.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Begin with a first cell. Client actors are made when they are first needed."""
+        self._hosts: ActorHosts | None = None
+        self._session: CellSession | None = None
+        self._placed: PlacedRun = config["placed"]
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Go on to another cell, with nothing left of the one before but the processes."""
+        self._close_session()
+        self._placed = new_config["placed"]
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Play a round. A cell that is lost begins again in the next step."""
+        try:
+            report = self._play_round()
+        except GroupLostError:
+            self.cleanup()
+            raise  # only Tune can get another group
+        except LostError as error:
+            report = self._interrupted("lost", str(error))
+        except DeviceMemoryError as error:
+            roomier = halved(self._placed.placement, self._placed.run.config, cluster.nodes())
+            reason = f"{error}; {_memory_advice(self._placed, roomier)}"
+            report = replace(self._interrupted("out_of_memory", reason), roomier=roomier)
+        except FlexifedError as error:
+            report = self._interrupted("failed", str(error))
+        except Exception:
+            report = self._interrupted("failed", traceback.format_exc())
+        return {"report": report, "done": report.ends}
+
+    def cleanup(self) -> None:
+        """Leave no process behind."""
+        self._close_session()
+        if self._hosts:
+            self._hosts.shut_down()
+            self._hosts = None
+
+    def _play_round(self) -> CellReport:
+        run = self._placed.run
+        stop_file = ResultsFolder(run.results).stop_file
+        if self._session is None:
+            if stop_file.exists():
+                return CellReport(run.name, "stopped")
+            ResultsFolder(run.results).check_shared()
+            self._begin(run)
+        assert self._session is not None
+        result = self._session.play_round()
+        state: CellState = "finished" if result.round_index == run.rounds else "playing"
+        if state == "playing" and stop_file.exists():
+            self._session.stop()
+            state = "stopped"
+        return CellReport(run.name, state, result.round_index, accuracy_by_version(run.config, result))
+
+    def _begin(self, run: CellRun) -> None:
+        self._session = CellSession(run, str(self._placed.placement))
+        if self._hosts is None:
+            group = ray.util.get_current_placement_group()
+            assert group is not None
+            self._hosts = ActorHosts(group)
+        self._hosts.begin(run.config, run.info, self._placed.placement, self._session.shards)
+        self._session.start(self._hosts)
+
+    def _interrupted(self, state: CellState, reason: str) -> CellReport:
+        """Note it, and end the actors: their state is unknown, so they are not used again."""
+        if self._session and state != "lost":  # of losses the command keeps the log, as it hears of all of them
+            self._session.fail(reason)
+        self.cleanup()
+        return CellReport(self._placed.run.name, state, reason=reason)
+
+    def _close_session(self) -> None:
+        if self._session:
+            self._session.close()
+            self._session = None
+
+
+def _memory_advice(placed: PlacedRun, roomier: CellPlacement | None) -> str:
+    """How many clients share a GPU, and what to ask for instead."""
+    placement, block = placed.placement, placed.run.config.sharing.reduce_block
+    each = max(len(clients) for clients in placement.clients)
+    sharing = int(1 / placement.gpus_per_actor + 1e-6) if placement.gpus_per_actor else 1
+    now = f"up to {sharing * each} clients, in {sharing} processes, share a GPU"
+    if roomier is None:
+        return f"{now}; use a smaller --width or --batch-size"
+    if placement.streams > 1:
+        return f"{now}; ask for --streams {roomier.streams}, or let --retry-out-of-memory do so"
+    hosted = block * math.ceil(max(map(len, roomier.clients)) / block)
+    return (
+        f"{now}; ask for --gpus-per-client {roomier.gpus_per_actor / hosted:g} --clients-per-actor {hosted}, "
+        "or let --retry-out-of-memory do so"
+    )
