@@ -93,7 +93,7 @@ class Task:
     def test(self, model: nn.Module, client: int) -> tuple[float, float]:
         """Accuracy and loss on the client's own test shard."""
         samples, labels = self.test_samples[client]
-        score = evaluate.evaluate(
+        steps = evaluate.evaluate(
             model,
             samples,
             labels,
@@ -101,6 +101,7 @@ class Task:
             numerics=self.config.numerics,
             pipeline=self.pipeline,
         )
+        score = streams.run(steps)
         return score.accuracy, score.loss
 
 

@@ -81,7 +81,7 @@ class GridOptions:
     checkpoint_every: int | None = None
     """Rounds between checkpoints. Default: by time, a minute or more, so that they cost under 3 % of it."""
     retry_out_of_memory: bool = False
-    """Where clients that share a GPU run out of its memory, try their cell again with half as many processes on it."""
+    """Where clients that share a GPU run out of its memory, try their cell again, half as many of them at a time."""
     keep_final: bool = True
     """Keep each cell's final state, so that the same command with more --rounds goes on from it."""
     fresh: bool = False

@@ -38,7 +38,10 @@ class ClientShards:
 
 @dataclass(frozen=True)
 class ClientRound:
-    """What one client measured in one round. Seconds; `train_started` is Unix time; None where it did not train."""
+    """What one client measured in one round; None where it did not train.
+
+    Seconds of wall time, in which clients that overlap have their turns too; `train_started` is Unix time.
+    """
 
     client: int
     accuracy: float
@@ -104,7 +107,7 @@ class Client:
     ) -> Steps[tuple[ClientRound, GroupState | None]]:
         """Score what the client holds at the start of the round, then train it.
 
-        Other clients of this process may have their turn after its score and after each step of its training.
+        Other clients of this process may have their turn before its score is waited for, and after each of its steps.
 
         Args:
             round_index: from 0.
@@ -122,7 +125,7 @@ class Client:
         with self._stage(round_index, "scoring"):
             started = time.perf_counter()
             with seeded_dropout(self._seed("scoring", round_index), self._device):
-                score = evaluate(
+                score = yield from evaluate(
                     self._workspace.model,
                     self._test_samples,
                     self._test_labels,
@@ -146,7 +149,6 @@ class Client:
         )
         if not train:
             return measured, None
-        yield
         with self._stage(round_index, "training"):
             train_started, started = time.time(), time.perf_counter()
             train_loss = yield from self._train(round_index)

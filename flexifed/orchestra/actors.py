@@ -67,6 +67,7 @@ class ClientActor:
 
             if not torch.cuda.is_available():
                 raise ResourceError(f"{name_clients(clients)} were to run on a GPU, but their process sees none")
+            torch.cuda.empty_cache()  # the memory of the cell before belongs to its streams
         with _device_memory_explained(clients):
             self._host = ClientHost(config, info, clients, shards, streams)
 
@@ -242,8 +243,8 @@ def _device_memory_explained(clients: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = error.__cause__ if isinstance(error, ClientError) else error
-        if not isinstance(cause, RuntimeError) or not any(words in str(cause) for words in _DEVICE_IS_FULL):
+        cause = next((one for one in _with_causes(error) if _is_device_full(one)), None)
+        if cause is None:
             raise
         reason = str(cause).splitlines()[0].split(". ")[0]
         if isinstance(error, ClientError):
@@ -251,3 +252,16 @@ def _device_memory_explained(clients: Sequence[int]) -> Iterator[None]:
                 f"client {error.client}, round {error.round_index}, {error.stage}: {reason}"
             ) from error
         raise DeviceMemoryError(f"{name_clients(clients)}, starting: {reason}") from error
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and all that it came of: the end of a recording can fail because of what went wrong within it."""
+    while True:
+        yield error
+        if (before := error.__cause__ or error.__context__) is None:
+            return
+        error = before
+
+
+def _is_device_full(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _DEVICE_IS_FULL)

@@ -167,9 +167,12 @@ def _refuse(placement: CellPlacement, nodes: Sequence[Resources]) -> NoReturn:
     held = _held(placement, nodes)
     have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
     if placement.gpus_per_actor and not any(node.get("GPU", 0) for node in nodes):
-        remedy = "no node has a GPU, so leave --gpus-per-client out and use --device cpu, or add nodes that have one"
+        remedy = (
+            "no node has a GPU, so use --device cpu without --gpus-per-client or --streams, or add nodes that have one"
+        )
     elif placement.gpus_per_actor:
-        remedy = "lower --gpus-per-client or --clients-per-actor, or add nodes"
+        streams = ", --streams" if placement.streams > 1 else ""
+        remedy = f"lower --gpus-per-client{streams} or --clients-per-actor, or add nodes"
     else:
         remedy = "raise --clients-per-actor, or add nodes"
     raise ResourceError(

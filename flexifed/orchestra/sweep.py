@@ -126,7 +126,7 @@ def run_grid(
         observer: hears of every round.
         place: places a cell anew, when the cluster has lost nodes.
         max_concurrent: at most so many at a time; None for no bound.
-        retry_out_of_memory: try cells whose clients' devices are full again, with half as many processes on each.
+        retry_out_of_memory: try cells whose clients' GPUs are full again, with half as many clients at a time on each.
         stop: asked several times a second; True lets running cells stop after their round, and starts no others.
 
     Returns:

@@ -114,13 +114,13 @@ def _memory_advice(placed: PlacedRun, roomier: CellPlacement | None) -> str:
     placement, block = placed.placement, placed.run.config.sharing.reduce_block
     each = max(len(clients) for clients in placement.clients)
     sharing = int(1 / placement.gpus_per_actor + 1e-6) if placement.gpus_per_actor else 1
-    now = f"up to {sharing * each} clients, in {sharing} processes, share a GPU"
+    processes = "1 process" if sharing == 1 else f"{sharing} processes"
+    now = f"up to {sharing * each} clients, in {processes}, share a GPU"
     if roomier is None:
         return f"{now}; use a smaller --width or --batch-size"
-    if placement.streams > 1:
-        return f"{now}; ask for --streams {roomier.streams}, or let --retry-out-of-memory do so"
     hosted = block * math.ceil(max(map(len, roomier.clients)) / block)
+    streams = f" --streams {roomier.streams}" if placement.streams > 1 else ""
     return (
-        f"{now}; ask for --gpus-per-client {roomier.gpus_per_actor / hosted:g} --clients-per-actor {hosted}, "
+        f"{now}; ask for --gpus-per-client {roomier.gpus_per_actor / hosted:g} --clients-per-actor {hosted}{streams}, "
         "or let --retry-out-of-memory do so"
     )

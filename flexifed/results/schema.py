@@ -38,6 +38,6 @@ SCHEMA = pa.schema(
 of a run is scored only, so its `train_loss`, `train_s` and `train_started` are null. `accuracy` is in 0 to 1; `loss`
 and `train_loss` are mean cross-entropies in nats; `num_train` and `num_test` are the sizes of the client's shards;
 `bytes_up` and `bytes_down` are what the scheme makes the client send and get in this round, wherever it runs; `_s` are
-seconds; `train_started` is Unix time; `actor` is the process, counted within the cell. `data_source` is `real`,
-`real-partial` or `synthetic`.
+seconds of wall time, which clients that overlap on a GPU have in common; `train_started` is Unix time; `actor` is the
+process, counted within the cell. `data_source` is `real`, `real-partial` or `synthetic`.
 """

@@ -11,6 +11,7 @@ from torch.nn import functional
 from flexifed.config import NumericsConfig, TrainingConfig
 from flexifed.data import Pipeline
 from flexifed.training.numerics import autocast
+from flexifed.training.streams import Steps
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,6 @@ class Score:
     loss: float
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     samples: torch.Tensor,
@@ -30,8 +30,8 @@ def evaluate(
     config: TrainingConfig,
     numerics: NumericsConfig,
     pipeline: Pipeline,
-) -> Score:
-    """Score a model, and leave it as it was.
+) -> Steps[Score]:
+    """Score a model, and leave it as it was; others may have their turn before the score is waited for.
 
     With `config.scoring == "train"` the model is scored as the published program does it: dropout is active (it draws
     from PyTorch's global generator: seed it around this call) and batch norm uses the statistics of the batch. Here the
@@ -46,19 +46,34 @@ def evaluate(
         numerics: precision; what holds for the whole process is `numeric_settings`.
         pipeline: makes inputs of them.
     """
+    with torch.no_grad():
+        sums = _sums(model, samples, labels, config, numerics, pipeline)
+    yield
+    correct, loss = sums.tolist()
+    return Score(accuracy=correct / len(samples), loss=loss / len(samples))
+
+
+def _sums(
+    model: nn.Module,
+    samples: torch.Tensor,
+    labels: torch.Tensor,
+    config: TrainingConfig,
+    numerics: NumericsConfig,
+    pipeline: Pipeline,
+) -> torch.Tensor:
+    """The number of samples that the model is right about, and the sum of their losses: float64 (2,)."""
     in_training_mode = config.scoring == "train"
     before = [buffer.clone() for buffer in model.buffers()] if in_training_mode else []
     model.train(in_training_mode)
-    correct = torch.zeros((), dtype=torch.int64, device=samples.device)
-    total = torch.zeros((), dtype=torch.float64, device=samples.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=samples.device)
     for stored, targets in zip(
         samples.split(config.eval_batch_size), labels.split(config.eval_batch_size), strict=True
     ):
         with autocast(numerics, samples.device):
             scores = model(pipeline.prepare(stored))
-        correct += (scores.argmax(1) == targets).sum()
-        total += functional.cross_entropy(scores.float(), targets, reduction="sum").double()
+        sums[0] += (scores.argmax(1) == targets).sum()
+        sums[1] += functional.cross_entropy(scores.float(), targets, reduction="sum")
     if in_training_mode:
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)
-    return Score(accuracy=correct.item() / len(samples), loss=total.item() / len(samples))
+    return sums

@@ -44,6 +44,7 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         with self._apart(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             work()
+        torch.cuda.current_stream().wait_stream(self._stream)
 
         def replay() -> None:
             self._draws.set_state(self._generator.get_state())

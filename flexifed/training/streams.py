@@ -85,9 +85,9 @@ def overlap(computations: Sequence[Steps[T]], streams: Sequence[Stream]) -> list
                     except StopIteration as done:
                         results[index] = done.value
                         del unfinished[index]
+    finally:
         for stream in streams:
             stream.end()
-    finally:
         for computation in computations:
             computation.close()  # where one has failed, the others end here and now
         _set_random_state(device, before)

@@ -38,6 +38,8 @@ from flexifed.orchestra.wire import (
     unpack_host_round,
     unpack_tensors,
 )
+from flexifed.training.streams import Steps
+from flexifed.training.workspace import Workspace
 
 INFO = synthetic.info()
 NUM_CLIENTS = 8
@@ -400,6 +402,53 @@ def test_sums_are_taken_in_client_order() -> None:
     federation.play_round()
     assert federation.shared is not None
     assert {value for tensor in federation.shared[0] for value in tensor.flatten().tolist()} == {6 / 8}
+
+
+def test_a_host_sums_its_own_groups_in_client_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter(OneOfEachSize.values)
+
+    def fill(workspace: Workspace, *_: object, **__: object) -> Steps[float]:
+        yield
+        value = next(values)
+        with torch.no_grad():
+            for parameter in workspace.model.parameters():
+                parameter.fill_(value)
+        return 0.0
+
+    monkeypatch.setattr("flexifed.federation.client.train", fill)
+    config = cell("basic_common")
+    hosts = LocalHosts(config, INFO, make_shards(config, INFO))
+    federation = Federation(config, INFO, hosts)
+    federation.play_round()
+    weights = [state["features.0.conv.weight"] for state in states_of(hosts, federation.shared)]
+    assert {value for weight in weights for value in weight.flatten().tolist()} == {6 / 8}
+
+
+def test_clients_let_others_have_their_turn_before_their_score_and_after_each_step() -> None:
+    config = cell(training=TrainingConfig(local_epochs=3, batch_size=10))  # of 25 images: three steps an epoch
+    client = clients_of(LocalHosts(config, INFO, make_shards(config, INFO)))[0]
+    assert len(list(client.play_round(0, None, train=True))) == 1 + 3 * 3
+
+
+def test_steps_of_clients_that_overlap_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    step = Workspace.begin
+
+    def noted(workspace: Workspace) -> Any:
+        take = step(workspace)
+
+        def one(*batch: torch.Tensor) -> None:
+            taken.append(id(workspace))
+            take(*batch)
+
+        one.loss_sum = take.loss_sum  # type: ignore[attr-defined]
+        return one
+
+    monkeypatch.setattr(Workspace, "begin", noted)
+    config = cell(training=TrainingConfig(local_epochs=2))
+    LocalHosts(config, INFO, make_shards(config, INFO), 2, streams=2)._hosts[0].play_round(0, None, train=True)
+    first, second = dict.fromkeys(taken)
+    assert taken == [first, second, first, second]
 
 
 def test_members_of_a_group_hold_equal_tensors_and_personal_layers_differ() -> None:

@@ -27,7 +27,7 @@ from flexifed.data import DatasetInfo
 from flexifed.errors import ClientError, DeviceMemoryError
 from flexifed.federation.rounds import LocalHosts
 from flexifed.orchestra import cluster
-from flexifed.orchestra.actors import ClientActor, GroupLostError, LostError
+from flexifed.orchestra.actors import ClientActor, GroupLostError, LostError, _device_memory_explained
 from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.ledger import CellReport
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
@@ -112,6 +112,20 @@ class BrittleHosts:
 
     def shut_down(self) -> None:
         BrittleHosts.alive -= 1
+
+
+def test_a_full_gpu_is_found_behind_the_error_that_it_led_to() -> None:
+    def recording() -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(DeviceMemoryError, match="client 3, starting: CUDA out of memory"):  # noqa: SIM117
+        with _device_memory_explained([3]):
+            recording()
+    with pytest.raises(RuntimeError, match=r"^something else$"), _device_memory_explained([3]):
+        raise RuntimeError("something else")
 
 
 @pytest.fixture

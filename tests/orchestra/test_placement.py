@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,11 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from flexifed.config import CellConfig, Device, NumericsConfig, PartitionConfig, SharingConfig
+from flexifed.data import synthetic
 from flexifed.errors import ConfigError, ResourceError
+from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, halved, holds, place_cell
+from flexifed.orchestra.trial import PlacedRun, _memory_advice
 
 Nodes = list[dict[str, float]]
 
@@ -80,6 +85,26 @@ def test_a_full_gpu_has_fewer_streams_before_it_has_fewer_actors() -> None:
     again = halved(roomier, config, nodes)
     assert again is not None
     assert shape(again) == ([8], 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"streams": 8}, {"streams": 4}, {"streams": 3, "clients_per_actor": 4}, {"gpus_per_client": 0.25}]
+)
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_the_advice_after_a_full_gpu_asks_for_what_a_retry_gets(options: dict[str, Any], gpus: int) -> None:
+    config, nodes = cell(device="cuda"), [{"CPU": 16, "GPU": gpus}]
+    try:
+        placement = place(config, nodes, **options)
+    except ResourceError:
+        assert (options, gpus) == ({"gpus_per_client": 0.25}, 1)
+        return
+    roomier = halved(placement, config, nodes)
+    assert roomier is not None
+    run = CellRun(config=config, info=synthetic.info(), profile="test", rounds=1, results=Path("results"))
+    advice = _memory_advice(PlacedRun(run, placement), roomier)
+    found = dict(re.findall(r"--(gpus-per-client|clients-per-actor|streams) ([\d.]+)", advice))
+    asked = {name.replace("-", "_"): float(value) if "gpus" in name else int(value) for name, value in found.items()}
+    assert place(config, nodes, **asked) == roomier
 
 
 def test_actors_on_gpus_share_cpus_that_are_too_few() -> None:

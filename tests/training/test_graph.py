@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from unittest.mock import MagicMock
 
 import pytest
@@ -334,17 +334,31 @@ class FakeCuda:
             "default_generators": (self.generator,),
             "current_device": lambda: 0,
             "graph_pool_handle": object,
-            "Stream": MagicMock,
-            "current_stream": MagicMock,
-            "stream": nullcontext,
+            "Stream": lambda: self.stream("side"),
+            "current_stream": lambda: self.stream("client"),
+            "stream": self.entered,
             "CUDAGraph": MagicMock,
             "graph": self.graph,
         }
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
-        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: self.order.append("clear"))
+        self.order: list[str] = []
+        self.current = "client"
+
+    def stream(self, name: str) -> MagicMock:
+        stream = MagicMock(wait_stream=lambda other: self.order.append(f"{name} waits for {other.label}"))
+        stream.label = name
+        return stream
+
+    @contextmanager
+    def entered(self, stream: MagicMock) -> Iterator[None]:
+        before, self.current = self.current, stream.label
+        yield
+        self.current = before
 
     def draw(self) -> None:
+        self.order.append(f"work on {self.current}" if self.capturing is None else "captured")
         if self.capturing is None:
             self.drawn.append((self.generator.state[0], self.generator.state[1]))
             self.generator.state[1] += 4
@@ -352,8 +366,9 @@ class FakeCuda:
             self.capturing.append(4 * len(self.capturing))
 
     @contextmanager
-    def graph(self, graph: MagicMock, pool: object, stream: object) -> Iterator[None]:
+    def graph(self, graph: MagicMock, pool: object, stream: MagicMock) -> Iterator[None]:
         state, self.capturing = self.generator.state, []
+        self.order.append(f"capture on {stream.label}")
         yield
         offsets, self.capturing = self.capturing, None
         self.states.append(state)
@@ -381,6 +396,15 @@ def test_each_recorder_has_a_state_of_the_generator_and_draws_what_the_default_o
         replay()
     cuda.draw()
     assert cuda.drawn == [(8, 4 * count) for count in range(7)]
+
+
+def test_a_recording_waits_and_is_waited_for_and_has_memory_of_cublas_to_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda(monkeypatch)
+    CudaGraphs()(cuda.draw)
+    warm_up = ["side waits for client", "work on side", "work on side", "work on side", "client waits for side"]
+    assert cuda.order == [*warm_up, "clear", "capture on side", "captured", "clear", "client waits for side"]
 
 
 def test_a_batch_that_was_recorded_stays_its_givers() -> None:

@@ -31,7 +31,7 @@ from flexifed.models import build_model
 from flexifed.seeding import derive_seed, torch_generator
 from flexifed.training.evaluate import Score, evaluate
 from flexifed.training.numerics import numeric_settings, seeded_dropout
-from flexifed.training.streams import Steps
+from flexifed.training.streams import Steps, run
 from flexifed.training.workspace import Workspace
 
 INFO = synthetic.info()
@@ -164,7 +164,7 @@ def scored(scoring: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor, Score]:
     pipeline = ImagePipeline(INFO.mean, INFO.std, torch.device("cpu"), channels_last=False)
     config = TrainingConfig(scoring=scoring, eval_batch_size=24)
     with seeded_dropout(11, torch.device("cpu")):
-        score = evaluate(model, images, labels, config=config, numerics=NumericsConfig(), pipeline=pipeline)
+        score = run(evaluate(model, images, labels, config=config, numerics=NumericsConfig(), pipeline=pipeline))
     return model, images, labels, score
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +60,65 @@ def test_one_that_fails_ends_the_others_and_leaves_the_generator_as_it_was() -> 
         overlap([endless(), failing(), endless()], streams(3))
     assert ended == [True, True]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class FakeStreams:
+    """What streams need of `torch.cuda`, and the order in which streams wait for each other and are worked on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.order: list[str] = []
+        self.made = 0
+        self.current = "outside"
+        fakes = {
+            "Stream": self.make,
+            "current_stream": lambda device: self.stream("outside"),
+            "stream": self.entered,
+            "get_rng_state": lambda device: torch.zeros(1),
+            "set_rng_state": lambda state, device: None,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def stream(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.order.append(f"{name} waits for {other.name}"))
+
+    def make(self, device: torch.device) -> SimpleNamespace:
+        self.made += 1
+        return self.stream(f"stream {self.made}")
+
+    @contextmanager
+    def entered(self, stream: SimpleNamespace) -> Iterator[None]:
+        before, self.current = self.current, stream.name
+        yield
+        self.current = before
+
+    def work(self, count: int) -> Steps[None]:
+        for _ in range(count):
+            self.order.append(f"work on {self.current}")
+            yield
+
+
+BEGIN = ["stream 1 waits for outside", "stream 2 waits for outside"]
+END = ["outside waits for stream 1", "outside waits for stream 2"]
+
+
+def test_streams_wait_for_what_was_before_and_what_comes_after_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeStreams(monkeypatch)
+    streams = [Stream(torch.device("cuda")) for _ in range(2)]
+    overlap([cuda.work(2), cuda.work(1)], streams)
+    assert cuda.order == [*BEGIN, "work on stream 1", "work on stream 2", "work on stream 1", *END]
+
+
+def test_what_comes_after_waits_for_streams_of_which_one_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> Steps[None]:
+        yield
+        raise ArithmeticError("too large")
+
+    cuda = FakeStreams(monkeypatch)
+    streams = [Stream(torch.device("cuda")) for _ in range(2)]
+    with pytest.raises(ArithmeticError):
+        overlap([cuda.work(9), failing()], streams)
+    assert cuda.order[-2:] == END
 
 
 def test_steps_are_taken_in_turn() -> None:
