@@ -43,9 +43,10 @@ client after another, models built anew in every round, all cores for each. The 
 `--precision bf16` ours computes its products in 16 bits, where the processor can: other numbers, weights stay float32.
 """
 
-PEAK = """Part of the machine's peak rate that training reaches, by model, in PyTorch's own precision. The peak is that of
-a large float32 matrix product on all cores in the same run. A convolution counts as its multiply-adds, though a library may need fewer. At
-full width there is little left to gain on CPUs in float32, and the plain loop keeps all cores busy too.
+PEAK = """Part of the machine's peak rate that training reaches, by model, in PyTorch's own precision. The peak is that
+of a large float32 matrix product on all cores in the same run. A convolution counts as its multiply-adds, though a
+library may need fewer. At full width there is little left to gain on CPUs in float32, and the plain loop keeps all
+cores busy too.
 """
 
 FLOWER = """## Against Flower
@@ -117,8 +118,8 @@ def round_section() -> str:
         [
             ROUND,
             *lines,
-            f"{plain['cell']['data']} data; {plain['cell']['placement']}. Training and scoring are of the busiest process;",
-            "the loop is in PyTorch's own precision. Checkpoints, under 3 % of a run's time, are left out.\n",
+            f"{plain['cell']['data']} data; {plain['cell']['placement']}. Training and scoring are of the busiest",
+            "process; the loop is in PyTorch's own precision. Checkpoints, under 3 % of a run's time, are left out.\n",
             table(
                 ["our precision", "a round, s", "the loop, s", "times faster", "training, s", "scoring, s", "neither"],
                 rows,
