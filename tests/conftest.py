@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("flexifed", deadline=None)  # a busy machine is no defect
@@ -20,6 +22,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="folder with real data in their publishers' layouts (see `flexifed data`); default: FLEXIFED_DATA_DIR",
     )
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other at every small operation cost more than they bring, above all beside others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

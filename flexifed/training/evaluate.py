@@ -46,34 +46,21 @@ def evaluate(
         numerics: precision; what holds for the whole process is `numeric_settings`.
         pipeline: makes inputs of them.
     """
+    in_training_mode = config.scoring == "train"
     with torch.no_grad():
-        sums = _sums(model, samples, labels, config, numerics, pipeline)
+        before = [buffer.clone() for buffer in model.buffers()] if in_training_mode else []
+        model.train(in_training_mode)
+        sums = torch.zeros(2, dtype=torch.float64, device=samples.device)
+        for stored, targets in zip(
+            samples.split(config.eval_batch_size), labels.split(config.eval_batch_size), strict=True
+        ):
+            with autocast(numerics, samples.device):
+                scores = model(pipeline.prepare(stored))
+            sums[0] += (scores.argmax(1) == targets).sum()
+            sums[1] += functional.cross_entropy(scores.float(), targets, reduction="sum")
+        if in_training_mode:
+            for buffer, value in zip(model.buffers(), before, strict=True):
+                buffer.copy_(value)
     yield
     correct, loss = sums.tolist()
     return Score(accuracy=correct / len(samples), loss=loss / len(samples))
-
-
-def _sums(
-    model: nn.Module,
-    samples: torch.Tensor,
-    labels: torch.Tensor,
-    config: TrainingConfig,
-    numerics: NumericsConfig,
-    pipeline: Pipeline,
-) -> torch.Tensor:
-    """The number of samples that the model is right about, and the sum of their losses: float64 (2,)."""
-    in_training_mode = config.scoring == "train"
-    before = [buffer.clone() for buffer in model.buffers()] if in_training_mode else []
-    model.train(in_training_mode)
-    sums = torch.zeros(2, dtype=torch.float64, device=samples.device)
-    for stored, targets in zip(
-        samples.split(config.eval_batch_size), labels.split(config.eval_batch_size), strict=True
-    ):
-        with autocast(numerics, samples.device):
-            scores = model(pipeline.prepare(stored))
-        sums[0] += (scores.argmax(1) == targets).sum()
-        sums[1] += functional.cross_entropy(scores.float(), targets, reduction="sum")
-    if in_training_mode:
-        for buffer, value in zip(model.buffers(), before, strict=True):
-            buffer.copy_(value)
-    return sums

@@ -31,16 +31,9 @@ from flexifed.training.step import Step
 from flexifed.training.streams import Steps, Stream, overlap, run
 from flexifed.training.workspace import Workspace
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 CLASSES = 3
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class SmallModel(nn.Module):

@@ -5,7 +5,7 @@ Both sides draw from the same named generators; that is all they have in common.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -35,16 +35,9 @@ from flexifed.training.streams import Steps, run
 from flexifed.training.workspace import Workspace
 
 INFO = synthetic.info()
+pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 3
 ROUNDS = 3
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def one_client(*, numerics: NumericsConfig = NumericsConfig(), **training: object) -> CellConfig:  # noqa: B008
