@@ -185,7 +185,10 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         partition=replace(authors.partition, num_shards=options.num_shards),
         training=replace(authors.training, local_epochs=options.local_epochs),
         numerics=NumericsConfig(
-            precision=options.precision, fused=options.fused or None, cuda_graph=options.cuda_graph or None
+            precision=options.precision,
+            fused=options.fused or None,
+            cuda_graph=options.cuda_graph or None,
+            winograd=options.winograd or None,
         ),
     )
     run = CellRun(
@@ -223,6 +226,7 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
             "precision": options.precision,
             "fused": options.fused,
             "cuda_graph": options.cuda_graph,
+            "winograd": options.winograd,
             "placement": str(placement),
         },
         "round_s": spread(round_s),
@@ -251,6 +255,9 @@ def main() -> None:
     parser.add_argument("--fused", action="store_true", help="optimizer steps of ours in one pass, on CPUs too")
     parser.add_argument(
         "--cuda-graph", action="store_true", help="training steps of ours recorded and replayed, on GPUs"
+    )
+    parser.add_argument(
+        "--winograd", action="store_true", help="wide convolutions of ours by Winograd's algorithm, on CPUs"
     )
     parser.add_argument("--scheme", choices=SCHEMES, default="max_common")
     parser.add_argument("--family", choices=("vgg", "vgg_plain", "resnet"), default="vgg")

@@ -80,6 +80,6 @@ def _seconds_per_sample(
             started = time.perf_counter()
             run_steps(train(workspace, samples, labels, pipeline=pipeline, **streams))
             trained = time.perf_counter()
-            run_steps(evaluate(model, samples, labels, config=one_step, numerics=numerics, pipeline=pipeline))
+            run_steps(evaluate(workspace.model, samples, labels, config=one_step, numerics=numerics, pipeline=pipeline))
             train_s, eval_s = trained - started, time.perf_counter() - trained
     return train_s / _SAMPLES, eval_s / _SAMPLES

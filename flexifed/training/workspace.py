@@ -7,13 +7,14 @@ from torch import nn
 from flexifed.config import NumericsConfig, TrainingConfig
 from flexifed.training.graph import CudaGraphs, Record, RecordedStep
 from flexifed.training.step import Step
+from flexifed.training.winograd import with_winograd
 
 
 class Workspace:
     """A model whose values are whoever's turn it is, and how it is trained.
 
     Args:
-        model: on its device, where its tensors stay: values are copied into them.
+        model: on its device, where its tensors stay: values are copied into them. Its modules may be exchanged.
         config: epochs, batch size, and SGD's settings.
         numerics: precision, how the optimizer steps, and whether steps are recorded; what holds for the whole process
             is `numeric_settings`.
@@ -23,7 +24,7 @@ class Workspace:
     def __init__(
         self, model: nn.Module, config: TrainingConfig, numerics: NumericsConfig, record: Record | None = None
     ) -> None:
-        self.model = model
+        self.model = with_winograd(model) if numerics.winograd else model
         self.config = config
         self.numerics = numerics
         self.device = next(model.parameters()).device

@@ -1,0 +1,192 @@
+"""Winograd's convolutions are convolutions: the same numbers but for rounding, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from flexifed.config import CellConfig, ModelConfig, NumericsConfig, PartitionConfig, TrainingConfig
+from flexifed.data import synthetic
+from flexifed.errors import ConfigError
+from flexifed.federation.rounds import Federation, LocalHosts, make_shards
+from flexifed.models import build_model
+from flexifed.training import winograd
+from flexifed.training.winograd import WinogradConv2d, convolve, fits, with_winograd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+INFO = synthetic.info()
+
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def operands(
+    count: int,
+    channels: tuple[int, int],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    bias: bool = True,
+    seed: int = 0,
+) -> Operands:
+    """Images, weight and bias, of the order of 1 as their convolution is."""
+    generator = torch.Generator().manual_seed(0)
+    into, out = channels
+    images = torch.randn(count, into, *size, generator=generator, dtype=torch.float64)
+    weight = torch.randn(out, into, 3, 3, generator=generator, dtype=torch.float64) / (3 * into**0.5)
+    offsets = torch.randn(out, generator=generator, dtype=torch.float64)
+    made = [tensor.to(dtype).requires_grad_() for tensor in (images, weight, offsets)]
+    return made[0], made[1], made[2] if bias else None
+
+
+def direct(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return functional.conv2d(images, weight, bias, padding=1)
+
+
+def with_gradients(outputs: torch.Tensor, inputs: Operands) -> list[torch.Tensor]:
+    """The outputs, and the gradients of all inputs for one gradient of the outputs."""
+    gradient = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    given_to = [tensor for tensor in inputs if tensor is not None]
+    return [outputs.detach(), *torch.autograd.grad(outputs, given_to, gradient.to(outputs.dtype))]
+
+
+@given(
+    count=st.integers(1, 5),
+    channels=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    size=st.tuples(st.integers(1, 13), st.integers(1, 13)),
+    bias=st.booleans(),
+    channels_last=st.booleans(),
+    numbers_at_once=st.sampled_from([1, 300, 10**6]),
+    fewest_tiles=st.sampled_from([1, 7]),
+)
+@settings(max_examples=150)
+def test_outputs_and_gradients_are_those_of_a_direct_convolution(
+    count: int,
+    channels: tuple[int, int],
+    size: tuple[int, int],
+    bias: bool,
+    channels_last: bool,
+    numbers_at_once: int,
+    fewest_tiles: int,
+) -> None:
+    inputs = operands(count, channels, size, torch.float64, bias=bias)
+    images, weight, offsets = inputs
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "_NUMBERS_AT_ONCE", numbers_at_once)
+        patch.setattr(winograd, "_FEWEST_TILES", fewest_tiles)
+        ours = convolve(images.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), offsets)
+        ours_and_gradients = with_gradients(ours, inputs)
+    for one, exact in zip(ours_and_gradients, with_gradients(direct(*inputs), inputs), strict=True):
+        torch.testing.assert_close(one, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("size", "tile"), [(8, 4), (4, 4), (6, 2), (2, 2)])
+def test_even_sizes_are_tiled(size: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "conv2d", lambda *_, **__: pytest.fail("a direct convolution"))
+    outputs = convolve(*operands(1, (1, 1), (size, size), torch.float32))
+    assert outputs.grad_fn.transforms.tile == tile
+
+
+@pytest.mark.parametrize("channels", [128, 256])
+@pytest.mark.parametrize(("size", "limit"), [(2, 1e-6), (6, 1e-6), (4, 5e-6), (8, 5e-6)])
+def test_rounding_is_that_of_float32(channels: int, size: int, limit: float) -> None:
+    """Root mean square errors of outputs and gradients, relative to their size; TF32 would be at 3e-4."""
+    inputs = operands(32, (channels, channels), (size, size), torch.float32)
+    images, weight, bias = (tensor.detach().double().requires_grad_() for tensor in inputs if tensor is not None)
+    exact = with_gradients(direct(images, weight, bias), (images, weight, bias))
+    for ours, true in zip(with_gradients(convolve(*inputs), inputs), exact, strict=True):
+        assert (ours.double() - true).square().mean().sqrt() < limit * true.square().mean().sqrt()
+
+
+def test_a_gradient_of_a_gradient_is_refused_and_not_wrong() -> None:
+    images, weight, bias = operands(1, (1, 1), (4, 4), torch.float64)
+    (gradient,) = torch.autograd.grad(convolve(images, weight, bias).square().sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(128, 128, 1),
+        nn.Conv2d(128, 128, 3),
+        nn.Conv2d(128, 128, 3, padding=1, stride=2),
+        nn.Conv2d(128, 128, 3, padding=2, dilation=2),
+        nn.Conv2d(128, 128, 3, padding=1, groups=2),
+        nn.Conv2d(128, 128, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(127, 128, 3, padding=1),
+        nn.Conv2d(128, 127, 3, padding=1),
+    ],
+    ids=["1x1", "no border", "stride", "dilation", "groups", "circular", "few in", "few out"],
+)
+def test_other_convolutions_stay_as_they_are(convolution: nn.Conv2d) -> None:
+    assert fits(nn.Conv2d(128, 128, 3, padding=1))
+    assert not fits(convolution)
+    assert with_winograd(nn.Sequential(convolution))[0] is convolution
+
+
+@pytest.mark.parametrize(("name", "count"), [("vgg11_bn", 6), ("vgg19_bn", 13), ("resnet20", 0)])
+def test_a_model_keeps_its_very_tensors_under_their_names(name: str, count: int) -> None:
+    model = build_model(name, num_classes=10, device="meta")
+    before = list(model.state_dict(keep_vars=True).items())
+    after = list(with_winograd(model).state_dict(keep_vars=True).items())
+    assert [key for key, _ in before] == [key for key, _ in after]
+    assert all(one is other for (_, one), (_, other) in zip(before, after, strict=True))
+    assert sum(isinstance(module, WinogradConv2d) for module in model.modules()) == count
+
+
+def cell(**numerics: object) -> CellConfig:
+    """VGGs of a quarter's width, whose last convolutions have 128 channels; eight images a round, in batches of 4."""
+    return CellConfig(
+        dataset="cifar10",
+        family="vgg",
+        scheme="max_common",
+        model=ModelConfig(width=0.25),
+        partition=PartitionConfig(num_clients=4, num_shards=500, windows_per_shard=10, max_train=80, max_test=8),
+        training=TrainingConfig(local_epochs=1, batch_size=4),
+        numerics=NumericsConfig(**numerics),
+    )
+
+
+def states_after_a_round(config: CellConfig, clients_per_host: int = 4) -> dict[int, dict[str, torch.Tensor]]:
+    hosts = LocalHosts(config, INFO, make_shards(config, INFO), clients_per_host=clients_per_host)
+    federation = Federation(config, INFO, hosts)
+    federation.play_round()
+    return {client: dict(state) for host in hosts._hosts for client, state in host.states(federation.shared).items()}
+
+
+def test_a_round_gives_nearly_the_same_weights_and_the_same_bits_wherever_clients_live() -> None:
+    ours, apart, plain = (
+        states_after_a_round(cell(winograd=True)),
+        states_after_a_round(cell(winograd=True), clients_per_host=1),
+        states_after_a_round(cell()),
+    )
+    differ = 0
+    for client, state in ours.items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, apart[client][name])
+            torch.testing.assert_close(tensor, plain[client][name], rtol=1e-3, atol=1e-4)
+            differ += not torch.equal(tensor, plain[client][name])
+    assert differ, "or it need not be a setting"
+
+
+@pytest.mark.parametrize(
+    ("device", "numerics", "said"),
+    [
+        ("cuda", {"winograd": True}, "winograd is True, which is for CPUs; leave it out"),
+        ("cpu", {"winograd": True, "precision": "bf16"}, "with precision 'bf16', but it computes in float32"),
+        ("cpu", {"winograd": 1}, "winograd is 1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(device: str, numerics: dict[str, object], said: str) -> None:
+    def chosen() -> CellConfig:
+        return replace(cell(**numerics), device=device)
+
+    with pytest.raises(ConfigError, match=said):
+        chosen()
