@@ -10,9 +10,12 @@ from importlib.metadata import version
 
 
 def machine() -> str:
-    """The kind of machine, its CPUs, and its load over the last 1, 5 and 15 minutes."""
+    """The kind of machine, its CPUs, the instructions that PyTorch uses, and its load over 1, 5 and 15 minutes."""
+    import torch
+
     load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, load {load}"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {instructions}, load {load}"
 
 
 def versions(*names: str) -> dict[str, str]:

@@ -88,7 +88,7 @@ class Task:
                 batches=torch_generator(seed, "batches", client, round_index),
                 augmentation=torch_generator(seed, "augmentation", client, round_index),
             )
-            return streams.run(steps)
+            return streams.run(steps).item()
 
     def test(self, model: nn.Module, client: int) -> tuple[float, float]:
         """Accuracy and loss on the client's own test shard."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).parents[1] / "records" / "benchmarks"
+ROUNDS = ("round", "round-bf16", "round-avx2", "round-avx2-winograd")
 Figures = dict[str, Any]
 
 INTRODUCTION = """# Speed
@@ -27,7 +28,7 @@ What there is to try, and to time with `python benchmarks/round.py --device cuda
 
 | setting | what it does |
 | --- | --- |
-| default | each client has a process of its own and an eighth of the GPU; processes on one GPU take turns |
+| default | a client has a process of its own and an eighth of a GPU, or they take turns; processes on one GPU do too |
 | `--streams 8` | eight clients live in one process and overlap on its GPU; what only they share stays there |
 | `--cuda-graph True` | a training step is recorded once and replayed in one launch |
 | `--precision tf32`, `bf16` | products on tensor cores; PyTorch's own default is TF32 for convolutions alone |
@@ -39,14 +40,18 @@ fewer streams first, then to fewer processes (`--retry-out-of-memory`).
 ROUND = """## A round, against one client after another
 
 `benchmarks/sequential.py` is a plain loop as the published program has it: images one by one through a DataLoader, one
-client after another, models built anew in every round, all cores for each. The same data, models and steps. With
-`--precision bf16` ours computes its products in 16 bits, where the processor can: other numbers, weights stay float32.
+client after another, models built anew in every round, all cores for each. The same data, models and steps, in
+PyTorch's own precision. Ours is that too, or
+
+- `--winograd`: wide 3x3 convolutions, forward and backward, with about half the arithmetic, still in float32. Rounding
+  differs ([`training/winograd.py`](../flexifed/training/winograd.py) says by how much), so it is a setting.
+- `--precision bf16`: products in 16 bits, where the processor can: other numbers, weights stay float32.
 """
 
-PEAK = """Part of the machine's peak rate that training reaches, by model, in PyTorch's own precision. The peak is that
-of a large float32 matrix product on all cores in the same run. A convolution counts as its multiply-adds, though a
-library may need fewer. At full width there is little left to gain on CPUs in float32, and the plain loop keeps all
-cores busy too.
+PEAK = """Part of the machine's peak rate that training reaches, by model. The peak is that of a large float32 matrix
+product on all cores in the same run. A convolution counts as its multiply-adds, though a library may need fewer, and
+`--winograd` does. On the faster processor PyTorch's own convolutions leave little to gain in float32, and the plain
+loop keeps all cores busy too; on the other one, with AVX2 alone, a backward pass takes up to twice the time it should.
 """
 
 FLOWER = """## Against Flower
@@ -102,30 +107,34 @@ def command(line: str, figures: Figures) -> str:
 
 
 def round_section() -> str:
-    """Of `round.py`, in PyTorch's own precision and in bf16."""
-    runs = {"PyTorch's own": load("round"), "bf16": load("round-bf16")}
-    plain = runs["PyTorch's own"]
-    lines, rows = [], []
-    for name, made in runs.items():
+    """Of `round.py`, on two processors."""
+    lines, rows, shares = [], [], []
+    for made in map(load, ROUNDS):
         cell = made["cell"]
-        precision = f" --precision {cell['precision']}" if cell["precision"] else ""
-        options = f"--local-epochs {cell['local_epochs']} --repeat {made['round_s']['n']}{precision}"
-        lines.append(command(f"round.py {options}", made))
+        winograd = cell.get("winograd")
+        options = [f"--local-epochs {cell['local_epochs']} --repeat {made['round_s']['n']}"]
+        options += ["--winograd"] * bool(winograd) + [f"--precision {cell['precision']}"] * bool(cell["precision"])
+        lines.append(command(f"round.py {' '.join(options)}", made))
+        ours = "`--winograd`" if winograd else cell["precision"] or "PyTorch's own"
+        head = [ours, number(made["peak_rate"] / 1e9)]
         figures = ("round_s", "baseline_s", "ratio", "train_s", "eval_s", "overhead")
-        rows.append([name, *(median(made[figure]) for figure in figures)])
-    shares = plain["share_of_peak"]
+        rows.append([*head, *(median(made[figure]) for figure in figures)])
+        shares.append([*head, *(f"{share:.0%}" for share in made["share_of_peak"].values())])
+    names = load(ROUNDS[0])["share_of_peak"]
+    cell = load(ROUNDS[0])["cell"]
+    peak = "peak, GFLOP/s"
     return "\n".join(
         [
             ROUND,
             *lines,
-            f"{plain['cell']['data']} data; {plain['cell']['placement']}. Training and scoring are of the busiest",
-            "process; the loop is in PyTorch's own precision. Checkpoints, under 3 % of a run's time, are left out.\n",
+            f"{cell['data']} data; {cell['placement']}. The peak tells the two processors apart.",
+            "Training and scoring are of the busiest process. Checkpoints, under 3 % of a run's time, are left out.\n",
             table(
-                ["our precision", "a round, s", "the loop, s", "times faster", "training, s", "scoring, s", "neither"],
+                ["ours", peak, "a round, s", "the loop, s", "times faster", "training, s", "scoring, s", "neither"],
                 rows,
             ),
             PEAK,
-            table([*shares], [[f"{share:.0%}" for share in shares.values()]]),
+            table(["ours", peak, *names], shares),
         ]
     )
 

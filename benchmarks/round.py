@@ -4,17 +4,19 @@
     uv run --extra test python benchmarks/round.py --device cuda         the published protocol on a GPU
     ... --device cuda --cuda-graph --streams 8                           the same in one actor, clients overlapping
 
-Rounds of both take turns in one run, and the first of each, which warms up, is left out. So are checkpoints, which
-go by the clock and take less than 3 % of a run's time: between rounds of the baseline one would come with every round.
+Rounds of both take turns in one run, and the first of each, which warms up, is left out; on a GPU the first two, since
+memory that recordings gave back is asked for again in the second. So are checkpoints, which go by the clock and take
+less than 3 % of a run's time: between rounds of the baseline one would come with every round.
 Prints JSON:
 
     round_s, baseline_s     seconds of a round, scoring and averaging included; the baseline is benchmarks/sequential.py
     ratio                   baseline_s / round_s, round by round
-    train_s, eval_s         seconds of the busiest process
-    overhead                part of a round that is neither training nor scoring in the busiest process
+    train_s, eval_s         seconds of the busiest process in which at least one client trains, or is scored
+    overhead                part of a round in which the busiest process does neither
     peak_rate               FLOP/s of a large matrix product on all cores, or on the GPU, measured in this run
     share_of_peak           of it, while training: by model, and over all of them
-    device_busy             on a GPU: part of a round, all clients in this process, in which a kernel was running
+    in_one_process          on a GPU, of a round with all clients in this process: device_busy, the part of it in which
+                            a kernel was running, and device_memory_mib, the most that PyTorch held
     peak_memory_mib         of each process of ours, and of this one, which plays driver and baseline
 """
 
@@ -25,8 +27,6 @@ import json
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -34,14 +34,14 @@ from typing import Any, get_args
 import psutil
 import ray
 import torch
-from busy import covered, device_share
+from busy import device_share, work_of
 from common import machine, spread, versions
+from peak import peak_rate, share_of_peak
 from sequential import SequentialLoop
 
 from flexifed.config import SCHEMES, CellConfig, ModelConfig, NumericsConfig, Precision
 from flexifed.data import find_dataset, open_dataset
 from flexifed.federation.rounds import Federation, LocalHosts, RoundResult, make_shards
-from flexifed.models.cost import model_multiply_adds
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
 from flexifed.orchestra.cell import CellRun, CellSession
@@ -51,70 +51,7 @@ from flexifed.results.store import ResultsFolder
 from flexifed.training.numerics import device_name
 
 MIB = 2**20
-TRAINING_PASSES = 3  # forward, and backward to inputs and to weights: products of the same size
-FLOPS = 2  # a multiply-add is two
-
-
-def peak_rate(device: torch.device, cores: int, size: int = 4096, repeat: int = 5) -> float:
-    """FLOP/s of a product of two square float32 matrices, the best of some.
-
-    On a GPU in TF32, as PyTorch's convolutions are by default.
-    """
-    one, other = torch.rand(2, size, size, device=device)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(cores)
-    torch.backends.cuda.matmul.allow_tf32, before = True, torch.backends.cuda.matmul.allow_tf32
-    seconds = []
-    for _ in range(repeat + 1):
-        started = time.perf_counter()
-        torch.mm(one, other)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = before
-    return FLOPS * size**3 / min(seconds[1:])
-
-
-def busy(result: RoundResult) -> tuple[float, float]:
-    """Seconds of training and of scoring of the process that has most of both."""
-    training: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    eval_s: dict[int, float] = defaultdict(float)
-    for host, client in zip(result.host_of, result.clients, strict=True):
-        if client.train_s is not None and client.train_started is not None:
-            training[host].append((client.train_started, client.train_started + client.train_s))
-        eval_s[host] += client.eval_s
-    return max(((covered(training[host]), eval_s[host]) for host in eval_s), key=sum)
-
-
-def share_of_peak(
-    config: CellConfig,
-    num_classes: int,
-    samples: Sequence[int],
-    results: Sequence[RoundResult],
-    rate: float,
-    sharing: int,
-) -> dict[str, float]:
-    """Which part of the peak rate training reached, by model and over all clients.
-
-    A client that trains beside others is held against its share of the peak.
-
-    Args:
-        samples: that each client trains on in an epoch.
-        sharing: clients that train at a time.
-    """
-    flops: dict[str, float] = defaultdict(float)
-    seconds: dict[str, float] = defaultdict(float)
-    for result in results:
-        for client in result.clients:
-            name = config.model_name(client.client)
-            cost = model_multiply_adds(name, num_classes=num_classes, width=config.model.width)
-            epochs = config.training.local_epochs
-            flops[name] += FLOPS * TRAINING_PASSES * cost * samples[client.client] * epochs
-            seconds[name] += client.train_s or 0.0
-    shares = {name: flops[name] / seconds[name] for name in flops}
-    shares["all"] = sum(flops.values()) / sum(seconds.values())
-    return {name: round(share * sharing / rate, 3) for name, share in shares.items()}
+WARM_UP = {"cpu": 1, "cuda": 2}  # rounds
 
 
 def peak_memory() -> dict[str, float]:
@@ -161,22 +98,24 @@ def take_turns(
     return played, round_s, baseline_s
 
 
-def device_busy(run: CellRun, streams: int) -> float:
-    """The GPU's part of a round's time, with all clients in this process: a profiler sees no other."""
+def in_one_process(run: CellRun, streams: int) -> dict[str, float]:
+    """How busy a GPU is, and how full, with all clients in this process: a profiler sees no other."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     hosts = LocalHosts(run.config, run.info, make_shards(run.config, run.info), streams=streams)
     federation = Federation(run.config, run.info, hosts)
-    for _ in range(2):  # what is recorded once, and what is allocated once
+    for _ in range(WARM_UP["cuda"]):
         federation.play_round()
-    return device_share(torch.device(run.config.device), federation.play_round)
+    return {
+        "device_busy": round(device_share(torch.device(run.config.device), federation.play_round), 3),
+        "device_memory_mib": round(torch.cuda.max_memory_reserved() / MIB),
+    }
 
 
-def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
-    """Play rounds of both, in turn."""
+def cell_of(options: argparse.Namespace) -> CellConfig:
+    """A cell under the published protocol, but for what the line says."""
     authors = PROFILES["authors"]
-    info = find_dataset(
-        "cifar10", data="real" if options.data_dir else "synthetic", data_dir=options.data_dir or Path("data")
-    )
-    config = CellConfig(
+    return CellConfig(
         dataset="cifar10",
         family=options.family,
         scheme=options.scheme,
@@ -191,14 +130,24 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
             winograd=options.winograd or None,
         ),
     )
+
+
+def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
+    """Play rounds of both, in turn."""
+    config = cell_of(options)
+    info = find_dataset(
+        "cifar10", data="real" if options.data_dir else "synthetic", data_dir=options.data_dir or Path("data")
+    )
+    warm_up = WARM_UP[options.device]
+    rounds = warm_up + options.repeat
     run = CellRun(
         config=config,
         info=info,
         profile="benchmark",
-        rounds=options.repeat + 1,
+        rounds=rounds,
         results=results,
         keep_final=False,
-        checkpoint_every=options.repeat + 2,
+        checkpoint_every=rounds + 1,
     )
     ResultsFolder(results).prepare()
     device = torch.device(options.device)
@@ -206,10 +155,10 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         nodes = cluster.nodes()
         placement = place_cell(config, PlacementOptions(streams=options.streams), nodes)
         rate = peak_rate(device, int(sum(node["CPU"] for node in nodes)))
-        played, round_s, baseline_s = (values[1:] for values in take_turns(run, placement, options.repeat + 1))
+        played, round_s, baseline_s = (values[warm_up:] for values in take_turns(run, placement, rounds))
         memory = peak_memory()
     window = [len(one.train) // config.partition.windows_per_shard for one in make_shards(config, info)]
-    work = [busy(result) for result in played]
+    work = [max(work_of(result).values(), key=lambda one: one.either_s) for result in played]
     at_a_time = len(placement.clients) * placement.streams
     return {
         "machine": machine(),
@@ -232,13 +181,13 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         "round_s": spread(round_s),
         "baseline_s": spread(baseline_s),
         "ratio": spread([theirs / ours for theirs, ours in zip(baseline_s, round_s, strict=True)]),
-        "train_s": spread([train_s for train_s, _ in work]),
-        "eval_s": spread([eval_s for _, eval_s in work]),
+        "train_s": spread([one.train_s for one in work]),
+        "eval_s": spread([one.eval_s for one in work]),
         "aggregate_s": spread([result.aggregate_s for result in played]),
-        "overhead": spread([1 - sum(one) / wall for one, wall in zip(work, round_s, strict=True)]),
+        "overhead": spread([1 - one.either_s / wall for one, wall in zip(work, round_s, strict=True)]),
         "peak_rate": rate,
         "share_of_peak": share_of_peak(config, info.num_classes, window, played, rate, at_a_time),
-        "device_busy": device_busy(run, options.streams) if device.type == "cuda" else None,
+        "in_one_process": in_one_process(run, options.streams) if device.type == "cuda" else None,
         "peak_memory_mib": memory,
     }
 

@@ -81,6 +81,8 @@ class SequentialLoop:
             self._train(model, window(shards.train, round_index, windows))
             self._states[client] = copy.deepcopy(model.state_dict())
         self._states = averaged(self._plan, self._states)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         return scores
 
     def _build(self, client: int) -> nn.Module:

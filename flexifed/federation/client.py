@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -40,7 +40,8 @@ class ClientShards:
 class ClientRound:
     """What one client measured in one round; None where it did not train.
 
-    Seconds of wall time, in which clients that overlap have their turns too; `train_started` is Unix time.
+    Seconds of wall time, in which clients that overlap have their turns too; `train_started` is Unix time. Those of
+    training include the copies of what was trained.
     """
 
     client: int
@@ -107,7 +108,8 @@ class Client:
     ) -> Steps[tuple[ClientRound, GroupState | None]]:
         """Score what the client holds at the start of the round, then train it.
 
-        Other clients of this process may have their turn before its score is waited for, and after each of its steps.
+        Other clients of this process may have their turn before its score is waited for, after each of its steps, and
+        before what it trained is waited for.
 
         Args:
             round_index: from 0.
@@ -151,9 +153,13 @@ class Client:
             return measured, None
         with self._stage(round_index, "training"):
             train_started, started = time.time(), time.perf_counter()
-            train_loss = yield from self._train(round_index)
+            loss = yield from self._train(round_index)
+            extremes = self._extremes()
+            contribution = self._take_out()
+            yield
+            train_loss = loss.item()
+            self._check_finite(train_loss, extremes.tolist())
             train_s = time.perf_counter() - started
-            self._check_finite(train_loss)
         trained = replace(
             measured,
             train_loss=train_loss,
@@ -161,7 +167,7 @@ class Client:
             train_s=train_s,
             train_started=train_started,
         )
-        return trained, self._take_out()
+        return trained, contribution
 
     def state(self, shared: GroupState | None) -> State:
         """What the client holds: its own tensors, and those of its groups in the global state. Nothing is copied."""
@@ -189,10 +195,10 @@ class Client:
 
     def _load(self, state: State) -> None:
         with torch.no_grad():
-            for name, tensor in self._workspace.model.state_dict().items():
-                tensor.copy_(state[name])
+            tensors = self._workspace.model.state_dict()
+            torch._foreach_copy_(list(tensors.values()), [state[name] for name in tensors])
 
-    def _train(self, round_index: int) -> Steps[float]:
+    def _train(self, round_index: int) -> Steps[torch.Tensor]:
         seed = self._config.seed
         samples = window(np.arange(self.num_train), round_index, self._config.partition.windows_per_shard)
         rows = torch.from_numpy(samples).to(self._device)
@@ -212,15 +218,22 @@ class Client:
     def _remedy(self) -> str:
         return f"lower --learning-rate (now {self._config.training.learning_rate:g})"
 
-    def _check_finite(self, train_loss: float) -> None:
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """The tensors that training can spoil: not the counters."""
+        state = self._workspace.model.state_dict()
+        return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+
+    def _extremes(self) -> torch.Tensor:
+        """The least and the greatest value of each tensor, which a NaN is both: one pass, and no wait for a GPU."""
+        values = [value for tensor in self._trained().values() for value in torch.aminmax(tensor)]
+        return torch.stack(values).view(-1, 2)
+
+    def _check_finite(self, train_loss: float, extremes: Sequence[Sequence[float]]) -> None:
         """Refuse what would spread to all who share a layer. The last step can spoil weights after a sound loss."""
         if not math.isfinite(train_loss):
             raise ArithmeticError(f"the training loss is {train_loss}; {self._remedy}")
-        trained = self._workspace.model.state_dict()
-        # The least and the greatest value, which a NaN is both: one pass over each tensor, one wait for a GPU.
-        extremes = torch.stack([torch.stack(torch.aminmax(tensor)).double() for tensor in trained.values()])
-        for name, finite in zip(trained, extremes.isfinite().all(dim=1).tolist(), strict=True):
-            if not finite:
+        for name, values in zip(self._trained(), extremes, strict=True):
+            if not all(map(math.isfinite, values)):
                 raise ArithmeticError(f"{name} is no longer finite after training; {self._remedy}")
 
     def _take_out(self) -> GroupState:

@@ -105,6 +105,8 @@ class ClientHost:
                 blocks[number] = sum_block((contribution, weight) for _, contribution, weight in members)
             if train:
                 self._own_means = combine_blocks(self._plan, blocks.values(), self._own_groups)
+        if self._config.device == "cuda":
+            torch.cuda.synchronize()  # a round ends, and fails, when its work does
         leaving = {
             number: {group: one for group, one in sums.items() if group not in self._own_means}
             for number, sums in blocks.items()

@@ -32,7 +32,8 @@ from flexifed.orchestra.wire import (
 from flexifed.training.memory import keep_freed_memory
 
 _LOOK_EVERY_S = 5.0
-_DEVICE_IS_FULL = ("out of memory", "ALLOC_FAILED")  # in what PyTorch says, and cuBLAS and cuDNN through it
+# In what PyTorch says, and cuBLAS and cuDNN through it; the last, of a convolution none of whose plans got its memory.
+_DEVICE_IS_FULL = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
 
 
 class LostError(Exception):

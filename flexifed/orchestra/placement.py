@@ -20,9 +20,10 @@ class PlacementOptions:
     """Where clients run. None of it can change a number.
 
     Attributes:
-        gpus_per_client: fraction of a GPU for each client; None: an eighth on a GPU, 0 without one.
-        clients_per_actor: clients that live in one process; None: on a GPU as many as have a stream; on CPUs as many as
-            it takes to give every CPU one actor.
+        gpus_per_client: fraction of a GPU for each client; None: an eighth on a GPU, 0 without one, and less where
+            clients take turns.
+        clients_per_actor: clients that live in one process; None: on GPUs as many as have a stream, and more where the
+            GPUs could not hold them so; on CPUs as many as it takes to give every CPU one actor.
         streams: so many of an actor's clients compute on its GPU at the same time.
     """
 
@@ -77,12 +78,7 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
         ResourceError: the nodes could not hold the actors, even with nothing else on them.
         ConfigError: actors that would cut through blocks of `reduce_block` clients.
     """
-    num_clients = config.partition.num_clients
-    total_cpus = sum(node.get("CPU", 0) for node in nodes)
-    gpus_per_client = options.gpus_per_client
-    if gpus_per_client is None:
-        gpus_per_client = DEFAULT_GPUS_PER_CLIENT if config.device == "cuda" else 0.0
-    if config.device == "cuda" and not gpus_per_client:
+    if config.device == "cuda" and options.gpus_per_client == 0:
         raise ResourceError(
             "device is 'cuda' but gpus_per_client is 0; give clients a share of a GPU, or use --device cpu"
         )
@@ -91,15 +87,9 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
             f"streams is {options.streams}, but device is 'cpu', which has none; leave --streams out, or use --device "
             "cuda"
         )
-    per_actor = options.clients_per_actor
-    if per_actor is None:
-        block = config.sharing.reduce_block
-        on_cpus = math.ceil(num_clients / max(1, int(total_cpus) // config.numerics.threads))
-        wanted = options.streams if gpus_per_client else on_cpus
-        per_actor = block * math.ceil(wanted / block)
-    clients = assign_clients(num_clients, per_actor, config.sharing.reduce_block)
+    clients = _dealt_out(config, options, nodes)
     most = max(map(len, clients))
-    gpus_per_actor = round(gpus_per_client * most, 4)
+    gpus_per_actor = _gpu_share(config, options, nodes, clients)
     if gpus_per_actor > 1 and gpus_per_actor != int(gpus_per_actor):
         raise ResourceError(
             f"an actor of {most} clients asks for {gpus_per_actor:g} GPUs; above one it must be a "
@@ -117,6 +107,43 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
     ]
     fitting = next((one for one in placements if holds(nodes, one)), None)
     return fitting or _refuse(placements[-1], nodes)
+
+
+def _dealt_out(config: CellConfig, options: PlacementOptions, nodes: Sequence[Resources]) -> Sequence[tuple[int, ...]]:
+    """The clients of each actor; see `PlacementOptions`."""
+    num_clients, block = config.partition.num_clients, config.sharing.reduce_block
+    per_actor = options.clients_per_actor
+    if per_actor is None:
+        if options.gpus_per_client or config.device == "cuda":
+            wanted = options.streams
+            if options.gpus_per_client is None:
+                share = min(1.0, DEFAULT_GPUS_PER_CLIENT * options.streams)
+                places = _gpus(nodes) * int(1 / share)
+                wanted = max(wanted, math.ceil(num_clients / places)) if places else wanted
+        else:
+            total_cpus = sum(node.get("CPU", 0) for node in nodes)
+            wanted = math.ceil(num_clients / max(1, int(total_cpus) // config.numerics.threads))
+        per_actor = block * math.ceil(wanted / block)
+    return assign_clients(num_clients, per_actor, block)
+
+
+def _gpu_share(
+    config: CellConfig, options: PlacementOptions, nodes: Sequence[Resources], clients: Sequence[tuple[int, ...]]
+) -> float:
+    """What an actor asks for: as its clients' shares add up; where nobody said anything, no more than there is."""
+    most = max(map(len, clients))
+    if options.gpus_per_client is not None:
+        return round(options.gpus_per_client * most, 4)
+    if config.device == "cpu":
+        return 0.0
+    share = round(DEFAULT_GPUS_PER_CLIENT * most, 4)
+    if options.clients_per_actor is None and (gpus := _gpus(nodes)):
+        share = min(share, math.floor(10_000 / math.ceil(len(clients) / gpus)) / 10_000)
+    return share
+
+
+def _gpus(nodes: Sequence[Resources]) -> int:
+    return sum(int(node.get("GPU", 0)) for node in nodes)
 
 
 def holds(nodes: Sequence[Resources], placement: CellPlacement) -> bool:

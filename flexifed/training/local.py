@@ -18,7 +18,7 @@ def train(
     pipeline: Pipeline,
     batches: torch.Generator,
     augmentation: torch.Generator,
-) -> Steps[float]:
+) -> Steps[torch.Tensor]:
     """Train a workspace's model in place with a fresh optimizer, a step at a time.
 
     Dropout draws from PyTorch's global generator: seed it around this call.
@@ -32,7 +32,8 @@ def train(
         augmentation: CPU generator of that variation.
 
     Returns:
-        Mean cross-entropy over all samples and epochs, as seen while training.
+        Mean cross-entropy over all samples and epochs, as seen while training: float64 (), on the model's device, which
+        need not have come to it yet.
     """
     config = workspace.config
     # On a GPU a whole epoch, so that a step need not launch it; on a CPU a batch, which then lies in its caches.
@@ -52,4 +53,4 @@ def train(
         for inputs, targets in epoch:
             step(inputs, targets)
             yield
-    return step.loss_sum.item() / (config.local_epochs * len(samples))
+    return step.loss_sum / (config.local_epochs * len(samples))

@@ -61,11 +61,11 @@ class Step:
         """
         self.loss_sum.zero_()
         if self._has_momentum:
-            for parameter in self._model.parameters():
-                state = self._optimizer.state[parameter]
+            states = [self._optimizer.state[parameter] for parameter in self._model.parameters()]
+            for parameter, state in zip(self._model.parameters(), states, strict=True):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.empty_like(parameter)
-                state["momentum_buffer"].zero_()
+            torch._foreach_zero_([state["momentum_buffer"] for state in states])
 
     def tensors(self) -> list[torch.Tensor]:
         """All that a step changes: the model, the optimizer's momentum, and the sum of losses."""

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flexifed import aggregate, build_model, sharing_plan
-from flexifed.config import FAMILIES
+from flexifed.config import FAMILIES, CellConfig, ModelConfig, TrainingConfig
 from flexifed.core.signature import signature
 from flexifed.federation.client import ClientRound
 from flexifed.federation.rounds import RoundResult
+from flexifed.models.cost import model_multiply_adds
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -80,21 +81,47 @@ def test_the_exponent_of_a_power_is_that_power(aggregate_benchmark: Any, power: 
     assert aggregate_benchmark.exponent(counts, [3.0 * count**power for count in counts]) == pytest.approx(power)
 
 
-def test_the_busiest_process_is_the_one_with_most_of_both(round_benchmark: Any) -> None:
+def test_work_that_overlaps_counts_once(round_benchmark: Any) -> None:
     def client(index: int, started: float, train_s: float, eval_s: float) -> ClientRound:
         return ClientRound(index, 0.5, 1.0, 1.0, 0, 0, eval_s=eval_s, train_s=train_s, train_started=started)
 
     clients = (client(0, 0.0, 1.0, 0.5), client(1, 0.0, 3.0, 0.25), client(2, 1.5, 2.0, 0.5))
     result = RoundResult(0, clients, host_of=(0, 1, 0), round_s=4.0, aggregate_s=0.0)
-    assert round_benchmark.busy(result) == (3.0, 1.0)
-    overlapping = replace(result, clients=(clients[0], clients[1], client(2, 0.5, 2.0, 0.5)))
-    assert round_benchmark.busy(overlapping) == (2.5, 1.0)
+    work = sys.modules["busy"].Work
+    assert round_benchmark.work_of(result) == {0: work(3.0, 1.0, 4.0), 1: work(3.0, 0.25, 3.25)}
+    overlapping = replace(result, clients=(clients[0], clients[1], client(2, 0.25, 2.0, 0.5)))
+    assert round_benchmark.work_of(overlapping)[0] == work(2.25, 0.75, 2.75)
+
+
+def test_the_share_of_the_peak_is_of_the_time_in_which_anyone_trains(round_benchmark: Any) -> None:
+    """Two clients of a process that overlap for all of 2 s, and one of another process that takes 1 s."""
+    config = CellConfig(
+        dataset="cifar10",
+        family="vgg",
+        scheme="standalone",
+        model=ModelConfig(width=0.1),
+        training=TrainingConfig(local_epochs=1),
+    )
+    clients = tuple(
+        ClientRound(index, 0.5, 1.0, 1.0, 0, 0, eval_s=0.1, train_s=seconds, train_started=0.0)
+        for index, seconds in ((0, 2.0), (1, 2.0), (2, 1.0))
+    )
+    result = RoundResult(0, clients, host_of=(0, 0, 1), round_s=2.5, aggregate_s=0.0)
+    flops = [6 * model_multiply_adds(config.model_name(index), num_classes=10, width=0.1) for index in range(3)]
+    shares = round_benchmark.share_of_peak(config, 10, [10, 10, 10], [result, result], rate=1e9, sharing=3)
+    assert shares["all"] == pytest.approx(10 * ((flops[0] + flops[1]) / 2 + flops[2]) / 1e9, abs=1e-3)
+    assert shares["vgg16_bn"] == pytest.approx(10 * flops[2] * 3 / 1e9, abs=1e-3)
+
+
+def test_a_profiler_that_sees_nothing_is_an_error_and_not_an_idle_device(round_benchmark: Any) -> None:
+    with pytest.raises(RuntimeError, match="saw nothing on cpu"):
+        round_benchmark.device_share(torch.device("cpu"), lambda: None)
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), max_size=8))
 def test_spans_that_overlap_count_once(round_benchmark: Any, spans: list[tuple[int, int]]) -> None:
     moments = {moment for start, length in spans for moment in range(start, start + length)}
-    assert round_benchmark.covered((start, start + length) for start, length in spans) == len(moments)
+    assert sys.modules["busy"].covered((start, start + length) for start, length in spans) == len(moments)
 
 
 def test_the_part_in_which_a_device_works_is_seen(round_benchmark: Any) -> None:

@@ -407,13 +407,13 @@ def test_sums_are_taken_in_client_order() -> None:
 def test_a_host_sums_its_own_groups_in_client_order(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter(OneOfEachSize.values)
 
-    def fill(workspace: Workspace, *_: object, **__: object) -> Steps[float]:
+    def fill(workspace: Workspace, *_: object, **__: object) -> Steps[torch.Tensor]:
         yield
         value = next(values)
         with torch.no_grad():
             for parameter in workspace.model.parameters():
                 parameter.fill_(value)
-        return 0.0
+        return torch.tensor(0.0)
 
     monkeypatch.setattr("flexifed.federation.client.train", fill)
     config = cell("basic_common")
@@ -424,10 +424,30 @@ def test_a_host_sums_its_own_groups_in_client_order(monkeypatch: pytest.MonkeyPa
     assert {value for weight in weights for value in weight.flatten().tolist()} == {6 / 8}
 
 
-def test_clients_let_others_have_their_turn_before_their_score_and_after_each_step() -> None:
+def test_clients_let_others_have_their_turn_after_each_step_and_before_each_wait() -> None:
     config = cell(training=TrainingConfig(local_epochs=3, batch_size=10))  # of 25 images: three steps an epoch
     client = clients_of(LocalHosts(config, INFO, make_shards(config, INFO)))[0]
-    assert len(list(client.play_round(0, None, train=True))) == 1 + 3 * 3
+    assert len(list(client.play_round(0, None, train=True))) == 1 + 3 * 3 + 1
+
+
+def test_clients_that_overlap_all_queue_the_end_of_their_training_before_one_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[tuple[str, int]] = []
+    for name in ("_extremes", "_take_out", "_check_finite"):
+        before = getattr(Client, name)
+
+        def noted(client: Client, *args: Any, before: Any = before, name: str = name) -> Any:
+            order.append((name, client.index))
+            return before(client, *args)
+
+        monkeypatch.setattr(Client, name, noted)
+    config = cell()
+    host = LocalHosts(config, INFO, make_shards(config, INFO), 2, streams=2)._hosts[0]
+    host.play_round(0, None, train=True)
+    one, other = (client.index for client in host._clients)
+    queued = [(name, client) for client in (one, other) for name in ("_extremes", "_take_out")]
+    assert order == [*queued, ("_check_finite", one), ("_check_finite", other)]
 
 
 def test_steps_of_clients_that_overlap_alternate(monkeypatch: pytest.MonkeyPatch) -> None:

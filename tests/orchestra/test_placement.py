@@ -69,6 +69,41 @@ def test_eight_clients_share_one_gpu_by_default() -> None:
     assert str(placement) == "8 actors of 1 client, each 1 CPU and 0.125 GPU"
 
 
+@pytest.mark.parametrize(
+    ("num_clients", "gpus", "streams", "expected"),
+    [
+        (40, 1, 1, ([5] * 8, 1.0, 0.125)),
+        (40, 4, 1, ([2] * 20, 0.8, 0.2)),
+        (40, 1, 8, ([40], 1.0, 1.0)),
+        (40, 2, 8, ([20, 20], 1.0, 1.0)),
+        (8, 1, 3, ([4, 4], 1.0, 0.5)),
+        (20, 1, 16, ([20], 1.0, 1.0)),
+    ],
+)
+def test_where_clients_are_more_than_the_gpus_hold_they_take_turns(
+    num_clients: int, gpus: int, streams: int, expected: tuple[list[int], float, float]
+) -> None:
+    nodes = [{"CPU": 16.0, "GPU": float(gpus)}]
+    placement = place(cell(num_clients, device="cuda"), nodes, streams=streams)
+    assert shape(placement) == expected
+    assert placement.streams == streams
+
+
+@given(
+    num_clients=st.integers(1, 200),
+    gpus=st.lists(st.integers(0, 8), min_size=1, max_size=4).filter(any),
+    streams=st.integers(1, 20),
+    block=st.integers(1, 6),
+)
+def test_by_default_every_cell_finds_room_on_whatever_gpus_there_are(
+    num_clients: int, gpus: list[int], streams: int, block: int
+) -> None:
+    nodes = [{"CPU": 64.0, "GPU": float(count)} for count in gpus]
+    placement = place(cell(num_clients, device="cuda", reduce_block=block), nodes, streams=streams)
+    assert holds(nodes, placement)
+    assert sorted(client for clients in placement.clients for client in clients) == list(range(num_clients))
+
+
 def test_clients_of_an_actor_overlap_if_it_has_so_many() -> None:
     nodes = [{"CPU": 16, "GPU": 1}]
     placement = place(cell(device="cuda"), nodes, streams=4)

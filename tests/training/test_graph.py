@@ -105,7 +105,7 @@ def take_turns(
                     batches=torch.Generator().manual_seed(client),
                     augmentation=torch.Generator().manual_seed(round_index),
                 )
-                losses.append(run(steps))
+                losses.append(run(steps).item())
             clients[client] = {name: tensor.clone() for name, tensor in workspace.model.state_dict().items()}
             states.append(clients[client])
     return states, losses, torch.rand(4, device=device)

@@ -298,11 +298,11 @@ def test_a_loss_that_is_not_finite_names_client_round_stage_and_remedy() -> None
 
 
 def test_weights_that_the_last_step_has_spoiled_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoiled(workspace: Workspace, *_: object, **__: object) -> Steps[float]:
+    def spoiled(workspace: Workspace, *_: object, **__: object) -> Steps[torch.Tensor]:
         yield
         with torch.no_grad():
             workspace.model.get_parameter("classifier.6.bias")[0] = torch.inf
-        return 2.3
+        return torch.tensor(2.3)
 
     monkeypatch.setattr("flexifed.federation.client.train", spoiled)
     with pytest.raises(ClientError) as caught:
