@@ -81,7 +81,7 @@ _MATRICES = {
 
 @lru_cache
 def _transforms(tile: int, dtype: torch.dtype) -> _Transforms:
-    one_axis = (torch.tensor(rows, dtype=torch.float64) for rows in _MATRICES[tile])
+    one_axis = (torch.tensor(rows, dtype=torch.float64, device="cpu") for rows in _MATRICES[tile])
     return _Transforms(tile, *(torch.kron(matrix, matrix).to(dtype) for matrix in one_axis))
 
 

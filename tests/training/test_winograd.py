@@ -18,6 +18,7 @@ from flexifed.federation.rounds import Federation, LocalHosts, make_shards
 from flexifed.models import build_model
 from flexifed.training import winograd
 from flexifed.training.winograd import WinogradConv2d, convolve, fits, with_winograd
+from flexifed.training.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INFO = synthetic.info()
@@ -104,6 +105,27 @@ def test_rounding_is_that_of_float32(channels: int, size: int, limit: float) -> 
         assert (ours.double() - true).square().mean().sqrt() < limit * true.square().mean().sqrt()
 
 
+@pytest.mark.parametrize(
+    ("grid", "numbers", "sizes"),
+    [
+        ((4, 4), 36 * 64, [16, 16, 16, 16]),  # 16 tiles of 2,304 numbers each: 600,000 are 16 images
+        ((8, 8), 36 * 512, [1] * 64),
+        ((1, 1), 36 * 512, [64]),  # no fewer than 64 tiles
+        ((2, 3), 36 * 512, [11, 11, 11, 11, 11, 9]),
+    ],
+)
+def test_so_many_images_at_a_time_as_stay_in_the_cache(grid: tuple[int, int], numbers: int, sizes: list[int]) -> None:
+    parts = list(winograd._parts(64, grid, numbers))
+    assert [len(range(64)[part]) for part in parts] == sizes
+
+
+def test_matrices_are_on_the_cpu_whatever_the_default_device_is() -> None:
+    winograd._transforms.cache_clear()
+    with torch.device("meta"):
+        winograd._transforms(4, torch.float32)
+    assert convolve(*operands(1, (1, 1), (4, 4), torch.float32)).isfinite().all()
+
+
 def test_a_gradient_of_a_gradient_is_refused_and_not_wrong() -> None:
     images, weight, bias = operands(1, (1, 1), (4, 4), torch.float64)
     (gradient,) = torch.autograd.grad(convolve(images, weight, bias).square().sum(), images, create_graph=True)
@@ -117,7 +139,7 @@ def test_a_gradient_of_a_gradient_is_refused_and_not_wrong() -> None:
         nn.Conv2d(128, 128, 1),
         nn.Conv2d(128, 128, 3),
         nn.Conv2d(128, 128, 3, padding=1, stride=2),
-        nn.Conv2d(128, 128, 3, padding=2, dilation=2),
+        nn.Conv2d(128, 128, 3, padding=1, dilation=2),
         nn.Conv2d(128, 128, 3, padding=1, groups=2),
         nn.Conv2d(128, 128, 3, padding=1, padding_mode="circular"),
         nn.Conv2d(127, 128, 3, padding=1),
@@ -159,6 +181,13 @@ def states_after_a_round(config: CellConfig, clients_per_host: int = 4) -> dict[
     federation = Federation(config, INFO, hosts)
     federation.play_round()
     return {client: dict(state) for host in hosts._hosts for client, state in host.states(federation.shared).items()}
+
+
+def test_a_model_is_left_as_it_is_unless_it_is_asked_for() -> None:
+    for asked, count in ((None, 0), (False, 0), (True, 3)):
+        model = build_model("vgg11_bn", num_classes=10, width=0.25)
+        workspace = Workspace(model, TrainingConfig(), NumericsConfig(winograd=asked))
+        assert sum(isinstance(module, WinogradConv2d) for module in workspace.model.modules()) == count
 
 
 def test_a_round_gives_nearly_the_same_weights_and_the_same_bits_wherever_clients_live() -> None:
