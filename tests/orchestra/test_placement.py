@@ -142,6 +142,20 @@ def test_the_advice_after_a_full_gpu_asks_for_what_a_retry_gets(options: dict[st
     assert place(config, nodes, **asked) == roomier
 
 
+@pytest.mark.parametrize(
+    ("num_clients", "options", "said"),
+    [
+        (9, {}, "up to 9 clients, in 5 processes, share a GPU"),
+        (8, {"gpus_per_client": 0.25, "clients_per_actor": 8}, "up to 8 clients, in 1 process, share a GPU"),
+    ],
+)
+def test_the_advice_counts_the_clients_that_there_are(num_clients: int, options: dict[str, Any], said: str) -> None:
+    config, nodes = cell(num_clients, device="cuda"), [{"CPU": 16.0, "GPU": 2.0 if options else 1.0}]
+    placement = place(config, nodes, **options)
+    run = CellRun(config=config, info=synthetic.info(), profile="test", rounds=1, results=Path("results"))
+    assert _memory_advice(PlacedRun(run, placement), halved(placement, config, nodes)).startswith(said)
+
+
 def test_actors_on_gpus_share_cpus_that_are_too_few() -> None:
     assert shape(place(cell(device="cuda"), [{"CPU": 2, "GPU": 1}])) == ([1] * 8, 0.25, 0.125)
 
