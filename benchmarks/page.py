@@ -43,8 +43,10 @@ ROUND = """## A round, against one client after another
 client after another, models built anew in every round, all cores for each. The same data, models and steps, in
 PyTorch's own precision. Ours is that too, or
 
-- `--winograd`: wide 3x3 convolutions, forward and backward, with about half the arithmetic, still in float32. Rounding
-  differs ([`training/winograd.py`](../flexifed/training/winograd.py) says by how much), so it is a setting.
+- `--winograd`: wide 3x3 convolutions, forward and backward, with fewer multiplications, still in float32. Rounding
+  differs ([`training/winograd.py`](../flexifed/training/winograd.py) says by how much), so it is a setting; in an
+  experiment that changed accuracies as much as another order in memory did
+  ([record](../records/winograd-cifar10-vgg/README.md)).
 - `--precision bf16`: products in 16 bits, where the processor can: other numbers, weights stay float32.
 """
 
