@@ -154,17 +154,19 @@ class _Convolution(torch.autograd.Function):
         grid = images.shape[2] // tile, images.shape[3] // tile
         filters = _transformed_weight(weight, transforms)
         padded = _padded(images)
-        outputs = images.new_empty(len(images), grid[0], tile, grid[1], tile, len(weight))
+        shape = len(images), len(weight), *images.shape[2:]
+        outputs = torch.empty(shape, dtype=images.dtype, memory_format=torch.channels_last)
+        by_tile = outputs.permute(0, 2, 3, 1).view(len(images), grid[0], tile, grid[1], tile, len(weight))
         for some in _parts(len(images), grid, size * max(weight.shape[:2])):
             inputs = _transformed_inputs(padded[some], grid, transforms)
             products = torch.bmm(inputs, filters.permute(1, 2, 0))  # (a a, k r s, o)
             tiles = (transforms.outputs @ products.flatten(1)).view(tile, tile, -1, *grid, len(weight))
             if bias is not None:
                 tiles += bias
-            outputs[some] = tiles.permute(2, 3, 0, 4, 1, 5)
+            by_tile[some] = tiles.permute(2, 3, 0, 4, 1, 5)
         ctx.save_for_backward(padded, filters)
         ctx.transforms, ctx.grid, ctx.has_bias = transforms, grid, bias is not None
-        return outputs.view(len(images), *images.shape[2:], -1).permute(0, 3, 1, 2)
+        return outputs  # and no view of it, so that what follows may work in place
 
     @staticmethod
     @once_differentiable

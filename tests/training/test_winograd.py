@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from flexifed.config import CellConfig, ModelConfig, NumericsConfig, PartitionConfig, TrainingConfig
+from flexifed.config import CellConfig, FamilyName, ModelConfig, NumericsConfig, PartitionConfig, TrainingConfig
 from flexifed.data import synthetic
 from flexifed.errors import ConfigError
 from flexifed.federation.rounds import Federation, LocalHosts, make_shards
@@ -163,11 +163,11 @@ def test_a_model_keeps_its_very_tensors_under_their_names(name: str, count: int)
     assert sum(isinstance(module, WinogradConv2d) for module in model.modules()) == count
 
 
-def cell(**numerics: object) -> CellConfig:
+def cell(family: FamilyName = "vgg", **numerics: object) -> CellConfig:
     """VGGs of a quarter's width, whose last convolutions have 128 channels; eight images a round, in batches of 4."""
     return CellConfig(
         dataset="cifar10",
-        family="vgg",
+        family=family,
         scheme="max_common",
         model=ModelConfig(width=0.25),
         partition=PartitionConfig(num_clients=4, num_shards=500, windows_per_shard=10, max_train=80, max_test=8),
@@ -190,11 +190,12 @@ def test_a_model_is_left_as_it_is_unless_it_is_asked_for() -> None:
         assert sum(isinstance(module, WinogradConv2d) for module in workspace.model.modules()) == count
 
 
-def test_a_round_gives_nearly_the_same_weights_and_the_same_bits_wherever_clients_live() -> None:
+@pytest.mark.parametrize("family", ["vgg", "vgg_plain"])  # the second has a ReLU in place right after a convolution
+def test_a_round_gives_nearly_the_same_weights_and_the_same_bits_wherever_clients_live(family: FamilyName) -> None:
     ours, apart, plain = (
-        states_after_a_round(cell(winograd=True)),
-        states_after_a_round(cell(winograd=True), clients_per_host=1),
-        states_after_a_round(cell()),
+        states_after_a_round(cell(family, winograd=True)),
+        states_after_a_round(cell(family, winograd=True), clients_per_host=1),
+        states_after_a_round(cell(family)),
     )
     differ = 0
     for client, state in ours.items():
