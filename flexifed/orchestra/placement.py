@@ -143,7 +143,8 @@ def _gpu_share(
 
 
 def _gpus(nodes: Sequence[Resources]) -> int:
-    return sum(int(node.get("GPU", 0)) for node in nodes)
+    """Of nodes that also have CPUs, which every actor asks for."""
+    return sum(int(node.get("GPU", 0)) for node in nodes if node.get("CPU", 0))
 
 
 def holds(nodes: Sequence[Resources], placement: CellPlacement) -> bool:
