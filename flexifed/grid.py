@@ -71,7 +71,7 @@ class GridOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where clients compute. auto: cuda if the cluster has a GPU."""
     gpus_per_client: float | None = None
-    """Fraction of a GPU for each client. Default: 0.125 on a GPU."""
+    """Fraction of a GPU for each client. Default: 0.125 on a GPU, less where clients take turns."""
     clients_per_actor: int | None = None
     """Clients in one process, which take turns. Default: on GPUs those of --streams, and more where these would ask for
     more GPUs than there are; on CPUs as many as give every CPU one process."""

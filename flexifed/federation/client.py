@@ -155,11 +155,12 @@ class Client:
             train_started, started = time.time(), time.perf_counter()
             loss = yield from self._train(round_index)
             extremes = self._extremes()
-            contribution = self._take_out()
+            contribution, kept = self._take_out()
             yield
             train_loss = loss.item()
             self._check_finite(train_loss, extremes.tolist())
             train_s = time.perf_counter() - started
+            self._kept = kept
         trained = replace(
             measured,
             train_loss=train_loss,
@@ -236,16 +237,16 @@ class Client:
             if not all(map(math.isfinite, values)):
                 raise ArithmeticError(f"{name} is no longer finite after training; {self._remedy}")
 
-    def _take_out(self) -> GroupState:
-        """Keep the personal tensors, give out the shared ones: copies, since the workspace goes to the next client."""
+    def _take_out(self) -> tuple[GroupState, dict[str, torch.Tensor]]:
+        """The tensors to give out, and those to keep: copies, since the workspace goes to the next client."""
         trained = self._workspace.model.state_dict()
         contribution = {
             group: tuple(tensor.clone() for tensor in tensors)
             for group, tensors in shared_tensors(self._plan, self.index, trained).items()
         }
         shared_names = {name for names in self._plan.shared_names(self.index).values() for name in names}
-        self._kept = {name: tensor.clone() for name, tensor in trained.items() if name not in shared_names}
-        return contribution
+        kept = {name: tensor.clone() for name, tensor in trained.items() if name not in shared_names}
+        return contribution, kept
 
     def _seed(self, purpose: Purpose, round_index: int) -> int:
         return derive_seed(self._config.seed, purpose, self.index, round_index)
