@@ -137,7 +137,7 @@ def _gpu_share(
     if config.device == "cpu":
         return 0.0
     share = round(DEFAULT_GPUS_PER_CLIENT * most, 4)
-    if options.clients_per_actor is None and (gpus := _gpus(nodes)):
+    if gpus := _gpus(nodes):
         share = min(share, math.floor(10_000 / math.ceil(len(clients) / gpus)) / 10_000)
     return share
 

@@ -150,6 +150,7 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transforms: _Transforms
     ) -> torch.Tensor:
+        """See `convolve`; height and width are multiples of m."""
         size, tile = len(transforms.inputs), transforms.tile
         grid = images.shape[2] // tile, images.shape[3] // tile
         filters = _transformed_weight(weight, transforms)
@@ -171,6 +172,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of images, weight and bias, each of its shape, from that of the outputs."""
         padded, filters = ctx.saved_tensors
         transforms, grid = ctx.transforms, ctx.grid
         size, tile = len(transforms.inputs), transforms.tile

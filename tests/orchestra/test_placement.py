@@ -104,6 +104,11 @@ def test_by_default_every_cell_finds_room_on_whatever_gpus_there_are(
     assert sorted(client for clients in placement.clients for client in clients) == list(range(num_clients))
 
 
+def test_the_default_number_of_clients_in_an_actor_can_also_be_asked_for() -> None:
+    config, nodes = cell(40, device="cuda"), [{"CPU": 16.0, "GPU": 1.0}]
+    assert place(config, nodes, clients_per_actor=5) == place(config, nodes)
+
+
 def test_gpus_of_a_node_without_cpus_are_not_counted_on() -> None:
     nodes = [{"CPU": 16.0, "GPU": 1.0}, {"CPU": 0.0, "GPU": 4.0}]
     assert shape(place(cell(40, device="cuda"), nodes)) == ([5] * 8, 1.0, 0.125)
