@@ -121,7 +121,7 @@ def round_section() -> str:
         head = [ours, number(made["peak_rate"] / 1e9)]
         figures = ("round_s", "baseline_s", "ratio", "train_s", "eval_s", "overhead")
         rows.append([*head, *(median(made[figure]) for figure in figures)])
-        shares.append([*head, *(f"{share:.0%}" for share in made["share_of_peak"].values())])
+        shares.append([*head, *(f"{share:.1%}" for share in made["share_of_peak"].values())])
     names = load(ROUNDS[0])["share_of_peak"]
     cell = load(ROUNDS[0])["cell"]
     peak = "peak, GFLOP/s"
