@@ -24,7 +24,8 @@ from flexifed.training.streams import run as run_steps
 from flexifed.training.workspace import Workspace
 
 START_S = 15.0  # Ray, and the first processes that import torch; seen on 2 cores
-_SAMPLES = 16
+_SAMPLES = 2, 32
+"""Of the step that warms up, and of the one that is timed: about a batch, since small ones take longer a sample."""
 
 
 def this_machine() -> Resources:
@@ -70,16 +71,16 @@ def _seconds_per_sample(
     model = build_model(name, num_classes=info.num_classes, in_channels=info.in_channels, width=width, device=where)
     data = open_dataset(info)
     pipeline = make_pipeline(data, family, device=where, channels_last=numerics.channels_last)
-    samples, labels = (part.to(where) for part in data.train.take(np.arange(_SAMPLES) % info.num_train))
-    one_step = TrainingConfig(local_epochs=1, batch_size=_SAMPLES)
+    one_step = TrainingConfig(local_epochs=1, batch_size=max(_SAMPLES))
     workspace = Workspace(model, one_step, numerics)
     streams = {"batches": torch_generator(0, "batches"), "augmentation": torch_generator(0, "augmentation")}
     train_s = eval_s = 0.0
     with numeric_settings(numerics):
-        for _ in range(2):  # the first step warms up
+        for count in _SAMPLES:
+            samples, labels = (part.to(where) for part in data.train.take(np.arange(count) % info.num_train))
             started = time.perf_counter()
             run_steps(train(workspace, samples, labels, pipeline=pipeline, **streams))
             trained = time.perf_counter()
             run_steps(evaluate(workspace.model, samples, labels, config=one_step, numerics=numerics, pipeline=pipeline))
-            train_s, eval_s = trained - started, time.perf_counter() - trained
-    return train_s / _SAMPLES, eval_s / _SAMPLES
+            train_s, eval_s = (trained - started) / count, (time.perf_counter() - trained) / count
+    return train_s, eval_s

@@ -6,8 +6,9 @@ An output of m x m values, m being 4 or 2, is computed from its (m + 2) x (m + 2
 
 so that nine multiplications a value become 2.25 (m = 4) or 4 (m = 2), and summed over input channels they are matrix
 products. Everything is in the inputs' own precision, and gradients are those of the same formula. Only rounding differs
-from a direct convolution's: relative to their size, values have errors of 2e-6 to 3e-6 with m = 4 and below 1e-6 with
-m = 2 in float32, where a direct convolution has 1e-7 to 2e-6, and TF32 3e-4 (root mean squares, seen on a CPU).
+from a direct convolution's: in float32, relative to their size, outputs and gradients have errors of 2e-6 to 3.3e-6
+with m = 4 and below 1e-6 with m = 2 (root mean squares, seen on CPUs). Those of a direct convolution have 1e-7 to 2e-6,
+and under TF32 3e-4.
 
 Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", sections 4.1 to 4.3, whose matrices
 and names these are.
@@ -29,8 +30,10 @@ _FEWEST_CHANNELS = 128
 """On both sides of a convolution; with fewer the transforms cost what the products save."""
 _NUMBERS_AT_ONCE = 600_000
 """Of an intermediate value: as float32 2.4 MB, so that what one operation writes is in the cache for the next."""
-_FEWEST_TILES = 64
-"""At a time, so that the transformed weights, up to 38 MB, pass through memory seldom."""
+_TILES_AT_ONCE = 64
+"""At least, so that the transformed weights, up to 38 MB, pass through memory seldom."""
+_FEWEST_TILES = 32
+"""Of a batch; with fewer it takes longer to transform the weights than a direct convolution takes."""
 
 
 @dataclass(frozen=True)
@@ -85,29 +88,19 @@ def _transforms(tile: int, dtype: torch.dtype) -> _Transforms:
     return _Transforms(tile, *(torch.kron(matrix, matrix).to(dtype) for matrix in one_axis))
 
 
-class WinogradConv2d(nn.Module):
-    """In place of a convolution, with its very parameters.
-
-    Args:
-        convolution: one for which `fits` holds.
-    """
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        self.weight = convolution.weight
-        self.bias = convolution.bias
+class WinogradConv2d(nn.Conv2d):
+    """A convolution for which `fits` holds, computed by `convolve`."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """From (batch, in_channels, height, width) to (batch, out_channels, height, width)."""
         return convolve(images, self.weight, self.bias)
 
 
-def with_winograd(model: nn.Module) -> nn.Module:
-    """Let a model compute those of its convolutions that gain from it in this way; changed in place, and returned."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Conv2d) and fits(module):
-            model.set_submodule(name, WinogradConv2d(module))
-    return model
+def use_winograd(model: nn.Module) -> None:
+    """Let those of a model's convolutions that gain from it compute in this way: each stays, and changes its class."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d and fits(module):
+            module.__class__ = WinogradConv2d
 
 
 def fits(convolution: nn.Conv2d) -> bool:
@@ -122,7 +115,10 @@ def fits(convolution: nn.Conv2d) -> bool:
 
 
 def convolve(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """What `conv2d(images, weight, bias, padding=1)` returns, but for rounding; images of an odd size by that.
+    """What `conv2d(images, weight, bias, padding=1)` returns, but for rounding.
+
+    It is that function's own work where images have an odd size, where they are too few for this to be faster, and
+    under autocast.
 
     Args:
         images: (batch, in_channels, height, width), on a CPU.
@@ -132,10 +128,11 @@ def convolve(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     Returns:
         (batch, out_channels, height, width), with channels last in memory.
     """
-    height, width = images.shape[2:]
-    if height % 2 or width % 2:
-        return functional.conv2d(images, weight, bias, padding=1)
+    count, _, height, width = images.shape
     tile = 2 if height % 4 or width % 4 else 4
+    too_few = count * (height // tile) * (width // tile) < _FEWEST_TILES
+    if too_few or height % 2 or width % 2 or torch.is_autocast_enabled("cpu"):
+        return functional.conv2d(images, weight, bias, padding=1)
     result: torch.Tensor = _Convolution.apply(images, weight, bias, _transforms(tile, images.dtype))
     return result
 
@@ -206,7 +203,7 @@ def _parts(count: int, grid: tuple[int, int], numbers: int) -> Iterator[slice]:
         numbers: that a tile becomes.
     """
     tiles = grid[0] * grid[1]
-    at_once = max(1, _NUMBERS_AT_ONCE // (tiles * numbers), -(-_FEWEST_TILES // tiles))
+    at_once = max(1, _NUMBERS_AT_ONCE // (tiles * numbers), -(-_TILES_AT_ONCE // tiles))
     return (slice(start, start + at_once) for start in range(0, count, at_once))
 
 

@@ -7,14 +7,15 @@ from torch import nn
 from flexifed.config import NumericsConfig, TrainingConfig
 from flexifed.training.graph import CudaGraphs, Record, RecordedStep
 from flexifed.training.step import Step
-from flexifed.training.winograd import with_winograd
+from flexifed.training.winograd import use_winograd
 
 
 class Workspace:
     """A model whose values are whoever's turn it is, and how it is trained.
 
     Args:
-        model: on its device, where its tensors stay: values are copied into them. Its modules may be exchanged.
+        model: on its device, where its tensors stay: values are copied into them. Its convolutions may be given
+            another class.
         config: epochs, batch size, and SGD's settings.
         numerics: precision, how the optimizer steps, and whether steps are recorded; what holds for the whole process
             is `numeric_settings`.
@@ -24,10 +25,12 @@ class Workspace:
     def __init__(
         self, model: nn.Module, config: TrainingConfig, numerics: NumericsConfig, record: Record | None = None
     ) -> None:
-        self.model = with_winograd(model) if numerics.winograd else model
+        self.model = model
         self.config = config
         self.numerics = numerics
         self.device = next(model.parameters()).device
+        if numerics.winograd and numerics.precision is None and self.device.type == "cpu":
+            use_winograd(model)
         self._recorded = RecordedStep(self._fresh_step(), record or CudaGraphs()) if numerics.cuda_graph else None
 
     def begin(self) -> Step | RecordedStep:

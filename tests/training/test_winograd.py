@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +15,7 @@ from flexifed.errors import ConfigError
 from flexifed.federation.rounds import Federation, LocalHosts, make_shards
 from flexifed.models import build_model
 from flexifed.training import winograd
-from flexifed.training.winograd import WinogradConv2d, convolve, fits, with_winograd
+from flexifed.training.winograd import WinogradConv2d, convolve, fits, use_winograd
 from flexifed.training.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,7 +61,7 @@ def with_gradients(outputs: torch.Tensor, inputs: Operands) -> list[torch.Tensor
     bias=st.booleans(),
     channels_last=st.booleans(),
     numbers_at_once=st.sampled_from([1, 300, 10**6]),
-    fewest_tiles=st.sampled_from([1, 7]),
+    tiles_at_once=st.sampled_from([1, 7]),
 )
 @settings(max_examples=150)
 def test_outputs_and_gradients_are_those_of_a_direct_convolution(
@@ -73,25 +71,42 @@ def test_outputs_and_gradients_are_those_of_a_direct_convolution(
     bias: bool,
     channels_last: bool,
     numbers_at_once: int,
-    fewest_tiles: int,
+    tiles_at_once: int,
 ) -> None:
     inputs = operands(count, channels, size, torch.float64, bias=bias)
     images, weight, offsets = inputs
     layout = torch.channels_last if channels_last else torch.contiguous_format
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "_NUMBERS_AT_ONCE", numbers_at_once)
-        patch.setattr(winograd, "_FEWEST_TILES", fewest_tiles)
+        patch.setattr(winograd, "_TILES_AT_ONCE", tiles_at_once)
+        patch.setattr(winograd, "_FEWEST_TILES", 1)
         ours = convolve(images.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), offsets)
         ours_and_gradients = with_gradients(ours, inputs)
     for one, exact in zip(ours_and_gradients, with_gradients(direct(*inputs), inputs), strict=True):
         torch.testing.assert_close(one, exact, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("size", "tile"), [(8, 4), (4, 4), (6, 2), (2, 2)])
-def test_even_sizes_are_tiled(size: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("count", "size", "tile"), [(8, 8, 4), (32, 4, 4), (4, 6, 2), (32, 2, 2)])
+def test_even_sizes_are_tiled(count: int, size: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "conv2d", lambda *_, **__: pytest.fail("a direct convolution"))
-    outputs = convolve(*operands(1, (1, 1), (size, size), torch.float32))
+    outputs = convolve(*operands(count, (1, 1), (size, size), torch.float32))
     assert outputs.grad_fn.transforms.tile == tile
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "autocast"),
+    [(32, 5, False), (7, 8, False), (31, 4, False), (3, 6, False), (31, 2, False), (32, 4, True)],
+    ids=["odd", "7 of 4 tiles", "31 of a tile", "3 of 9 tiles", "31 of a small tile", "autocast"],
+)
+def test_where_nothing_is_gained_a_convolution_is_pytorchs_own_to_the_bit(
+    count: int, size: int, autocast: bool
+) -> None:
+    inputs = operands(count, (3, 5), (size, size), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        for one, exact in zip(
+            with_gradients(convolve(*inputs), inputs), with_gradients(direct(*inputs), inputs), strict=True
+        ):
+            assert torch.equal(one, exact)
 
 
 @pytest.mark.parametrize("channels", [128, 256])
@@ -123,11 +138,11 @@ def test_matrices_are_on_the_cpu_whatever_the_default_device_is() -> None:
     winograd._transforms.cache_clear()
     with torch.device("meta"):
         winograd._transforms(4, torch.float32)
-    assert convolve(*operands(1, (1, 1), (4, 4), torch.float32)).isfinite().all()
+    assert convolve(*operands(32, (1, 1), (4, 4), torch.float32)).isfinite().all()
 
 
 def test_a_gradient_of_a_gradient_is_refused_and_not_wrong() -> None:
-    images, weight, bias = operands(1, (1, 1), (4, 4), torch.float64)
+    images, weight, bias = operands(32, (1, 1), (4, 4), torch.float64)
     (gradient,) = torch.autograd.grad(convolve(images, weight, bias).square().sum(), images, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -150,14 +165,29 @@ def test_a_gradient_of_a_gradient_is_refused_and_not_wrong() -> None:
 def test_other_convolutions_stay_as_they_are(convolution: nn.Conv2d) -> None:
     assert fits(nn.Conv2d(128, 128, 3, padding=1))
     assert not fits(convolution)
-    assert with_winograd(nn.Sequential(convolution))[0] is convolution
+    use_winograd(convolution)
+    assert type(convolution) is nn.Conv2d
+
+
+def test_a_convolution_stays_the_same_module_wherever_it_is_used() -> None:
+    one = nn.Conv2d(128, 128, 3, padding=1)
+    heard = []
+    one.register_forward_hook(lambda *_: heard.append(1))
+    model = nn.Sequential(one, nn.ReLU(), one)
+    use_winograd(model)
+    model(torch.zeros(1, 128, 4, 4))
+    assert isinstance(one, WinogradConv2d)
+    assert len(heard) == 2
+    use_winograd(alone := nn.Conv2d(128, 128, 3, padding=1))
+    assert isinstance(alone, WinogradConv2d)
 
 
 @pytest.mark.parametrize(("name", "count"), [("vgg11_bn", 6), ("vgg19_bn", 13), ("resnet20", 0)])
 def test_a_model_keeps_its_very_tensors_under_their_names(name: str, count: int) -> None:
     model = build_model(name, num_classes=10, device="meta")
     before = list(model.state_dict(keep_vars=True).items())
-    after = list(with_winograd(model).state_dict(keep_vars=True).items())
+    use_winograd(model)
+    after = list(model.state_dict(keep_vars=True).items())
     assert [key for key, _ in before] == [key for key, _ in after]
     assert all(one is other for (_, one), (_, other) in zip(before, after, strict=True))
     assert sum(isinstance(module, WinogradConv2d) for module in model.modules()) == count
@@ -183,19 +213,35 @@ def states_after_a_round(config: CellConfig, clients_per_host: int = 4) -> dict[
     return {client: dict(state) for host in hosts._hosts for client, state in host.states(federation.shared).items()}
 
 
-def test_a_model_is_left_as_it_is_unless_it_is_asked_for() -> None:
-    for asked, count in ((None, 0), (False, 0), (True, 3)):
-        model = build_model("vgg11_bn", num_classes=10, width=0.25)
-        workspace = Workspace(model, TrainingConfig(), NumericsConfig(winograd=asked))
-        assert sum(isinstance(module, WinogradConv2d) for module in workspace.model.modules()) == count
+@pytest.mark.parametrize(
+    ("numerics", "count"),
+    [({}, 3), ({"winograd": True}, 3), ({"winograd": False}, 0), ({"precision": "bf16"}, 0)],
+    ids=["default", "on", "off", "bf16"],
+)
+def test_models_compute_so_by_default_and_only_in_float32(numerics: dict[str, object], count: int) -> None:
+    workspace = Workspace(
+        build_model("vgg11_bn", num_classes=10, width=0.25), TrainingConfig(), NumericsConfig(**numerics)
+    )
+    assert sum(isinstance(module, WinogradConv2d) for module in workspace.model.modules()) == count
+
+
+def test_models_elsewhere_than_on_a_cpu_are_left_as_they_are() -> None:
+    model = build_model("vgg11_bn", num_classes=10, device="meta")
+    assert not any(
+        isinstance(module, WinogradConv2d)
+        for module in Workspace(model, TrainingConfig(), NumericsConfig()).model.modules()
+    )
 
 
 @pytest.mark.parametrize("family", ["vgg", "vgg_plain"])  # the second has a ReLU in place right after a convolution
-def test_a_round_gives_nearly_the_same_weights_and_the_same_bits_wherever_clients_live(family: FamilyName) -> None:
+def test_a_round_gives_nearly_the_same_weights_and_the_same_bits_wherever_clients_live(
+    family: FamilyName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "_FEWEST_TILES", 1)
     ours, apart, plain = (
         states_after_a_round(cell(family, winograd=True)),
         states_after_a_round(cell(family, winograd=True), clients_per_host=1),
-        states_after_a_round(cell(family)),
+        states_after_a_round(cell(family, winograd=False)),
     )
     differ = 0
     for client, state in ours.items():
@@ -206,17 +252,6 @@ def test_a_round_gives_nearly_the_same_weights_and_the_same_bits_wherever_client
     assert differ, "or it need not be a setting"
 
 
-@pytest.mark.parametrize(
-    ("device", "numerics", "said"),
-    [
-        ("cuda", {"winograd": True}, "winograd is True, which is for CPUs; leave it out"),
-        ("cpu", {"winograd": True, "precision": "bf16"}, "with precision 'bf16', but it computes in float32"),
-        ("cpu", {"winograd": 1}, "winograd is 1"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(device: str, numerics: dict[str, object], said: str) -> None:
-    def chosen() -> CellConfig:
-        return replace(cell(**numerics), device=device)
-
-    with pytest.raises(ConfigError, match=said):
-        chosen()
+def test_it_is_on_or_off() -> None:
+    with pytest.raises(ConfigError, match="winograd is 1"):
+        cell(winograd=1)
