@@ -73,8 +73,8 @@ class GridOptions:
     gpus_per_client: float | None = None
     """Fraction of a GPU for each client. Default: 0.125 on a GPU, less where clients take turns."""
     clients_per_actor: int | None = None
-    """Clients in one process, which take turns. Default: on GPUs those of --streams, and more where these would ask for
-    more GPUs than there are; on CPUs as many as give every CPU one process."""
+    """Clients in one process, which take turns. Default: on GPUs those of --streams and, without --gpus-per-client, as
+    many as it takes for all to find room; on CPUs as many as give every CPU one process."""
     streams: int = 1
     """On a GPU, clients of one process that compute at the same time, each on a CUDA stream of its own."""
     max_concurrent: int | None = None

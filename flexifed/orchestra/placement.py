@@ -60,10 +60,14 @@ class CellPlacement:
     def __str__(self) -> str:
         most = max(len(clients) for clients in self.clients)
         gpus = f" and {self.gpus_per_actor:g} GPU" if self.gpus_per_actor else ""
-        actors = "1 actor" if len(self.clients) == 1 else f"{len(self.clients)} actors"
-        clients = "1 client" if most == 1 else f"up to {most} clients"
+        clients = f"{'up to ' if most > 1 else ''}{_counted(most, 'client')}"
         streams = f", {self.streams} at a time" if self.streams > 1 else ""
+        actors = _counted(len(self.clients), "actor")
         return f"{actors} of {clients}{streams}, each {self.cpus_per_actor:g} CPU{gpus}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Resources]) -> CellPlacement:
@@ -90,10 +94,10 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
     clients = _dealt_out(config, options, nodes)
     most = max(map(len, clients))
     gpus_per_actor = _gpu_share(config, options, nodes, clients)
-    if gpus_per_actor > 1 and gpus_per_actor != int(gpus_per_actor):
+    if gpus_per_actor > 1:
         raise ResourceError(
-            f"an actor of {most} clients asks for {gpus_per_actor:g} GPUs; above one it must be a "
-            "whole number: lower --gpus-per-client or --clients-per-actor"
+            f"an actor of {_counted(most, 'client')} asks for {gpus_per_actor:g} GPUs, but a process computes on one: "
+            "lower --gpus-per-client or --clients-per-actor"
         )
     shares = _cpu_shares(len(clients), config.numerics.threads, nodes)
     placements = [
@@ -136,7 +140,7 @@ def _gpu_share(
         return round(options.gpus_per_client * most, 4)
     if config.device == "cpu":
         return 0.0
-    share = round(DEFAULT_GPUS_PER_CLIENT * most, 4)
+    share = round(min(1.0, DEFAULT_GPUS_PER_CLIENT * most), 4)
     if gpus := _gpus(nodes):
         share = min(share, math.floor(10_000 / math.ceil(len(clients) / gpus)) / 10_000)
     return share
@@ -166,15 +170,10 @@ def halved(placement: CellPlacement, config: CellConfig, nodes: Sequence[Resourc
     sharing = int(1 / placement.gpus_per_actor + 1e-6) if placement.gpus_per_actor else 0
     if sharing < 2:
         return None
-    share = math.floor(10_000 / (sharing // 2)) / 10_000
+    roomier = replace(placement, gpus_per_actor=math.floor(10_000 / (sharing // 2)) / 10_000)
     num_clients, block = config.partition.num_clients, config.sharing.reduce_block
-    per_actor = block * math.ceil(max(map(len, placement.clients)) / block)  # the last block may be short
-    while True:
-        clients = tuple(assign_clients(num_clients, per_actor, block))
-        roomier = replace(placement, clients=clients, gpus_per_actor=share)
-        if holds(nodes, roomier) or len(clients) == 1:
-            return roomier
-        per_actor *= 2
+    wanted = max(max(map(len, placement.clients)), math.ceil(num_clients / max(1, _held(roomier, nodes))))
+    return replace(roomier, clients=tuple(assign_clients(num_clients, block * math.ceil(wanted / block), block)))
 
 
 def _cpu_shares(num_actors: int, threads: int, nodes: Sequence[Resources]) -> list[float]:
@@ -194,13 +193,14 @@ def _refuse(placement: CellPlacement, nodes: Sequence[Resources]) -> NoReturn:
     """Say what Ray would wait for without a word and without end."""
     held = _held(placement, nodes)
     have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
-    if placement.gpus_per_actor and not any(node.get("GPU", 0) for node in nodes):
+    gpus, on_one = _gpus(nodes), int(1 / placement.gpus_per_actor + 1e-6) if placement.gpus_per_actor else 0
+    if on_one and not gpus:
         remedy = (
-            "no node has a GPU, so use --device cpu without --gpus-per-client or --streams, or add nodes that have one"
+            "no node has a GPU beside CPUs, so use --device cpu without --gpus-per-client or --streams, or add nodes "
+            "that have one"
         )
-    elif placement.gpus_per_actor:
-        streams = ", --streams" if placement.streams > 1 else ""
-        remedy = f"lower --gpus-per-client{streams} or --clients-per-actor, or add nodes"
+    elif on_one and gpus * on_one < len(placement.clients):
+        remedy = f"leave --gpus-per-client out{_lower_share(placement, gpus)}, or add nodes"
     else:
         remedy = "raise --clients-per-actor, or add nodes"
     raise ResourceError(
@@ -209,12 +209,18 @@ def _refuse(placement: CellPlacement, nodes: Sequence[Resources]) -> NoReturn:
     )
 
 
+def _lower_share(placement: CellPlacement, gpus: int) -> str:
+    """What else than a default each client could ask for; nothing, if that is below what Ray counts."""
+    actors_on_one = math.ceil(len(placement.clients) / gpus)
+    share = math.floor(10_000 / actors_on_one / max(map(len, placement.clients))) / 10_000
+    return f", or lower it to {share:g}" if share else ""
+
+
 def _actors_on(node: Resources, needed: Mapping[str, float]) -> int:
-    """How many actors an empty node holds. A fraction of a GPU lies on one GPU, so fractions fill GPUs one by one."""
+    """How many actors an empty node holds. A share of a GPU lies on one GPU, so shares fill GPUs one by one."""
     counts = []
     if needed["CPU"]:
         counts.append(int(node.get("CPU", 0) / needed["CPU"] + 1e-6))
     if gpu := needed["GPU"]:
-        gpus = node.get("GPU", 0)
-        counts.append(int(gpus) * int(1 / gpu + 1e-6) if gpu <= 1 else int(gpus / gpu))
+        counts.append(int(node.get("GPU", 0)) * int(1 / gpu + 1e-6))
     return min(counts, default=0)

@@ -113,16 +113,17 @@ def _memory_advice(placed: PlacedRun, roomier: CellPlacement | None) -> str:
     """How many clients share a GPU, and what to ask for instead."""
     placement, block = placed.placement, placed.run.config.sharing.reduce_block
     each = max(len(clients) for clients in placement.clients)
-    sharing = int(1 / min(1.0, placement.gpus_per_actor) + 1e-6) if placement.gpus_per_actor else 1
+    sharing = int(1 / placement.gpus_per_actor + 1e-6) if placement.gpus_per_actor else 1
     sharing = min(sharing, len(placement.clients))
     processes = "1 process" if sharing == 1 else f"{sharing} processes"
-    most = min(sharing * each, placed.run.config.partition.num_clients)
-    now = f"up to {most} clients, in {processes}, share a GPU"
+    together = min(sharing * each, placed.run.config.partition.num_clients)
+    now = f"up to {together} clients, in {processes}, share a GPU"
     if roomier is None:
         return f"{now}; use a smaller --width or --batch-size"
-    hosted = block * math.ceil(max(map(len, roomier.clients)) / block)
+    most = max(map(len, roomier.clients))
+    hosted = block * math.ceil(most / block)
     streams = f" --streams {roomier.streams}" if placement.streams > 1 else ""
     return (
-        f"{now}; ask for --gpus-per-client {roomier.gpus_per_actor / hosted:g} --clients-per-actor {hosted}{streams}, "
+        f"{now}; ask for --gpus-per-client {roomier.gpus_per_actor / most:g} --clients-per-actor {hosted}{streams}, "
         "or let --retry-out-of-memory do so"
     )

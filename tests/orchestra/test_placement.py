@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,10 @@ def test_gpus_of_a_node_without_cpus_are_not_counted_on() -> None:
     assert shape(place(cell(40, device="cuda"), nodes)) == ([5] * 8, 1.0, 0.125)
 
 
+def test_half_a_gpu_beyond_whole_ones_is_not_counted_on() -> None:
+    assert shape(place(cell(40, device="cuda"), [{"CPU": 16.0, "GPU": 1.5}] * 2)) == ([3] * 12 + [2] * 2, 1.0, 0.1428)
+
+
 def test_clients_of_an_actor_overlap_if_it_has_so_many() -> None:
     nodes = [{"CPU": 16, "GPU": 1}]
     placement = place(cell(device="cuda"), nodes, streams=4)
@@ -145,25 +150,31 @@ def test_the_advice_after_a_full_gpu_asks_for_what_a_retry_gets(options: dict[st
         return
     roomier = halved(placement, config, nodes)
     assert roomier is not None
+    assert place(config, nodes, **asked_for(advice(config, placement, roomier))) == roomier
+
+
+def advice(config: CellConfig, placement: CellPlacement, roomier: CellPlacement | None) -> str:
     run = CellRun(config=config, info=synthetic.info(), profile="test", rounds=1, results=Path("results"))
-    advice = _memory_advice(PlacedRun(run, placement), roomier)
-    found = dict(re.findall(r"--(gpus-per-client|clients-per-actor|streams) ([\d.]+)", advice))
-    asked = {name.replace("-", "_"): float(value) if "gpus" in name else int(value) for name, value in found.items()}
-    assert place(config, nodes, **asked) == roomier
+    return _memory_advice(PlacedRun(run, placement), roomier)
+
+
+def asked_for(text: str) -> dict[str, Any]:
+    """The options that an advice names."""
+    found = re.findall(r"--(gpus-per-client|clients-per-actor|streams) ([\d.]+)", text)
+    return {name.replace("-", "_"): float(value) if "gpus" in name else int(value) for name, value in found}
 
 
 @pytest.mark.parametrize(
     ("num_clients", "options", "said"),
     [
         (9, {}, "up to 9 clients, in 5 processes, share a GPU"),
-        (8, {"gpus_per_client": 0.25, "clients_per_actor": 8}, "up to 8 clients, in 1 process, share a GPU"),
+        (8, {"gpus_per_client": 0.125, "clients_per_actor": 8}, "up to 8 clients, in 1 process, share a GPU"),
     ],
 )
 def test_the_advice_counts_the_clients_that_there_are(num_clients: int, options: dict[str, Any], said: str) -> None:
     config, nodes = cell(num_clients, device="cuda"), [{"CPU": 16.0, "GPU": 2.0 if options else 1.0}]
     placement = place(config, nodes, **options)
-    run = CellRun(config=config, info=synthetic.info(), profile="test", rounds=1, results=Path("results"))
-    assert _memory_advice(PlacedRun(run, placement), halved(placement, config, nodes)).startswith(said)
+    assert advice(config, placement, halved(placement, config, nodes)).startswith(said)
 
 
 def test_actors_on_gpus_share_cpus_that_are_too_few() -> None:
@@ -181,7 +192,7 @@ def test_cpu_clients_can_be_given_a_share_of_a_gpu() -> None:
         ({"clients_per_actor": 8}, ([8], 1.0, 1.0)),
         ({"clients_per_actor": 100}, ([8], 1.0, 1.0)),
         ({"gpus_per_client": 0.25}, ([1] * 8, 1.0, 0.25)),
-        ({"gpus_per_client": 0.25, "clients_per_actor": 8}, ([8], 1.0, 2.0)),
+        ({"gpus_per_client": 0.25, "clients_per_actor": 4}, ([4, 4], 1.0, 1.0)),
         ({"streams": 4}, ([4, 4], 1.0, 0.5)),
     ],
 )
@@ -219,20 +230,49 @@ def test_actors_that_would_cut_a_block_are_refused() -> None:
             cell(device="cuda"),
             [{"CPU": 4, "GPU": 1}, {"CPU": 4}],
             {"gpus_per_client": 0.5},
-            ["0.5 GPU", "hold only 2", "4 CPU, 1 GPU; 4 CPU, 0 GPU", "lower --gpus-per-client"],
+            ["0.5 GPU", "hold only 2", "4 CPU, 1 GPU; 4 CPU, 0 GPU", "lower it to 0.125"],
         ),
         (
             cell(device="cuda"),
             [{"CPU": 16, "GPU": 3}],  # a fraction lies on one GPU: one of 0.6 on each
             {"gpus_per_client": 0.6},
-            ["0.6 GPU", "hold only 3", "16 CPU, 3 GPU", "lower --gpus-per-client or --clients-per-actor"],
+            ["0.6 GPU", "hold only 3", "16 CPU, 3 GPU", "lower it to 0.3333"],
         ),
-        (cell(device="cuda"), [{"CPU": 8, "GPU": 8}], {"gpus_per_client": 2}, ["2 GPU", "hold only 4"]),
+        (
+            cell(device="cuda"),
+            [{"CPU": 8, "GPU": 8}],
+            {"gpus_per_client": 2},
+            ["an actor of 1 client asks for 2 GPUs", "on one"],
+        ),
         (
             cell(device="cuda"),
             [{"CPU": 8, "GPU": 8}],
             {"gpus_per_client": 0.3, "clients_per_actor": 4},
-            ["an actor of 4 clients asks for 1.2 GPUs", "whole number", "--gpus-per-client or --clients-per-actor"],
+            ["an actor of 4 clients asks for 1.2 GPUs", "on one: lower --gpus-per-client or --clients-per-actor"],
+        ),
+        (
+            cell(40, device="cuda"),
+            [{"CPU": 16, "GPU": 1}],
+            {"gpus_per_client": 0.125},
+            ["hold only 8", ": leave --gpus-per-client out, or lower it to 0.025, or add nodes"],
+        ),
+        (
+            cell(200, device="cuda"),
+            [{"CPU": 16, "GPU": 1}],
+            {"gpus_per_client": 0.0051, "clients_per_actor": 1},
+            ["hold only 196", "lower it to 0.005,"],
+        ),
+        (
+            cell(40, device="cuda"),
+            [{"CPU": 1, "GPU": 0}, {"CPU": 0, "GPU": 8}],
+            {"gpus_per_client": 0.1},
+            ["hold only 0", "no node has a GPU beside CPUs", "--device cpu"],
+        ),
+        (
+            cell(device="cuda"),
+            [{"CPU": 16}],
+            {"clients_per_actor": 8},
+            ["each 1 CPU and 1 GPU", "no node has a GPU beside CPUs", "--device cpu"],
         ),
         (
             cell(device="cuda"),
@@ -376,22 +416,26 @@ def test_half_as_many_actors_share_a_gpu(
     assert (shape(roomier) if roomier else None) == expected
 
 
-@example(num_clients=37, share=0.05, per_actor=2, gpus=2, block=2)  # the host of the short last block comes first
+@example(num_clients=37, share=0.05, per_actor=2, gpus=2, block=2, streams=1)  # a short last block, in the first host
+@example(num_clients=16, share=0.05, per_actor=18, gpus=3, block=3, streams=2)
+@example(num_clients=97, share=0.1, per_actor=5, gpus=3, block=1, streams=1)
 @given(
-    num_clients=st.integers(1, 40),
+    num_clients=st.integers(1, 100),
     share=st.sampled_from([1.0, 0.5, 0.3333, 0.3, 0.25, 0.2, 0.125, 0.1, 0.05]),
-    per_actor=st.integers(1, 4),
+    per_actor=st.integers(1, 20),
     gpus=st.integers(1, 4),
-    block=st.sampled_from([1, 2, 4]),
+    block=st.sampled_from([1, 2, 3, 4]),
+    streams=st.integers(1, 5),
 )
-@settings(max_examples=200, deadline=None)
-def test_halving_ends_at_one_actor_a_gpu_and_always_fits(
-    num_clients: int, share: float, per_actor: int, gpus: int, block: int
+@settings(max_examples=400, deadline=None)
+def test_halving_ends_at_one_actor_a_gpu_always_fits_and_leaves_no_gpu_idle(
+    num_clients: int, share: float, per_actor: int, gpus: int, block: int, streams: int
 ) -> None:
     config = cell(num_clients, device="cuda", reduce_block=block)
     nodes = [{"CPU": 64.0, "GPU": float(gpus)}]
+    asked = {"gpus_per_client": share, "clients_per_actor": per_actor, "streams": streams}
     try:
-        placement: CellPlacement | None = place(config, nodes, gpus_per_client=share, clients_per_actor=per_actor)
+        placement: CellPlacement | None = place(config, nodes, **asked)
     except (ResourceError, ConfigError):
         event("refused")
         return
@@ -401,8 +445,36 @@ def test_halving_ends_at_one_actor_a_gpu_and_always_fits(
         assert sorted(client for actor in placement.clients for client in actor) == list(range(num_clients))
         sharing = int(1 / placement.gpus_per_actor + 1e-6)
         roomier = halved(placement, config, nodes)
-        assert (roomier is None) == (sharing < 2)
+        assert (roomier is None) == (sharing < 2 and placement.streams == 1)
         if roomier is not None:
-            assert int(1 / roomier.gpus_per_actor + 1e-6) == sharing // 2
+            assert place(config, nodes, **asked_for(advice(config, placement, roomier))) == roomier
+            if placement.streams == 1:
+                assert int(1 / roomier.gpus_per_actor + 1e-6) == sharing // 2
+                before, after = (max(map(len, one.clients)) for one in (placement, roomier))
+                blocks_each = math.ceil(math.ceil(num_clients / block) / (gpus * (sharing // 2)))
+                assert after <= max(block * math.ceil(before / block), block * blocks_each)
         placement, steps = roomier, steps + 1
-    assert steps <= 6
+    assert steps <= 10
+
+
+@given(
+    num_clients=st.integers(1, 100),
+    share=st.integers(1, 10_000).map(lambda part: part / 10_000),
+    per_actor=st.none() | st.integers(1, 20),
+    gpus=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+)
+def test_who_asks_for_too_much_of_the_gpus_is_told_how_much_there_is(
+    num_clients: int, share: float, per_actor: int | None, gpus: list[int]
+) -> None:
+    config, nodes = cell(num_clients, device="cuda"), [{"CPU": 64.0, "GPU": float(count)} for count in gpus]
+    try:
+        place(config, nodes, gpus_per_client=share, clients_per_actor=per_actor)
+    except ResourceError as error:
+        told = re.search(r"lower it to ([\d.]+),", str(error))
+        event("told" if told else "refused")
+        if told:
+            lower = float(told.group(1))
+            assert lower < share
+            place(config, nodes, gpus_per_client=lower, clients_per_actor=per_actor)
+        if "leave --gpus-per-client out" in str(error):
+            place(config, nodes, clients_per_actor=per_actor)
