@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).parents[1] / "records" / "benchmarks"
-ROUNDS = ("round", "round-bf16", "round-avx2", "round-avx2-winograd")
+ROUNDS = {
+    "Xeon, AVX512": ("round-xeon", "round-xeon-direct", "round-xeon-bf16"),
+    "EPYC, AVX512": ("round-epyc-direct", "round-epyc-bf16"),
+    "EPYC, AVX2": ("round-epyc-avx2", "round-epyc-avx2-direct"),
+}
+"""What `round.py` printed, by processor."""
 Figures = dict[str, Any]
 
 INTRODUCTION = """# Speed
@@ -40,20 +45,18 @@ fewer streams first, then to fewer processes (`--retry-out-of-memory`).
 ROUND = """## A round, against one client after another
 
 `benchmarks/sequential.py` is a plain loop as the published program has it: images one by one through a DataLoader, one
-client after another, models built anew in every round, all cores for each. The same data, models and steps, in
-PyTorch's own precision. Ours is that too, or
+client after another, models built anew in every round, all cores for each. The same data, models and steps. Ours is
 
-- `--winograd`: wide 3x3 convolutions, forward and backward, with fewer multiplications, still in float32. Rounding
-  differs ([`training/winograd.py`](../flexifed/training/winograd.py) says by how much), so it is a setting; in an
-  experiment that changed accuracies as much as another order in memory did
-  ([record](../records/winograd-cifar10-vgg/README.md)).
+- by default float32, with wide 3x3 convolutions by Winograd's algorithm, forward and backward: fewer multiplications,
+  and other rounding ([`training/winograd.py`](../flexifed/training/winograd.py) says by how much). In an experiment
+  that changed accuracies as much as another order in memory did ([record](../records/winograd-cifar10-vgg/README.md)).
+- `--no-winograd`: PyTorch's own convolutions.
 - `--precision bf16`: products in 16 bits, where the processor can: other numbers, weights stay float32.
 """
 
 PEAK = """Part of the machine's peak rate that training reaches, by model. The peak is that of a large float32 matrix
 product on all cores in the same run. A convolution counts as its multiply-adds, though a library may need fewer, and
-`--winograd` does. On the faster processor PyTorch's own convolutions leave little to gain in float32, and the plain
-loop keeps all cores busy too; on the other one, with AVX2 alone, a backward pass takes up to twice the time it should.
+Winograd's algorithm does.
 """
 
 FLOWER = """## Against Flower
@@ -108,35 +111,38 @@ def command(line: str, figures: Figures) -> str:
     return f"```bash\nuv run --extra test python benchmarks/{line}     # {place}\n```\n"
 
 
+def setting_of(cell: Figures) -> str:
+    """What `round.py` was told of its numbers; nothing for the default."""
+    if cell["precision"]:
+        return f"--precision {cell['precision']}"
+    return "" if cell.get("winograd") else "--no-winograd"
+
+
 def round_section() -> str:
-    """Of `round.py`, on two processors."""
-    lines, rows, shares = [], [], []
-    for made in map(load, ROUNDS):
-        cell = made["cell"]
-        winograd = cell.get("winograd")
-        options = [f"--local-epochs {cell['local_epochs']} --repeat {made['round_s']['n']}"]
-        options += ["--winograd"] * bool(winograd) + [f"--precision {cell['precision']}"] * bool(cell["precision"])
-        lines.append(command(f"round.py {' '.join(options)}", made))
-        ours = "`--winograd`" if winograd else cell["precision"] or "PyTorch's own"
-        head = [ours, number(made["peak_rate"] / 1e9)]
-        figures = ("round_s", "baseline_s", "ratio", "train_s", "eval_s", "overhead")
-        rows.append([*head, *(median(made[figure]) for figure in figures)])
-        shares.append([*head, *(f"{share:.1%}" for share in made["share_of_peak"].values())])
-    names = load(ROUNDS[0])["share_of_peak"]
-    cell = load(ROUNDS[0])["cell"]
-    peak = "peak, GFLOP/s"
+    """Of `round.py`, on several processors."""
+    commands, rows, shares = [], [], []
+    for processor, names in ROUNDS.items():
+        for made in map(load, names):
+            cell = made["cell"]
+            setting = setting_of(cell)
+            options = f"--local-epochs {cell['local_epochs']} --repeat {made['round_s']['n']} {setting}".rstrip()
+            commands.append(command(f"round.py {options}", made))
+            head = [processor, f"`{setting}`" if setting else "default"]
+            figures = ("round_s", "baseline_s", "ratio", "train_s", "eval_s", "overhead")
+            rows.append([*head, *(median(made[figure]) for figure in figures)])
+            reached = (f"{share:.1%}" for share in made["share_of_peak"].values())
+            shares.append([*head, number(made["peak_rate"] / 1e9), *reached])
+    head = ["processor", "ours"]
+    seconds = ["a round, s", "the loop, s", "times faster", "training, s", "scoring, s", "neither"]
     return "\n".join(
         [
             ROUND,
-            *lines,
-            f"{cell['data']} data; {cell['placement']}. The peak tells the two processors apart.",
+            *commands,
+            f"{cell['data']} data; {cell['placement']}.",
             "Training and scoring are of the busiest process. Checkpoints, under 3 % of a run's time, are left out.\n",
-            table(
-                ["ours", peak, "a round, s", "the loop, s", "times faster", "training, s", "scoring, s", "neither"],
-                rows,
-            ),
+            table([*head, *seconds], rows),
             PEAK,
-            table(["ours", peak, *names], shares),
+            table([*head, "peak, GFLOP/s", *made["share_of_peak"]], shares),
         ]
     )
 

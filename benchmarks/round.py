@@ -127,14 +127,14 @@ def cell_of(options: argparse.Namespace) -> CellConfig:
             precision=options.precision,
             fused=options.fused or None,
             cuda_graph=options.cuda_graph or None,
-            winograd=options.winograd or None,
+            winograd=options.winograd,
         ),
     )
 
 
 def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     """Play rounds of both, in turn."""
-    config = cell_of(options)
+    config, before = cell_of(options), machine()
     info = find_dataset(
         "cifar10", data="real" if options.data_dir else "synthetic", data_dir=options.data_dir or Path("data")
     )
@@ -161,7 +161,7 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     work = [max(work_of(result).values(), key=lambda one: one.either_s) for result in played]
     at_a_time = len(placement.clients) * placement.streams
     return {
-        "machine": machine(),
+        "machine": before,
         "device": device_name(device),
         "versions": versions("flexifed", "torch", "torchvision", "ray", "numpy"),
         "cell": {
@@ -206,7 +206,10 @@ def main() -> None:
         "--cuda-graph", action="store_true", help="training steps of ours recorded and replayed, on GPUs"
     )
     parser.add_argument(
-        "--winograd", action="store_true", help="wide convolutions of ours by Winograd's algorithm, on CPUs"
+        "--winograd",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="wide convolutions of ours by Winograd's algorithm, on CPUs in float32",
     )
     parser.add_argument("--scheme", choices=SCHEMES, default="max_common")
     parser.add_argument("--family", choices=("vgg", "vgg_plain", "resnet"), default="vgg")

@@ -21,7 +21,7 @@ from flexifed.data.partition import window
 from flexifed.errors import ClientError, FlexifedError
 from flexifed.models import build_model
 from flexifed.seeding import Purpose, derive_seed, torch_generator
-from flexifed.training.evaluate import evaluate
+from flexifed.training.evaluate import Score, evaluate
 from flexifed.training.local import train
 from flexifed.training.numerics import seeded_dropout
 from flexifed.training.streams import Steps
@@ -126,18 +126,8 @@ class Client:
             self._load(self.state(shared))
         with self._stage(round_index, "scoring"):
             started = time.perf_counter()
-            with seeded_dropout(self._seed("scoring", round_index), self._device):
-                score = yield from evaluate(
-                    self._workspace.model,
-                    self._test_samples,
-                    self._test_labels,
-                    config=self._config.training,
-                    numerics=self._config.numerics,
-                    pipeline=self._pipeline,
-                )
+            score = yield from self._score(round_index)
             eval_s = time.perf_counter() - started
-            if not math.isfinite(score.loss):
-                raise ArithmeticError(f"the loss on the test shard is {score.loss}; {self._remedy}")
         measured = ClientRound(
             client=self.index,
             accuracy=score.accuracy,
@@ -198,6 +188,20 @@ class Client:
         with torch.no_grad():
             tensors = self._workspace.model.state_dict()
             torch._foreach_copy_(list(tensors.values()), [state[name] for name in tensors])
+
+    def _score(self, round_index: int) -> Steps[Score]:
+        with seeded_dropout(self._seed("scoring", round_index), self._device):
+            score = yield from evaluate(
+                self._workspace.model,
+                self._test_samples,
+                self._test_labels,
+                config=self._config.training,
+                numerics=self._config.numerics,
+                pipeline=self._pipeline,
+            )
+        if not math.isfinite(score.loss):
+            raise ArithmeticError(f"the loss on the test shard is {score.loss}; {self._remedy}")
+        return score
 
     def _train(self, round_index: int) -> Steps[torch.Tensor]:
         seed = self._config.seed

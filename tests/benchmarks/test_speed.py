@@ -10,6 +10,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import DeviceType
 
 from flexifed import aggregate, build_model, sharing_plan
 from flexifed.config import FAMILIES, CellConfig, ModelConfig, TrainingConfig
@@ -100,17 +102,60 @@ def test_the_share_of_the_peak_is_of_the_time_in_which_anyone_trains(round_bench
         family="vgg",
         scheme="standalone",
         model=ModelConfig(width=0.1),
-        training=TrainingConfig(local_epochs=1),
+        training=TrainingConfig(local_epochs=3),
     )
     clients = tuple(
         ClientRound(index, 0.5, 1.0, 1.0, 0, 0, eval_s=0.1, train_s=seconds, train_started=0.0)
         for index, seconds in ((0, 2.0), (1, 2.0), (2, 1.0))
     )
     result = RoundResult(0, clients, host_of=(0, 0, 1), round_s=2.5, aggregate_s=0.0)
-    flops = [6 * model_multiply_adds(config.model_name(index), num_classes=10, width=0.1) for index in range(3)]
+    flops = [3 * 6 * model_multiply_adds(config.model_name(index), num_classes=10, width=0.1) for index in range(3)]
     shares = round_benchmark.share_of_peak(config, 10, [10, 10, 10], [result, result], rate=1e9, sharing=3)
     assert shares["all"] == pytest.approx(10 * ((flops[0] + flops[1]) / 2 + flops[2]) / 1e9, abs=1e-3)
     assert shares["vgg16_bn"] == pytest.approx(10 * flops[2] * 3 / 1e9, abs=1e-3)
+
+
+def test_the_peak_is_the_fastest_product_on_the_cores_that_are_named(
+    round_benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, threads, seconds = [0.0], [], iter([4.0, 0.5, 3.0])
+
+    def product(one: torch.Tensor, _: torch.Tensor) -> None:
+        assert one.shape == (4096, 4096)
+        threads.append(torch.get_num_threads())
+        clock[0] += next(seconds)
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(sys.modules["peak"].torch, "mm", product)
+    monkeypatch.setattr(sys.modules["peak"].time, "perf_counter", lambda: clock[0])
+    rate = round_benchmark.peak_rate(torch.device("cpu"), before + 1, repeat=3)
+    assert rate == 2 * 4096**3 / 0.5
+    assert threads == [before + 1] * 3
+    assert torch.get_num_threads() == before
+
+
+def test_only_what_a_device_itself_did_makes_it_busy(round_benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the profiler tells of a GPU, with what the CPU did for it."""
+
+    class Profiler:
+        def __enter__(self) -> Profiler:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def events(self) -> list[SimpleNamespace]:
+            spans = ((DeviceType.CPU, 0, 1e6), (DeviceType.CUDA, 0, 3e5), (DeviceType.CUDA, 2e5, 5e5))
+            return [
+                SimpleNamespace(device_type=kind, time_range=SimpleNamespace(start=start, end=end))
+                for kind, start, end in spans
+            ]
+
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(sys.modules["busy"], "profile", lambda **_: Profiler())
+    monkeypatch.setattr(sys.modules["busy"].time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    assert round_benchmark.device_share(torch.device("cuda"), lambda: None) == 0.25
 
 
 def test_a_profiler_that_sees_nothing_is_an_error_and_not_an_idle_device(round_benchmark: Any) -> None:
