@@ -9,7 +9,7 @@ from typing import Any
 
 RECORDS = Path(__file__).parents[1] / "records" / "benchmarks"
 ROUNDS = {
-    "Xeon, AVX512": ("round-xeon", "round-xeon-direct", "round-xeon-bf16"),
+    "Xeon, AVX512": ("round-xeon", "round-xeon-direct"),
     "EPYC, AVX512": ("round-epyc-direct", "round-epyc-bf16"),
     "EPYC, AVX2": ("round-epyc-avx2", "round-epyc-avx2-direct"),
 }
