@@ -9,7 +9,7 @@ from typing import Any
 
 RECORDS = Path(__file__).parents[1] / "records" / "benchmarks"
 ROUNDS = {
-    "Xeon, AVX512": ("round-xeon", "round-xeon-direct"),
+    "Xeon, AVX512": ("round-xeon", "round-xeon-direct", "round-xeon-bf16"),
     "EPYC, AVX512": ("round-epyc-direct", "round-epyc-bf16"),
     "EPYC, AVX2": ("round-epyc-avx2", "round-epyc-avx2-direct"),
 }
@@ -149,7 +149,11 @@ def round_section() -> str:
 
 def flower_section() -> str:
     """Of `flower.py`, on full shards and on next to no training."""
-    runs = {"thin models": "flower-thin", "next to no training": "flower-engine"}
+    runs = {
+        "thin models, EPYC": "flower-thin",
+        "thin models, Xeon": "flower-thin-xeon",
+        "next to no training, EPYC": "flower-engine",
+    }
     rows, lines = [], []
     for what, name in runs.items():
         made = load(name)
