@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from flexifed.errors import ConfigError, invalid_choice
 
@@ -175,7 +175,7 @@ class NumericsConfig:
     precision: Precision | None = None
     """Of products: `tf32` (GPUs), or `bf16` (autocast). Default: PyTorch's own, TF32 for convolutions on GPUs alone."""
     winograd: bool = True
-    """Wide 3x3 convolutions, those of a VGG, with fewer multiplications, on CPUs in float32. Without: PyTorch's own."""
+    """3x3 convolutions of 128 channels or more with fewer multiplications, on CPUs in float32. Without: PyTorch's."""
 
     def __post_init__(self) -> None:
         _check_integer(self, "threads", 1, _MOST_THREADS)
@@ -186,6 +186,10 @@ class NumericsConfig:
                 _check_bool(self, name)
         if self.precision is not None:
             _check_literal(self, "precision", get_args(Precision))
+
+    def by_winograd(self, device: str) -> bool:
+        """Whether wide convolutions on a kind of device are by Winograd's algorithm."""
+        return self.winograd and device == "cpu" and self.precision is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +242,8 @@ class CellConfig:
     def run_id(self, data_fingerprint: str) -> str:
         """Sixteen hexadecimal digits for all that decides the numbers: this config and the data.
 
-        A setting that is None is left out, so that a run keeps its id when a further such setting is thought of.
+        A setting that is None is left out, so that a run keeps its id when a further such setting is thought of; so is
+        Winograd's algorithm where it is not used.
 
         Args:
             data_fingerprint: source and checksum of the data set.
@@ -247,7 +252,9 @@ class CellConfig:
         >>> one.run_id("real") == CellConfig(dataset="cifar10", family="vgg", scheme="standalone").run_id("real")
         True
         """
-        config = asdict(self, dict_factory=_without_none)
+        config: dict[str, Any] = asdict(self, dict_factory=_without_none)
+        if not self.numerics.by_winograd(self.device):
+            del config["numerics"]["winograd"]
         content = json.dumps({"config": config, "data": data_fingerprint}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 

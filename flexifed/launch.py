@@ -15,6 +15,7 @@ from flexifed.config import DatasetName, Device
 from flexifed.errors import CellsFailedError, FlexifedError, FlexifedWarning
 from flexifed.grid import CellName, GridOptions, parse_options, select_cells
 from flexifed.stopping import sigterm_as_ctrl_c, stop_requests
+from flexifed.wording import counted
 
 if TYPE_CHECKING:  # torch, Ray and pandas are imported when a line has proved readable, so that --help is quick
     from flexifed.data import DatasetInfo
@@ -182,7 +183,7 @@ def _run_cells(
     from flexifed.orchestra.placement import place_cell
     from flexifed.orchestra.sweep import run_grid
     from flexifed.orchestra.trial import PlacedRun
-    from flexifed.progress import GridProgress, counted
+    from flexifed.progress import GridProgress
 
     runs: list[CellRun] = []
     if options.address is None:
@@ -230,7 +231,6 @@ def _run_cells(
 
 def _say_what_differs(folder: ResultsFolder, runs: Sequence[CellRun], console: Console) -> None:
     """Where a new run has forerunners under other settings, say which: their results are not gone on with."""
-    from flexifed.progress import counted
     from flexifed.report.runs import forerunner
 
     found: dict[str, list[str]] = {}

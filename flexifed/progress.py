@@ -125,12 +125,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def counted(count: int, what: str) -> str:
-    """A number of things.
-
-    >>> counted(1, "cell"), counted(5, "cell")
-    ('1 cell', '5 cells')
-    """
-    return f"{count} {what}" + ("" if count == 1 else "s")

@@ -12,13 +12,14 @@ import pytest
 from rich.filesize import decimal
 
 from flexifed.cli import main
-from flexifed.config import FAMILIES, SCHEMES, CellConfig
+from flexifed.config import FAMILIES, SCHEMES, CellConfig, NumericsConfig
 from flexifed.core.schemes import SharingPlan, sharing_plan
 from flexifed.data import SOURCES, download
 from flexifed.models import build_model, input_kind
 from flexifed.profiles import PROFILES
 from flexifed.report.plan import Branch, Segment, plan_summary
 from flexifed.report.plan_text import percent, segment_text
+from flexifed.report.study import load_results
 from flexifed.results.store import ResultsFolder, RoundsWriter
 
 WIDTH = 0.0625
@@ -315,9 +316,13 @@ def store(
     source: str = "synthetic",
     fingerprint: str = "data-1",
     accuracy: float = 0.5,
+    unheard_of: Sequence[str] = (),
     **settings: Any,
 ) -> None:
-    """A cell's file. Accuracy rises by 0.01 a round, and by 0.001 a version."""
+    """A cell's file. Accuracy rises by 0.01 a round, and by 0.001 a version.
+
+    It is from before there were the numeric settings that are `unheard_of`.
+    """
     named = PROFILES[profile]
     defaults = {"model": named.model, "partition": named.partition, "training": named.training}
     config = CellConfig(
@@ -328,9 +333,12 @@ def store(
         **{**defaults, **settings},  # type: ignore[arg-type]
     )
     run_id = config.run_id(fingerprint)
+    stored = asdict(config)
+    for name in unheard_of:
+        del stored["numerics"][name]
     writer = RoundsWriter(
         ResultsFolder(results / "table1").rounds_file(f"cifar10-vgg-{scheme}-seed{seed}-{run_id}-{rounds}"),
-        {"rounds": rounds, "profile": profile, "config": asdict(config), "data": {"fingerprint": fingerprint}},
+        {"rounds": rounds, "profile": profile, "config": stored, "data": {"fingerprint": fingerprint}},
     )
     for round_index in range(rounds + 1 if played is None else played):
         writer.append(
@@ -409,6 +417,27 @@ def test_report_never_mixes_what_differs(capsys: pytest.CaptureFixture[str], tmp
         "quick, 4 rounds, synthetic data, cpu; not the profile's: training.learning_rate=0.1": "54.0",
         "quick, 4 rounds, synthetic data (data-3), cpu": "64.0",
     }
+
+
+def test_report_tells_convolutions_apart_where_they_differ(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    direct, bf16 = NumericsConfig(winograd=False), NumericsConfig(precision="bf16")
+    store(tmp_path, "standalone", accuracy=0.10)
+    store(tmp_path, "standalone", accuracy=0.20, numerics=direct, unheard_of=["winograd"])
+    store(tmp_path, "max_common", accuracy=0.30, numerics=direct)
+    store(tmp_path, "standalone", accuracy=0.40, numerics=bf16)
+    store(tmp_path, "max_common", accuracy=0.50, numerics=replace(bf16, winograd=False))
+    text = run_report(capsys, tmp_path)
+    tables = {part.splitlines()[0].split("cpu")[1]: part for part in text.split("profile ")[1:]}
+    schemes = {
+        title: [row(table, scheme)[0].split()[0] for scheme in ("standalone", "max_common") if f"\n{scheme} " in table]
+        for title, table in tables.items()
+    }
+    assert schemes == {
+        "": ["14.0"],
+        "; not the profile's: numerics.winograd=False": ["24.0", "34.0"],
+        "; not the profile's: numerics.precision=bf16": ["44.0", "54.0"],
+    }
+    assert len({study.slug for study in load_results(tmp_path)}) == 3
 
 
 def test_report_of_one_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ from typing import NoReturn
 from flexifed.config import CellConfig
 from flexifed.errors import ConfigError, ResourceError
 from flexifed.federation.assignment import assign_clients
+from flexifed.wording import counted
 
 DEFAULT_GPUS_PER_CLIENT = 0.125
+_LEAST_SHARE = 0.0001
+"""Of a GPU; Ray counts no smaller ones."""
 Resources = Mapping[str, float]
 
 
@@ -60,14 +63,10 @@ class CellPlacement:
     def __str__(self) -> str:
         most = max(len(clients) for clients in self.clients)
         gpus = f" and {self.gpus_per_actor:g} GPU" if self.gpus_per_actor else ""
-        clients = f"{'up to ' if most > 1 else ''}{_counted(most, 'client')}"
+        clients = f"{'up to ' if most > 1 else ''}{counted(most, 'client')}"
         streams = f", {self.streams} at a time" if self.streams > 1 else ""
-        actors = _counted(len(self.clients), "actor")
+        actors = counted(len(self.clients), "actor")
         return f"{actors} of {clients}{streams}, each {self.cpus_per_actor:g} CPU{gpus}"
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Resources]) -> CellPlacement:
@@ -82,9 +81,10 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
         ResourceError: the nodes could not hold the actors, even with nothing else on them.
         ConfigError: actors that would cut through blocks of `reduce_block` clients.
     """
-    if config.device == "cuda" and options.gpus_per_client == 0:
+    if config.device == "cuda" and options.gpus_per_client is not None and options.gpus_per_client < _LEAST_SHARE:
         raise ResourceError(
-            "device is 'cuda' but gpus_per_client is 0; give clients a share of a GPU, or use --device cpu"
+            f"device is 'cuda' but gpus_per_client is {options.gpus_per_client:g}; give clients a share of a GPU, at "
+            f"least {_LEAST_SHARE:g}, or use --device cpu"
         )
     if options.streams > 1 and config.device == "cpu":
         raise ResourceError(
@@ -94,10 +94,10 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
     clients = _dealt_out(config, options, nodes)
     most = max(map(len, clients))
     gpus_per_actor = _gpu_share(config, options, nodes, clients)
-    if gpus_per_actor > 1:
+    if gpus_per_actor > 1 and _gpus(nodes):
         raise ResourceError(
-            f"an actor of {_counted(most, 'client')} asks for {gpus_per_actor:g} GPUs, but a process computes on one: "
-            "lower --gpus-per-client or --clients-per-actor"
+            f"an actor of {counted(most, 'client')} asks for {gpus_per_actor:g} GPUs, but a process computes on one: "
+            f"lower --gpus-per-client to at most {math.floor(10_000 / most) / 10_000:g}"
         )
     shares = _cpu_shares(len(clients), config.numerics.threads, nodes)
     placements = [
@@ -143,7 +143,7 @@ def _gpu_share(
     share = round(min(1.0, DEFAULT_GPUS_PER_CLIENT * most), 4)
     if gpus := _gpus(nodes):
         share = min(share, math.floor(10_000 / math.ceil(len(clients) / gpus)) / 10_000)
-    return share
+    return max(share, _LEAST_SHARE)
 
 
 def _gpus(nodes: Sequence[Resources]) -> int:
@@ -159,11 +159,12 @@ def holds(nodes: Sequence[Resources], placement: CellPlacement) -> bool:
 def halved(placement: CellPlacement, config: CellConfig, nodes: Sequence[Resources]) -> CellPlacement | None:
     """The same cell with half as many clients at a time on a GPU, which changes no number.
 
-    Where clients of an actor overlap, half as many of them do. Otherwise half as many actors are on a GPU, each with
-    twice the share of it; where the nodes don't hold that many, fewer actors host more clients each.
+    Where clients of an actor overlap, half as many of them do. Otherwise half as many actors have room on a GPU, each
+    with twice the share of it, whichever cells they are of; where the nodes don't hold that many, fewer actors host
+    more clients each.
 
     Returns:
-        None where a client has a GPU to itself already, or has none.
+        None where an actor has a GPU to itself already, or has none, and its clients take turns.
     """
     if placement.streams > 1:
         return replace(placement, streams=placement.streams // 2)
@@ -194,7 +195,9 @@ def _refuse(placement: CellPlacement, nodes: Sequence[Resources]) -> NoReturn:
     held = _held(placement, nodes)
     have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
     gpus, on_one = _gpus(nodes), int(1 / placement.gpus_per_actor + 1e-6) if placement.gpus_per_actor else 0
-    if on_one and not gpus:
+    if not any(node.get("CPU", 0) for node in nodes):
+        remedy = "no node has CPUs, so add nodes that have"
+    elif placement.gpus_per_actor and not gpus:
         remedy = (
             "no node has a GPU beside CPUs, so use --device cpu without --gpus-per-client or --streams, or add nodes "
             "that have one"

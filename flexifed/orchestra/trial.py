@@ -17,6 +17,7 @@ from flexifed.orchestra.cell import CellRun, CellSession, accuracy_by_version
 from flexifed.orchestra.ledger import CellReport, CellState
 from flexifed.orchestra.placement import CellPlacement, halved
 from flexifed.results.store import ResultsFolder
+from flexifed.wording import counted
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,16 @@ def _memory_advice(placed: PlacedRun, roomier: CellPlacement | None) -> str:
     each = max(len(clients) for clients in placement.clients)
     sharing = int(1 / placement.gpus_per_actor + 1e-6) if placement.gpus_per_actor else 1
     sharing = min(sharing, len(placement.clients))
-    processes = "1 process" if sharing == 1 else f"{sharing} processes"
     together = min(sharing * each, placed.run.config.partition.num_clients)
-    now = f"up to {together} clients, in {processes}, share a GPU"
+    now = (
+        f"a GPU had {'up to ' if together > 1 else ''}{counted(together, 'client')} of this cell, "
+        f"in {counted(sharing, 'process')}"
+    )
     if roomier is None:
         return f"{now}; use a smaller --width or --batch-size"
     most = max(map(len, roomier.clients))
     hosted = block * math.ceil(most / block)
-    streams = f" --streams {roomier.streams}" if placement.streams > 1 else ""
+    streams = f" --streams {roomier.streams}" if placed.run.config.device == "cuda" and most > 1 else ""
     return (
         f"{now}; ask for --gpus-per-client {roomier.gpus_per_actor / most:g} --clients-per-actor {hosted}{streams}, "
         "or let --retry-out-of-memory do so"

@@ -179,8 +179,15 @@ def stored_cell(path: Path) -> StoredCell | None:
 
 
 def _settings(config: Mapping[str, object]) -> dict[str, object]:
-    """A config, flat, without what names the cell."""
-    return _flat({name: value for name, value in config.items() if name not in _OF_THE_CELL})
+    """A config, flat, without what names the cell.
+
+    As in a run's id, Winograd's algorithm counts where it is used, and files from before it was there did not use it.
+    """
+    settings = _flat({name: value for name, value in config.items() if name not in _OF_THE_CELL})
+    by_winograd = settings.pop("numerics.winograd", None)
+    if settings.get("device") == "cpu" and settings.get("numerics.precision") is None:
+        settings["numerics.winograd"] = bool(by_winograd)
+    return settings
 
 
 def _common_key(cell: StoredCell) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ from flexifed.report.table import (
 )
 from flexifed.results.attempts import newest_folder
 from flexifed.results.store import ResultsFolder
+from flexifed.wording import counted
 
 COLUMNS = [*CELL, "data_source", "seed", "version", "round", "accuracy", "bytes_up"]
 _NUMBERS = ["study", "profile", "rounds", "changed", "pick", *NUMBERS]
@@ -94,8 +95,8 @@ class Study:
         done, names = self.edition.finished, {one.cell for one in cells}
         missing = [name for name in _paper_cells() if name not in names]
         lines = [
-            f"Here: {_counted(len(names), 'cell')}, {_counted(len(done), 'finished run')} of {len(cells)}"
-            f" ({_counted(len({one.seed for one in cells}), 'seed')}); {len(_paper_cells()) - len(missing)} of the "
+            f"Here: {counted(len(names), 'cell')}, {counted(len(done), 'finished run')} of {len(cells)}"
+            f" ({counted(len({one.seed for one in cells}), 'seed')}); {len(_paper_cells()) - len(missing)} of the "
             f"{len(_paper_cells())} cells of the paper's Table 1."
         ]
         if not done:
@@ -268,7 +269,3 @@ def numbers(studies: Sequence[Study], pick: Pick = "last") -> pd.DataFrame:
 
 def _paper_cells() -> list[str]:
     return ["/".join(key) for key in paper_table().index]
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -29,7 +29,7 @@ class Workspace:
         self.config = config
         self.numerics = numerics
         self.device = next(model.parameters()).device
-        if numerics.winograd and numerics.precision is None and self.device.type == "cpu":
+        if numerics.by_winograd(self.device.type):
             use_winograd(model)
         self._recorded = RecordedStep(self._fresh_step(), record or CudaGraphs()) if numerics.cuda_graph else None
 

@@ -234,7 +234,7 @@ def test_a_cell_out_of_memory_says_where_there_is_more(tmp_path: Path, trial: Ca
     assert report.state == "out_of_memory"
     assert report.roomier == CellPlacement(clients=((0, 1, 2, 3),), cpus_per_actor=1, gpus_per_actor=1.0)
     assert report.reason == (
-        "client 3, round 1, training: out of memory; up to 4 clients, in 2 processes, share a GPU; "
+        "client 3, round 1, training: out of memory; a GPU had up to 4 clients of this cell, in 2 processes; "
         "ask for --gpus-per-client 0.25 --clients-per-actor 4, or let --retry-out-of-memory do so"
     )
     assert report.reason in log(run)
@@ -313,7 +313,7 @@ def test_out_of_memory_names_the_share_to_ask_for_or_asks_for_it(tmp_path: Path,
     [reason] = run_cells([run], options, heard).values()
     _, said = reason.split(", ", 1)  # after which client it was
     assert said == (
-        "round 0, training: CUDA out of memory; up to 4 clients, in 4 processes, share a GPU; "
+        "round 0, training: CUDA out of memory; a GPU had up to 4 clients of this cell, in 4 processes; "
         "ask for --gpus-per-client 0.25 --clients-per-actor 2, or let --retry-out-of-memory do so"
     )
     assert run_cells([run], options, heard, retry_out_of_memory=True) == {}

@@ -167,8 +167,13 @@ def asked_for(text: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("num_clients", "options", "said"),
     [
-        (9, {}, "up to 9 clients, in 5 processes, share a GPU"),
-        (8, {"gpus_per_client": 0.125, "clients_per_actor": 8}, "up to 8 clients, in 1 process, share a GPU"),
+        (9, {}, "a GPU had up to 9 clients of this cell, in 5 processes; ask for --gpus-per-client 0.1 "),
+        (
+            8,
+            {"gpus_per_client": 0.125, "clients_per_actor": 8},
+            "a GPU had up to 8 clients of this cell, in 1 process;",
+        ),
+        (1, {"gpus_per_client": 1}, "a GPU had 1 client of this cell, in 1 process; use a smaller --width"),
     ],
 )
 def test_the_advice_counts_the_clients_that_there_are(num_clients: int, options: dict[str, Any], said: str) -> None:
@@ -242,13 +247,19 @@ def test_actors_that_would_cut_a_block_are_refused() -> None:
             cell(device="cuda"),
             [{"CPU": 8, "GPU": 8}],
             {"gpus_per_client": 2},
-            ["an actor of 1 client asks for 2 GPUs", "on one"],
+            ["an actor of 1 client asks for 2 GPUs", "on one: lower --gpus-per-client to at most 1"],
         ),
         (
             cell(device="cuda"),
             [{"CPU": 8, "GPU": 8}],
             {"gpus_per_client": 0.3, "clients_per_actor": 4},
-            ["an actor of 4 clients asks for 1.2 GPUs", "on one: lower --gpus-per-client or --clients-per-actor"],
+            ["an actor of 4 clients asks for 1.2 GPUs", "on one: lower --gpus-per-client to at most 0.25"],
+        ),
+        (
+            cell(device="cuda", reduce_block=4),
+            [{"CPU": 8}],
+            {"gpus_per_client": 0.6},
+            ["2 actors of up to 4 clients", "hold only 0", "no node has a GPU beside CPUs", "--device cpu"],
         ),
         (
             cell(40, device="cuda"),
@@ -280,9 +291,16 @@ def test_actors_that_would_cut_a_block_are_refused() -> None:
             {"gpus_per_client": 0},
             ["device is 'cuda' but gpus_per_client is 0", "--device cpu"],
         ),
+        (
+            cell(device="cuda"),
+            [{"CPU": 8, "GPU": 1}],
+            {"gpus_per_client": 1e-5},
+            ["device is 'cuda' but gpus_per_client is 1e-05", "at least 0.0001", "--device cpu"],
+        ),
+        (cell(4000), [{"CPU": 3}], {"clients_per_actor": 1}, ["hold only 3000", "raise --clients-per-actor"]),
         (cell(), [{"CPU": 8}], {"streams": 2}, ["streams is 2, but device is 'cpu'", "leave --streams out"]),
-        (cell(), [{"CPU": 0}], {}, ["hold only 0", "0 CPU, 0 GPU"]),
-        (cell(), [], {}, ["hold only 0"]),
+        (cell(), [{"CPU": 0}], {}, ["hold only 0", "0 CPU, 0 GPU", "no node has CPUs, so add nodes"]),
+        (cell(), [], {}, ["hold only 0", "no node has CPUs"]),
     ],
 )
 def test_what_no_node_could_ever_hold_is_refused_with_numbers_and_remedy(
@@ -419,9 +437,10 @@ def test_half_as_many_actors_share_a_gpu(
 @example(num_clients=37, share=0.05, per_actor=2, gpus=2, block=2, streams=1)  # a short last block, in the first host
 @example(num_clients=16, share=0.05, per_actor=18, gpus=3, block=3, streams=2)
 @example(num_clients=97, share=0.1, per_actor=5, gpus=3, block=1, streams=1)
+@example(num_clients=16, share=0.0625, per_actor=1, gpus=1, block=1, streams=2)  # no actor has clients to overlap
 @given(
     num_clients=st.integers(1, 100),
-    share=st.sampled_from([1.0, 0.5, 0.3333, 0.3, 0.25, 0.2, 0.125, 0.1, 0.05]),
+    share=st.sampled_from([1.0, 0.5, 0.3333, 0.3, 0.25, 0.2, 0.125, 0.1, 0.0625, 0.05]),
     per_actor=st.integers(1, 20),
     gpus=st.integers(1, 4),
     block=st.sampled_from([1, 2, 3, 4]),
@@ -447,7 +466,9 @@ def test_halving_ends_at_one_actor_a_gpu_always_fits_and_leaves_no_gpu_idle(
         roomier = halved(placement, config, nodes)
         assert (roomier is None) == (sharing < 2 and placement.streams == 1)
         if roomier is not None:
-            assert place(config, nodes, **asked_for(advice(config, placement, roomier))) == roomier
+            advised = asked_for(advice(config, placement, roomier))
+            assert place(config, nodes, **advised) == roomier
+            assert place(config, nodes, **asked | advised) == roomier  # who adds it to the line gets the same
             if placement.streams == 1:
                 assert int(1 / roomier.gpus_per_actor + 1e-6) == sharing // 2
                 before, after = (max(map(len, one.clients)) for one in (placement, roomier))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -250,6 +252,16 @@ def test_a_round_gives_nearly_the_same_weights_and_the_same_bits_wherever_client
             torch.testing.assert_close(tensor, plain[client][name], rtol=1e-3, atol=1e-4)
             differ += not torch.equal(tensor, plain[client][name])
     assert differ, "or it need not be a setting"
+
+
+def test_it_is_part_of_a_run_id_where_it_is_used() -> None:
+    one = CellConfig(dataset="cifar10", family="vgg", scheme="standalone")
+    without = replace(one, numerics=NumericsConfig(winograd=False))
+    assert without.run_id("data") == "e300a5ecd3b72999"  # that of the cell from before there was such a setting
+    assert one.run_id("data") != without.run_id("data")
+    for elsewhere in (replace(one, device="cuda"), replace(one, numerics=NumericsConfig(precision="bf16"))):
+        off = replace(elsewhere, numerics=replace(elsewhere.numerics, winograd=False))
+        assert off.run_id("data") == elsewhere.run_id("data")
 
 
 def test_it_is_on_or_off() -> None:
