@@ -35,7 +35,7 @@ What there is to try, and to time with `python benchmarks/round.py --device cuda
 | --- | --- |
 | default | a client has a process of its own and an eighth of a GPU, or they take turns; processes on one GPU do too |
 | `--streams 8` | eight clients live in one process and overlap on its GPU; what only they share stays there |
-| `--cuda-graph True` | a training step is recorded once and replayed in one launch |
+| `--cuda-graph` (of experiments: `--cuda-graph True`) | a training step is recorded once and replayed in one launch |
 | `--precision tf32`, `bf16` | products on tensor cores; PyTorch's own default is TF32 for convolutions alone |
 
 `--streams` changes no number. The others are part of a run's id, since they can. A GPU that is too full gives way to
@@ -129,17 +129,19 @@ def round_section() -> str:
             commands.append(command(f"round.py {options}", made))
             head = [processor, f"`{setting}`" if setting else "default"]
             figures = ("round_s", "baseline_s", "ratio", "train_s", "eval_s", "overhead")
-            rows.append([*head, *(median(made[figure]) for figure in figures)])
+            largest = max(mib for process, mib in made["peak_memory_mib"].items() if process.startswith("client actor"))
+            rows.append([*head, *(median(made[figure]) for figure in figures), number(largest)])
             reached = (f"{share:.1%}" for share in made["share_of_peak"].values())
             shares.append([*head, number(made["peak_rate"] / 1e9), *reached])
     head = ["processor", "ours"]
-    seconds = ["a round, s", "the loop, s", "times faster", "training, s", "scoring, s", "neither"]
+    seconds = ["a round, s", "the loop, s", "times faster", "training, s", "scoring, s", "neither", "memory, MiB"]
     return "\n".join(
         [
             ROUND,
             *commands,
             f"{cell['data']} data; {cell['placement']}.",
-            "Training and scoring are of the busiest process. Checkpoints, under 3 % of a run's time, are left out.\n",
+            "Training and scoring are of the busiest process, memory is the most that any had. Checkpoints, under 3 %",
+            "of a run's time, are left out.\n",
             table([*head, *seconds], rows),
             PEAK,
             table([*head, "peak, GFLOP/s", *made["share_of_peak"]], shares),
