@@ -199,6 +199,15 @@ def test_a_machine_says_where_its_data_results_and_cluster_are_and_the_line_has_
     assert options(line, environ) == ("a", "b", "auto")
 
 
+def test_wide_convolutions_are_pytorchs_own_where_the_line_says_so() -> None:
+    def winograd(line: Sequence[str]) -> bool:
+        return parse_options(line, prog="table1.py", description="", environ={}).numerics.winograd
+
+    assert winograd([])
+    assert winograd(["--winograd"])
+    assert not winograd(["--no-winograd"])
+
+
 def test_help_is_told_without_importing_torch_ray_or_pandas() -> None:
     code = (
         "import runpy, sys\n"
