@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,9 @@ from hypothesis import settings
 
 settings.register_profile("flexifed", deadline=None)  # a busy machine is no defect
 settings.load_profile("flexifed")
+# Threads that wait for each other at every small operation cost more than they bring, above all beside another process
+# of tests.
+torch.set_num_threads(1)
 
 # Looking for doctests imports a conftest.py by its bare name, and takes the second one for the first.
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]
@@ -22,15 +24,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="folder with real data in their publishers' layouts (see `flexifed data`); default: FLEXIFED_DATA_DIR",
     )
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other at every small operation cost more than they bring, above all beside others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import tracemalloc
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -55,14 +55,6 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setattr(download, "urlopen", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -649,7 +641,7 @@ def test_texts_are_made_of_words_that_say_their_class() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "length"), [("charcnn3", 1014), ("vdcnn9", 1024)])
-def test_text_stand_in_teaches_thin_networks(name: str, length: int, one_thread: None) -> None:
+def test_text_stand_in_teaches_thin_networks(name: str, length: int) -> None:
     dataset = open_dataset(synthetic_texts.info())
     (texts, labels), (test_texts, test_labels) = dataset.train.take(np.arange(500)), dataset.test.take(np.arange(400))
     generator = torch.Generator().manual_seed(0)
@@ -670,7 +662,7 @@ def test_text_stand_in_teaches_thin_networks(name: str, length: int, one_thread:
 
 
 @pytest.mark.slow
-def test_stand_in_teaches_a_thin_network(one_thread: None) -> None:
+def test_stand_in_teaches_a_thin_network() -> None:
     dataset = open_dataset(synthetic.info("cifar10"))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (dataset.info.mean, dataset.info.std))
     images, labels = dataset.train.take(np.arange(2000))

@@ -28,7 +28,7 @@ from flexifed.federation.checkpoint import MANIFEST, Checkpoints, read_tensors
 from flexifed.federation.rounds import Federation, LocalHosts, make_shards
 
 FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
-LONG = settings(FUZZ, max_examples=5000)
+LONG = settings(FUZZ, max_examples=3000)
 SAMPLES = 8
 Records = Mapping[str, NDArray[np.uint8]]
 

@@ -141,6 +141,7 @@ def test_bad_arguments_are_refused_before_anything_runs(
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_flower_and_flexifed_get_the_same_numbers() -> None:
     python = os.environ.get("FLEXIFED_FLOWER_PYTHON")

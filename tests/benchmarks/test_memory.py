@@ -14,6 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "memory.py"
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_every_process_is_found_and_the_answer_is_json() -> None:
     line = [sys.executable, str(SCRIPT), "--rounds", "12", "--base-round", "4", "--limit", "1"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

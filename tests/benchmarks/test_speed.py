@@ -197,6 +197,7 @@ def test_aggregation_is_timed_for_each_number_of_clients() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_round_is_timed_against_the_loop() -> None:
     measured = run("round.py", "--local-epochs", "1", "--repeat", "2", "--width", "0.03", "--num-shards", "500")
     assert {measured[key]["n"] for key in ("round_s", "baseline_s", "ratio", "overhead")} == {2}
@@ -207,6 +208,7 @@ def test_a_round_is_timed_against_the_loop() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_scale_sees_every_kind_of_process() -> None:
     measured = run("scale.py", "--clients", "4", "12", "--rounds", "2", "--width", "0.03", "--images", "2")
     assert set(measured["clients"]) == {"4", "12"}

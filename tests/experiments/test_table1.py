@@ -224,6 +224,7 @@ def test_help_is_told_without_importing_torch_ray_or_pandas() -> None:
     assert done.stdout.endswith("heavy: []\n")
 
 
+@pytest.mark.ray
 def test_a_small_run_leaves_a_row_for_each_round_and_client_and_is_not_run_again(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

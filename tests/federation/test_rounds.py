@@ -87,7 +87,7 @@ def on_ray(actors: ActorHosts, config: CellConfig, shards: Sequence[ClientShards
     return hosts
 
 
-@pytest.fixture(params=["in_process", pytest.param("ray", marks=pytest.mark.slow)], scope="module")
+@pytest.fixture(params=["in_process", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.ray])], scope="module")
 def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "in_process":
         return in_process
@@ -536,6 +536,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_eight_clients_share_one_gpu_and_train_at_the_same_time(eight_actors: ActorHosts) -> None:
     def assigned(_: Any) -> tuple[int, list[int | str], float]:  # nested, so that it travels by value
         return os.getpid(), ray.get_gpu_ids(), ray.get_runtime_context().get_assigned_resources()["GPU"]

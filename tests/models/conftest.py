@@ -24,11 +24,6 @@ class SmallModels:
         return torch.randn(count, 3, 32, 32, generator=generator)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread(one_thread: None) -> None:
-    """For all tests of models."""
-
-
 @pytest.fixture
 def small() -> SmallModels:
     return SmallModels()

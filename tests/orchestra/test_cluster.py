@@ -93,6 +93,7 @@ def digests(hosts: Hosts) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.usefixtures("three_nodes")
 @pytest.mark.parametrize(
     ("strategy", "clients_per_actor", "num_nodes"), [("STRICT_SPREAD", 3, 3), ("STRICT_PACK", 3, 1), ("SPREAD", 1, 3)]

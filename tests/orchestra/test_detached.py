@@ -22,7 +22,7 @@ import pytest
 from flexifed.orchestra import cluster
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 WITHOUT_A_TOKEN = """
 import sys

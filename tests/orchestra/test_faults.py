@@ -306,6 +306,7 @@ def one_gpu() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.usefixtures("one_gpu")
 def test_out_of_memory_names_the_share_to_ask_for_or_asks_for_it(tmp_path: Path, undisturbed: CellRun) -> None:
     run, heard = cell(tmp_path / "full"), Heard()
@@ -348,6 +349,7 @@ def hold_second_round(markers: Path, go: Path) -> Hook:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.parametrize("clients_per_actor", [2, 1], ids=["room is left", "to be placed anew"])
 def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(
     tmp_path: Path, clients_per_actor: int, undisturbed: CellRun
@@ -401,6 +403,7 @@ def test_a_cell_that_is_asked_to_stop_commits_its_last_round(tmp_path: Path, und
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.parametrize(
     "signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["once", "terminated", "twice"]
 )
@@ -458,6 +461,7 @@ def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_kills_at_random_change_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(ROOT / "benchmarks" / "kills.py"))["main"]

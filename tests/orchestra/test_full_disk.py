@@ -93,6 +93,7 @@ LINE = ["--profile", "smoke", "--data", "synthetic", "--only", "cifar10/vgg/max_
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_the_command_on_a_full_disk(
     tmp_path: Path, disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def test_it_runs_on_a_mixed_folder_and_shows_the_numbers_of_the_command(mixed: P
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_it_runs_on_the_rows_of_a_real_run(tmp_path: Path) -> None:
     line = [sys.executable, "experiments/table1.py", "--profile", "smoke", "--data", "synthetic", "--seeds", "0", "1"]
     line += ["--only", "cifar10/vgg/*", "--results-dir", str(tmp_path)]

@@ -31,7 +31,6 @@ from flexifed.training.step import Step
 from flexifed.training.streams import Steps, Stream, overlap, run
 from flexifed.training.workspace import Workspace
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 CLASSES = 3
 

@@ -35,7 +35,6 @@ from flexifed.training.streams import Steps, run
 from flexifed.training.workspace import Workspace
 
 INFO = synthetic.info()
-pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 3
 ROUNDS = 3
 

@@ -20,7 +20,6 @@ from flexifed.training import winograd
 from flexifed.training.winograd import WinogradConv2d, convolve, fits, use_winograd
 from flexifed.training.workspace import Workspace
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 INFO = synthetic.info()
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
