@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pytest
 import ray
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flexifed import cli
@@ -174,7 +174,10 @@ def flexifed_lines() -> st.SearchStrategy[Line]:
 
 
 def joined(parts: Sequence[Line]) -> Line:
-    return [word for words, _ in parts for word in words], {name for _, names in parts for name in names}
+    """One line of several. After the word `--` nothing is an option any more, and is named as it stands."""
+    line = [word for words, _ in parts for word in words]
+    after = line[line.index("--") + 1 :] if "--" in line else []
+    return line, {name for _, names in parts for name in names} | {word for word in after if word.startswith("-")}
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +217,7 @@ def squeezed(text: str) -> str:
     return "".join(text.replace("│", " ").split())
 
 
+@example(line=joined([(["--seeds", "--"], {"seeds is"}), (["--num-shards", "10001"], {"num_shards is"})]))
 @FEW
 @given(line=table1_lines())
 def test_a_bad_line_of_the_experiment_is_refused_by_name(table1: Callable[[Sequence[str]], int], line: Line) -> None:
