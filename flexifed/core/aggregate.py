@@ -226,7 +226,8 @@ def _mean(parts: Sequence[BlockSum], position: int, dtype: torch.dtype, weight: 
         total = _weighted(first[part], parts[0]).to(_double(first), copy=True)
         for one, tensor in zip(parts[1:], tensors[1:], strict=True):
             total.add_(_weighted(tensor[part], one))
-        mean[part] = total.div_(weight)
+        # By a tensor: by a number a GPU multiplies with its reciprocal, which can be another value than a CPU's.
+        mean[part] = total.div_(torch.full((), weight, dtype=total.dtype, device=total.device))
     return mean.view(shape)
 
 

@@ -14,9 +14,12 @@ from flexifed.config import CellConfig
 from flexifed.core.aggregate import BlockSums, GroupState, State, blocks_of, combine_blocks, sum_block
 from flexifed.core.schemes import SharingPlan, sharing_plan
 from flexifed.data import DatasetInfo, make_pipeline, open_dataset
+from flexifed.errors import DeviceMemoryError
+from flexifed.federation.assignment import name_clients
 from flexifed.federation.checkpoint import Checkpoint, read_groups, read_tensors, write_groups, write_tensors
 from flexifed.federation.client import Client, ClientRound, ClientShards
 from flexifed.models import build_model, model_signature
+from flexifed.training.memory import device_shortages
 from flexifed.training.numerics import device_name, numeric_settings
 from flexifed.training.streams import Stream, overlap
 from flexifed.training.workspace import Workspace
@@ -63,7 +66,11 @@ class ClientHost:
     ) -> None:
         device = torch.device(config.device)
         self._config = config
+        self._device = device
         self._plan = cell_plan(config, info)
+        architectures = {self._plan.architecture_of[client] for client in clients}
+        groups = {group for architecture in architectures for group in self._plan.group_of[architecture]}
+        self._groups = sorted(group for group in groups if group is not None)
         self._own_groups = self._plan.groups_within(clients)
         self._own_means: GroupState = {}
         data = open_dataset(info)
@@ -97,6 +104,7 @@ class ClientHost:
                 aggregation.
         """
         started = time.perf_counter()
+        shortages = device_shortages(self._device)
         measured: list[ClientRound] = []
         blocks: dict[int, BlockSums] = {}
         with numeric_settings(self._config.numerics):
@@ -105,8 +113,14 @@ class ClientHost:
                 blocks[number] = sum_block((contribution, weight) for _, contribution, weight in members)
             if train:
                 self._own_means = combine_blocks(self._plan, blocks.values(), self._own_groups)
-        if self._config.device == "cuda":
+        if self._device.type == "cuda":
             torch.cuda.synchronize()  # a round ends, and fails, when its work does
+        if device_shortages(self._device) > shortages:
+            clients = name_clients([client.index for client in self._clients])
+            raise DeviceMemoryError(
+                f"{clients}, round {round_index}: the GPU was too full for a convolution, which took an algorithm with "
+                "less memory and other rounding"
+            )
         leaving = {
             number: {group: one for group, one in sums.items() if group not in self._own_means}
             for number, sums in blocks.items()
@@ -130,7 +144,7 @@ class ClientHost:
 
     def device_name(self) -> str:
         """What the clients compute on."""
-        return device_name(torch.device(self._config.device))
+        return device_name(self._device)
 
     def save(self, folder: Path) -> dict[str, str]:
         """Write what the clients keep to themselves, and this host's own groups; returns the files' SHA-256 by name."""
@@ -169,12 +183,10 @@ class ClientHost:
         """All groups of this host's clients, on its device: those that were sent, and its own."""
         if shared is None:
             return None
-        mine = {group for client in self._clients for group in self._plan.shared_names(client.index)}
-        return self._on_device({group: shared[group] for group in sorted(mine & shared.keys())}) | self._own_means
+        return self._on_device({group: shared[group] for group in self._groups if group in shared}) | self._own_means
 
     def _on_device(self, state: GroupState) -> GroupState:
-        device = torch.device(self._config.device)
-        return {group: tuple(tensor.to(device) for tensor in tensors) for group, tensors in state.items()}
+        return {group: tuple(tensor.to(self._device) for tensor in tensors) for group, tensors in state.items()}
 
 
 def _workspace(name: str, config: CellConfig, info: DatasetInfo) -> Workspace:

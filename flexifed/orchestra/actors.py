@@ -33,7 +33,7 @@ from flexifed.training.memory import keep_freed_memory
 
 _LOOK_EVERY_S = 5.0
 # In what PyTorch says, and cuBLAS and cuDNN through it; the last, of a convolution none of whose plans got its memory.
-_DEVICE_IS_FULL = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
+_DEVICE_IS_FULL = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
 
 
 class LostError(Exception):

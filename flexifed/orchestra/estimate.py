@@ -24,8 +24,8 @@ from flexifed.training.streams import run as run_steps
 from flexifed.training.workspace import Workspace
 
 START_S = 15.0  # Ray, and the first processes that import torch; seen on 2 cores
-_SAMPLES = 2, 32
-"""Of the step that warms up, and of the one that is timed: about a batch, since small ones take longer a sample."""
+_SAMPLES = 32
+"""Of the step that is timed: about a batch, since small ones take longer a sample."""
 
 
 def this_machine() -> Resources:
@@ -71,15 +71,16 @@ def _seconds_per_sample(
     model = build_model(name, num_classes=info.num_classes, in_channels=info.in_channels, width=width, device=where)
     data = open_dataset(info)
     pipeline = make_pipeline(data, family, device=where, channels_last=numerics.channels_last)
-    one_step = TrainingConfig(local_epochs=1, batch_size=max(_SAMPLES))
+    one_step = TrainingConfig(local_epochs=1, batch_size=_SAMPLES)
     workspace = Workspace(model, one_step, numerics)
     streams = {"batches": torch_generator(0, "batches"), "augmentation": torch_generator(0, "augmentation")}
     train_s = eval_s = 0.0
     with numeric_settings(numerics):
-        for count in _SAMPLES:
+        # First a step that warms up. On a GPU kernels are chosen, and steps recorded, for each size of batch.
+        for count in (_SAMPLES if device == "cuda" else 2, _SAMPLES):
             samples, labels = (part.to(where) for part in data.train.take(np.arange(count) % info.num_train))
             started = time.perf_counter()
-            run_steps(train(workspace, samples, labels, pipeline=pipeline, **streams))
+            run_steps(train(workspace, samples, labels, pipeline=pipeline, **streams)).item()  # when it is done
             trained = time.perf_counter()
             run_steps(evaluate(workspace.model, samples, labels, config=one_step, numerics=numerics, pipeline=pipeline))
             train_s, eval_s = (trained - started) / count, (time.perf_counter() - trained) / count

@@ -1,11 +1,14 @@
-"""Memory of a process that trains on CPUs."""
+"""Memory of a process that trains."""
 
 from __future__ import annotations
 
 import ctypes
 
+import torch
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST = 2**31 - 1
+_LARGEST_MAPPED = 32 * 2**20  # some versions of glibc take no more for the second
 
 
 def keep_freed_memory() -> bool:
@@ -19,6 +22,16 @@ def keep_freed_memory() -> bool:
         Whether the C library could be told; only glibc can.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(
-        mallopt(option, _LARGEST) == 1 for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD)
-    )
+    if mallopt is None:
+        return False
+    # Not the other way round: after the first call, whatever it is, glibc no longer adapts either threshold.
+    mapped = any(mallopt(_M_MMAP_THRESHOLD, most) == 1 for most in (_LARGEST, _LARGEST_MAPPED))
+    return mapped and mallopt(_M_TRIM_THRESHOLD, _LARGEST) == 1
+
+
+def device_shortages(device: torch.device) -> int:
+    """How often this process could not have the memory that it asked a GPU for; 0 on CPUs.
+
+    cuDNN's convolutions then try another algorithm, which needs less and rounds otherwise, and nothing is raised.
+    """
+    return int(torch.cuda.memory_stats(device).get("num_ooms", 0)) if device.type == "cuda" else 0

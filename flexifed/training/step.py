@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.sgd import sgd
 
 from flexifed.config import NumericsConfig, TrainingConfig
 from flexifed.training.numerics import autocast
@@ -16,8 +20,11 @@ class Step:
     A step neither waits for the device nor leaves new tensors behind, and after the first one nothing but values
     changes: so it can be recorded (`flexifed.training.graph`).
 
+    The optimizer is the function under `torch.optim.SGD`: making the class imports torch.compile, which takes every
+    process seconds and a hundred megabytes.
+
     Args:
-        model: trained in place.
+        model: trained in place; a step must reach all of its parameters.
         config: SGD's settings.
         numerics: precision, and how the optimizer steps.
 
@@ -26,17 +33,23 @@ class Step:
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig, numerics: NumericsConfig) -> None:
-        device = next(model.parameters()).device
         self._model = model
         self._numerics = numerics
-        self._optimizer = torch.optim.SGD(
-            model.parameters(),
+        self._parameters: list[torch.Tensor] = list(model.parameters())
+        self._momentum: list[torch.Tensor | None] = [None] * len(self._parameters) if config.momentum else []
+        device = self._parameters[0].device
+        fused = device.type == "cuda" if numerics.fused is None else numerics.fused
+        self._sgd = partial(
+            sgd,
+            fused=fused,
+            foreach=device.type == "cuda" and not fused,  # on CPUs no faster than one by one
             lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
-            fused=device.type == "cuda" if numerics.fused is None else numerics.fused,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
         )
-        self._has_momentum = config.momentum > 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
@@ -49,8 +62,11 @@ class Step:
         with autocast(self._numerics, inputs.device):
             loss = functional.cross_entropy(self._model(inputs), targets)
         loss.backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)  # their memory is for the next step, or for whoever trains next
+        gradients = cast(list[torch.Tensor], [parameter.grad for parameter in self._parameters])
+        with torch.no_grad():
+            self._sgd(self._parameters, gradients, self._momentum)
+        for parameter in self._parameters:
+            parameter.grad = None  # its memory is for the next step, or for whoever trains next
         self.loss_sum += loss.detach() * len(targets)
 
     def reset(self) -> None:
@@ -60,14 +76,13 @@ class Step:
         out too.
         """
         self.loss_sum.zero_()
-        if self._has_momentum:
-            states = [self._optimizer.state[parameter] for parameter in self._model.parameters()]
-            for parameter, state in zip(self._model.parameters(), states, strict=True):
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.empty_like(parameter)
-            torch._foreach_zero_([state["momentum_buffer"] for state in states])
+        if self._momentum:
+            pairs = zip(self._parameters, self._momentum, strict=True)
+            buffers = [torch.empty_like(parameter) if buffer is None else buffer for parameter, buffer in pairs]
+            torch._foreach_zero_(buffers)
+            self._momentum[:] = buffers
 
     def tensors(self) -> list[torch.Tensor]:
         """All that a step changes: the model, the optimizer's momentum, and the sum of losses."""
-        momentum = [buffer for state in self._optimizer.state.values() for buffer in state.values()]
-        return [*self._model.parameters(), *self._model.buffers(), *momentum, self.loss_sum]
+        momentum = [buffer for buffer in self._momentum if buffer is not None]
+        return [*self._parameters, *self._model.buffers(), *momentum, self.loss_sum]

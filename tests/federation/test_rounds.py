@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -21,7 +23,7 @@ from flexifed.config import SCHEMES, CellConfig, ModelConfig, PartitionConfig, S
 from flexifed.core.aggregate import BlockSum, GroupState, State, shared_tensors, sum_block
 from flexifed.core.schemes import SharingPlan
 from flexifed.data import synthetic
-from flexifed.errors import ClientError, ConfigError, ResultsError
+from flexifed.errors import ClientError, ConfigError, DeviceMemoryError, ResultsError
 from flexifed.federation.assignment import assign_clients
 from flexifed.federation.checkpoint import SHARED, Checkpoint
 from flexifed.federation.client import Client, ClientRound, ClientShards
@@ -530,6 +532,43 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("flexifed.federation.client.train", broken)
     with pytest.raises(ClientError, match=r"client 0, round 0, training: Traceback[\s\S]*LookupError: no such kernel"):
         start(cell()).play_round()
+
+
+def test_a_round_on_a_gpu_that_was_too_full_for_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    shortages = iter([2, 2, 2, 3])
+    monkeypatch.setattr("flexifed.federation.host.device_shortages", lambda device: next(shortages))
+    federation = start(cell())
+    federation.play_round()
+    with pytest.raises(DeviceMemoryError, match=r"^clients 0 to 7, round 1: the GPU was too full for a convolution, "):
+        federation.play_round()
+
+
+PLAY_A_ROUND = """
+import sys
+from pathlib import Path
+from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
+from flexifed.data import find_dataset
+from flexifed.federation.rounds import Federation, LocalHosts, make_shards
+
+for dataset, family in [("cifar10", "vgg"), ("cifar10", "resnet"), ("agnews", "charcnn"), ("agnews", "vdcnn")]:
+    config = CellConfig(
+        dataset=dataset,
+        family=family,
+        scheme="max_common",
+        model=ModelConfig(width=0.05),
+        partition=PartitionConfig(num_shards=400, windows_per_shard=1, max_train=4, max_test=4),
+        training=TrainingConfig(local_epochs=1),
+    )
+    info = find_dataset(dataset, data="synthetic", data_dir=Path())
+    Federation(config, info, LocalHosts(config, info, make_shards(config, info))).play_round()
+    print(family, sorted({"sympy", "torch._dynamo"} & set(sys.modules)))
+"""
+
+
+def test_a_round_does_not_import_the_compiler_of_pytorch() -> None:
+    """Which takes a process seconds, and a hundred megabytes."""
+    played = subprocess.run([sys.executable, "-c", PLAY_A_ROUND], check=True, capture_output=True, text=True)
+    assert played.stdout.splitlines() == [f"{family} []" for family in ("vgg", "resnet", "charcnn", "vdcnn")]
 
 
 # ------------------------------------------------------------------------------------------------------- on Ray alone

@@ -257,6 +257,7 @@ class FailingHost:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ..."), True),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
         (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ArithmeticError("the loss is nan"), False),

@@ -205,7 +205,7 @@ def test_a_longer_file_stays_until_there_are_as_many_rounds(folder: ResultsFolde
     assert lengths == [6, 6, 3, 4], "three rounds of two clients, until there are three of one"
 
 
-def failing(error: OSError) -> Any:
+def failing(error: BaseException) -> Any:
     def fail(*_: object, **__: object) -> None:
         raise error
 
@@ -231,6 +231,16 @@ def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(
     writer.append([row(2)])
     writer.flush()
     assert folder.last_round("one") == 2
+
+
+def test_a_write_that_is_interrupted_leaves_nothing_beside_the_old_file(
+    folder: ResultsFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = written(folder, "one", rounds=2)
+    monkeypatch.setattr("pyarrow.parquet.write_table", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        writer.flush()
+    assert [path.name for path in folder.rounds.iterdir()] == ["one.parquet"]
 
 
 def test_a_flipped_bit_is_an_error_or_changes_nothing(folder: ResultsFolder) -> None:

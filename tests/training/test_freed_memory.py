@@ -3,8 +3,11 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from flexifed.training.memory import keep_freed_memory
 
 FAULTS = """
 import resource, torch
@@ -28,6 +31,32 @@ def fewest_page_faults(*, keep: bool) -> int:
     """Of any of some tensors of 64 MiB, each freed before the next, in a process of its own."""
     line = [sys.executable, "-c", FAULTS.format(keep=keep)]
     return int(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.parametrize(
+    ("most_mapped", "told"), [(2**31 - 1, [(-3, 2**31 - 1), (-1, 2**31 - 1)]), (2**25, [(-3, 2**25), (-1, 2**31 - 1)])]
+)
+def test_a_glibc_that_takes_less_is_told_as_much_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch, most_mapped: int, told: list[tuple[int, int]]
+) -> None:
+    taken = []
+
+    def mallopt(option: int, value: int) -> int:
+        if option == -3 and value > most_mapped:
+            return 0
+        taken.append((option, value))
+        return 1
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    assert keep_freed_memory()
+    assert taken == told
+
+
+def test_a_glibc_that_refuses_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = []
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(mallopt=lambda *told: refused.append(told[0]) or 0))
+    assert not keep_freed_memory()
+    assert -1 not in refused, "after that it would no longer adapt the other by itself"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
