@@ -4,18 +4,19 @@
     uv run --extra test python benchmarks/flower.py --data-dir data        the same on CIFAR-10
     uv run --extra test python benchmarks/flower.py --max-train 32 --max-test 32      little training, so mostly engine
 
-Same models, data, shards, local steps, seeds and scoring, FedAvg within each architecture (`flower_job.py`), as many
-clients at a time, one thread each. Flower plays it twice (`flower_app.py`): as its tutorials are written, and `lean`,
-with flexifed's own functions for batches, steps and scoring, so that what differs is the engine alone.
+Same models, data, shards, local steps, seeds and scoring, FedAvg within each architecture (`flower_job.py`). Flower
+plays it three times (`flower_app.py`): `defaults`, as its tutorials are written and with its own default of two CPUs a
+client; `tutorial`, with as many clients at a time as flexifed, one thread each; and `lean`, which is that with
+flexifed's own functions for batches, steps and scoring, so that what differs is the engine alone.
 
 Flower pins another Ray, so it has an environment of its own, which uv makes at the first call (minutes and gigabytes).
 
 Prints JSON. A repetition is a fresh process for each side, one after another. Rounds a minute are of the steady state,
 from the end of the first round to the end of the last; `wall_s` is the whole process, start-up included.
-`outside_s` is what a round takes beyond an even share of training and scoring for each CPU: the engine, and CPUs that
-wait for others; `outside_share` is its part of the round. `same_numbers` says how far the lean program's scores are
-from flexifed's, over all clients and rounds: nothing, where both did the same work and means are exact, as those of two
-clients are. The tutorial draws other batches: its scores are only alike.
+`outside_s` is what a round takes beyond an even share of training and scoring for each client at a time: the engine,
+and CPUs that wait for others; `outside_share` is its part of the round. `same_numbers` says how far the lean program's
+scores are from flexifed's, over all clients and rounds: nothing, where both did the same work and means are exact, as
+those of two clients are. The tutorial draws other batches: its scores are only alike.
 """
 
 from __future__ import annotations
@@ -38,14 +39,13 @@ from pathlib import Path
 from typing import Any
 
 from common import machine, spread, versions
-from flower_job import Job
+from flower_job import CPUS_PER_CLIENT, Job
 
 from flexifed.errors import FlexifedError
 
 FLOWER = "1.41.0"
 TIMEOUT_S = 3600.0
 APP = Path(__file__).with_name("flower_app.py")
-PROGRAMS = ("tutorial", "lean")
 
 Rounds = list[dict[str, Any]]
 """Of each round when it `ended` (seconds of one clock), `accuracies` and `losses` by client, and `computing_s`: seconds
@@ -124,7 +124,7 @@ def play_flower(job: Job, program: str, python: Path) -> tuple[Rounds, float]:
     """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
         "PYTHONPATH": str(APP.parents[1]),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(CPUS_PER_CLIENT[program]),
         "FLWR_TELEMETRY_ENABLED": "0",  # nothing of a benchmark goes anywhere
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -216,15 +216,15 @@ def rounds_of_rows(rows: Sequence[Mapping[str, Any]], ended: Sequence[float]) ->
     ]
 
 
-def measured(rounds: Rounds, wall_s: float, cpus: int) -> dict[str, float]:
-    """The figures of one side in one repetition."""
+def measured(rounds: Rounds, wall_s: float, at_a_time: int) -> dict[str, float]:
+    """The figures of one side in one repetition, which trains so many clients at a time."""
     steady_s = rounds[-1]["ended"] - rounds[0]["ended"]
     computing_s = sum(one["computing_s"] for one in rounds[1:])
     return {
         "rounds_per_minute": 60 * (len(rounds) - 1) / steady_s,
         "round_s": steady_s / (len(rounds) - 1),
-        "outside_s": (steady_s - computing_s / cpus) / (len(rounds) - 1),
-        "outside_share": 1 - computing_s / (cpus * steady_s),
+        "outside_s": (steady_s - computing_s / at_a_time) / (len(rounds) - 1),
+        "outside_share": 1 - computing_s / (at_a_time * steady_s),
         "wall_s": wall_s,
         "startup_s": wall_s - steady_s * len(rounds) / (len(rounds) - 1),
         "final_accuracy": statistics.fmean(rounds[-1]["accuracies"]),
@@ -247,7 +247,7 @@ def summary(repetitions: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[st
     """Medians and spreads of every side's figures, and of flexifed's rounds a minute over the other's.
 
     Args:
-        repetitions: for each, by side (`flexifed`, `tutorial`, `lean`), its figures.
+        repetitions: for each, by side (`flexifed`, and Flower's programs), its figures.
     """
     sides = repetitions[0].keys()
     described: dict[str, Any] = {
@@ -272,7 +272,7 @@ def measure(job: Job, repeat: int, programs: Sequence[str], python: Path) -> dic
         figures = {"flexifed": measured(rounds, wall_s, job.cpus)}
         for program in programs:
             theirs, wall_s = play_flower(job, program, python)
-            figures[program] = measured(theirs, wall_s, job.cpus)
+            figures[program] = measured(theirs, wall_s, job.cpus // CPUS_PER_CLIENT[program])
             if program == "lean":
                 differences.append(largest_difference(rounds, theirs))
         repetitions.append(figures)
@@ -309,7 +309,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="so many clients train at a time")
     parser.add_argument("--data-dir", help="a folder with CIFAR-10; default: its synthetic stand-in")
-    parser.add_argument("--program", choices=PROGRAMS, action="append", help="of Flower's clients; default: both")
+    parser.add_argument("--program", choices=CPUS_PER_CLIENT, action="append", help="of Flower's clients; default: all")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--flower-python", type=Path, help="the Python of an environment that has Flower")
     where.add_argument("--flower-env", type=Path, default=default_environment(), help="made if it is missing")
@@ -317,6 +317,10 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     for name, least in (("rounds", 2), ("repeat", 1), ("cpus", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} is {getattr(options, name)}; it must be at least {least}")
+    options.program = options.program or [name for name, cpus in CPUS_PER_CLIENT.items() if cpus <= options.cpus]
+    for program in options.program:
+        if CPUS_PER_CLIENT[program] > options.cpus:
+            parser.error(f"--cpus is {options.cpus}; {program} has {CPUS_PER_CLIENT[program]} for each client")
     return parser, options
 
 
@@ -338,7 +342,7 @@ def main() -> int:
     except (FlexifedError, FlowerError) as error:
         parser.error(str(error))
     try:
-        print(json.dumps(measure(job, options.repeat, options.program or PROGRAMS, python), indent=1))
+        print(json.dumps(measure(job, options.repeat, options.program, python), indent=1))
     except FlowerError as error:
         print(error, file=sys.stderr)
         return 1

@@ -4,10 +4,11 @@
 
 A ClientApp with train, evaluate and query, a ServerApp, and a strategy that lets Flower's own FedAvg average what the
 clients of each architecture reply. As in Flower's tutorials a client has nothing between two calls but the number of
-its partition: its model is built anew, loads the arrays of the message, and goes back as arrays. It is one of two:
+its partition: its model is built anew, loads the arrays of the message, and goes back as arrays. It is one of:
 
 - `tutorial`: batches from a `DataLoader` that makes tensors of one image after another with torchvision's transforms,
   as in Flower's PyTorch tutorial.
+- `defaults`: the same, with Flower's own default of two CPUs a client.
 - `lean`: batches, local steps and scoring by flexifed's own functions, so that what differs is the engine alone.
 
 What a process needs of the data it loads once, at its first call, for all clients. Prints JSON in its last line: when
@@ -23,11 +24,12 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
-from flower_job import Job
+from flower_job import CPUS_PER_CLIENT, Job
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -165,7 +167,7 @@ class TutorialTask(Task):
         return super().model(client).to(memory_format=torch.contiguous_format)
 
 
-PROGRAMS = {"lean": Task, "tutorial": TutorialTask}
+PROGRAMS = {"defaults": TutorialTask, "tutorial": TutorialTask, "lean": Task}
 
 
 @cache
@@ -173,7 +175,10 @@ def task(program: str, job: str) -> Task:
     """Made once in each process, for all its calls."""
     if program == "lean":
         keep_freed_memory()  # as flexifed's own processes do
-    return PROGRAMS[program](Job.from_json(job))
+    made = PROGRAMS[program](Job.from_json(job))
+    numerics = replace(made.config.numerics, threads=CPUS_PER_CLIENT[program])
+    made.config = replace(made.config, numerics=numerics)
+    return made
 
 
 def _received(message: Message, context: Context) -> tuple[Task, int, nn.Module, int]:
@@ -361,7 +366,7 @@ def play(job: Job, program: str) -> list[dict[str, Any]]:
         num_supernodes=job.clients,
         backend_config={
             "init_args": {"address": "local", "num_cpus": job.cpus, "num_gpus": 0, "log_to_driver": False},
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "client_resources": {"num_cpus": CPUS_PER_CLIENT[program], "num_gpus": 0.0},
         },
     )
     return rounds

@@ -1,4 +1,4 @@
-"""The job of `flower.py`: what both sides are told, and nothing that only one of them has."""
+"""The job of `flower.py`: what both sides are told, and the programs that Flower plays it by."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
 from flexifed.data import DatasetInfo, find_dataset
 from flexifed.profiles import PROFILES
+
+CPUS_PER_CLIENT = {"defaults": 2, "tutorial": 1, "lean": 1}
+"""By Flower's program: CPUs, and threads, of each client. Flower's own default is two, flexifed's one."""
 
 
 @dataclass(frozen=True, kw_only=True)

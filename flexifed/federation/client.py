@@ -185,9 +185,11 @@ class Client:
         return digest.hexdigest()
 
     def _load(self, state: State) -> None:
+        tensors = self._workspace.model.state_dict()
         with torch.no_grad():
-            tensors = self._workspace.model.state_dict()
-            torch._foreach_copy_(list(tensors.values()), [state[name] for name in tensors])
+            for dtype in {tensor.dtype for tensor in tensors.values()}:  # a GPU copies those of one type in one launch
+                names = [name for name, tensor in tensors.items() if tensor.dtype == dtype]
+                torch._foreach_copy_([tensors[name] for name in names], [state[name] for name in names])
 
     def _score(self, round_index: int) -> Steps[Score]:
         with seeded_dropout(self._seed("scoring", round_index), self._device):

@@ -45,7 +45,7 @@ def test_a_job_that_cannot_be_is_refused(flower: ModuleType) -> None:
 
 def test_the_first_round_and_the_start_are_not_timed(flower: ModuleType) -> None:
     rounds = [one_round(100.0, [0.1, 0.2], 9.0), one_round(102.0, [0.2, 0.3], 3.0), one_round(104.0, [0.3, 0.5], 3.0)]
-    assert flower.measured(rounds, wall_s=30.0, cpus=2) == pytest.approx(
+    assert flower.measured(rounds, wall_s=30.0, at_a_time=2) == pytest.approx(
         {
             "rounds_per_minute": 30.0,
             "round_s": 2.0,
@@ -115,6 +115,7 @@ def test_no_folder_is_emptied_that_is_no_environment(flower: ModuleType, tmp_pat
     ("arguments", "said"),
     [
         (["--rounds", "1"], "--rounds is 1; it must be at least 2"),
+        (["--cpus", "1", "--program", "defaults"], "--cpus is 1; defaults has 2 for each client"),
         (["--repeat", "0"], "--repeat is 0; it must be at least 1"),
         (["--width", "-1"], "width is -1.0"),
         (["--clients", "0"], "num_clients is 0"),
@@ -154,4 +155,4 @@ def test_flower_and_flexifed_get_the_same_numbers() -> None:
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert measured["same_numbers"] == {"equal": True, "largest_difference": {"accuracies": 0, "losses": 0}}
-    assert set(measured["ratio"]) == {"tutorial", "lean"}
+    assert set(measured["ratio"]) == {"defaults", "tutorial", "lean"}
