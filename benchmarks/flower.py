@@ -16,7 +16,7 @@ from the end of the first round to the end of the last; `wall_s` is the whole pr
 `outside_s` is what a round takes beyond an even share of training and scoring for each client at a time: the engine,
 and CPUs that wait for others; `outside_share` is its part of the round. `same_numbers` says how far the lean program's
 scores are from flexifed's, over all clients and rounds: nothing, where both did the same work and means are exact, as
-those of two clients are. The tutorial draws other batches: its scores are only alike.
+those of two clients are. The other programs draw other batches: their scores are only alike.
 """
 
 from __future__ import annotations
@@ -307,9 +307,13 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     parser.add_argument("--max-train", type=int, help="training samples of a client; default: its whole shard")
     parser.add_argument("--max-test", type=int, help="test samples of a client; default: its whole shard")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="so many clients train at a time")
+    parser.add_argument(
+        "--cpus", type=int, default=os.cpu_count(), help="so many clients train at a time; in `defaults` half as many"
+    )
     parser.add_argument("--data-dir", help="a folder with CIFAR-10; default: its synthetic stand-in")
-    parser.add_argument("--program", choices=CPUS_PER_CLIENT, action="append", help="of Flower's clients; default: all")
+    parser.add_argument(
+        "--program", choices=CPUS_PER_CLIENT, action="append", help="of Flower; default: all with enough CPUs"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--flower-python", type=Path, help="the Python of an environment that has Flower")
     where.add_argument("--flower-env", type=Path, default=default_environment(), help="made if it is missing")

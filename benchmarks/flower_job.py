@@ -26,7 +26,7 @@ class Job:
         max_train: training samples of a client at most; None for its whole shard.
         max_test: test samples of a client at most; None for its whole shard.
         seed: of everything random.
-        cpus: so many clients train at a time, each with one thread.
+        cpus: so many clients train at a time, each with one thread; of Flower's, see `CPUS_PER_CLIENT`.
         data_dir: a folder with CIFAR-10; None for its synthetic stand-in.
     """
 

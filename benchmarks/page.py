@@ -10,10 +10,17 @@ from typing import Any
 RECORDS = Path(__file__).parents[1] / "records" / "benchmarks"
 ROUNDS = {
     "Xeon, AVX512": ("round-xeon", "round-xeon-direct", "round-xeon-bf16"),
+    "Xeon (2), AVX512": ("round-xeon-2",),
     "EPYC, AVX512": ("round-epyc-direct", "round-epyc-bf16"),
     "EPYC, AVX2": ("round-epyc-avx2", "round-epyc-avx2-direct"),
 }
 """What `round.py` printed, by processor."""
+FLOWER_RUNS = {
+    "Xeon (2), AVX512": ("flower-xeon-2-10", "flower-xeon-2-250", "flower-xeon-2"),
+    "EPYC, AVX512": ("flower-epyc",),
+}
+"""What `flower.py` printed, by processor."""
+SIDES = ("flexifed", "lean", "tutorial", "defaults")
 Figures = dict[str, Any]
 
 INTRODUCTION = """# Speed
@@ -62,9 +69,13 @@ Winograd's algorithm does.
 FLOWER = """## Against Flower
 
 The same cell in [Flower](https://flower.ai)'s simulation engine: same models, data, shards, seeds, local steps and
-scores, FedAvg within each architecture, as many clients at a time. `lean` gives Flower's clients flexifed's own
-training functions, so that the engines alone differ, and every client's scores are then equal to the last bit;
-`tutorial` is the same job as Flower's tutorials write it.
+scores, FedAvg within each architecture. Models are thin VGGs, so that the engine shows; the fewer images a client
+trains on in a round, the more it does. A whole shard has 1,000. Flower's side is one of three programs:
+
+- `defaults`: as Flower's tutorials are written, with its own default of two CPUs a client: here one client at a time.
+- `tutorial`: the same with one CPU a client, so as many at a time as flexifed has.
+- `lean`: that, and Flower's clients have flexifed's own training functions, so that the engines alone differ. Every
+  client's scores are then equal to flexifed's, to the last bit.
 """
 
 AGGREGATE = """## Plan and aggregation, against the number of clients
@@ -150,28 +161,28 @@ def round_section() -> str:
 
 
 def flower_section() -> str:
-    """Of `flower.py`, on full shards and on next to no training."""
-    runs = {
-        "thin models, EPYC": "flower-thin",
-        "thin models, Xeon": "flower-thin-xeon",
-        "next to no training, EPYC": "flower-engine",
-    }
+    """Of `flower.py`: how much an engine matters depends on how much a client trains."""
     rows, lines = [], []
-    for what, name in runs.items():
-        made = load(name)
-        job, repeat = made["job"], made["ratio"]["lean"]["n"]
-        less = f" --width {job['width']} --max-train {job['max_train']} --max-test {job['max_test']}"
-        options = f"--rounds {job['rounds']} --repeat {repeat}" + (less if job["max_train"] else "")
-        lines.append(command(f"flower.py {options}", made))
-        rows.append(
-            [
-                what,
-                *(median(made[side]["rounds_per_minute"]) for side in ("flexifed", "lean", "tutorial")),
-                *(median(made["ratio"][side]) for side in ("lean", "tutorial")),
-            ]
-        )
-    head = ["rounds a minute", "flexifed", "lean", "tutorial", "times lean", "times tutorial"]
-    return "\n".join([FLOWER, *lines, table(head, rows)])
+    for processor, names in FLOWER_RUNS.items():
+        for made in map(load, names):
+            job, repeat = made["job"], made["ratio"]["lean"]["n"]
+            if not made["same_numbers"]["equal"]:
+                raise ValueError(f"the scores of flexifed and lean differ in {made['same_numbers']}")
+            options = [f"--{name.replace('_', '-')} {job[name]}" for name in ("max_train", "max_test") if job[name]]
+            played = [side for side in SIDES[1:] if side in made]
+            if len(played) < len(SIDES[1:]):
+                options += [f"--program {side}" for side in played]
+            lines.append(command(" ".join([f"flower.py --rounds {job['rounds']} --repeat {repeat}", *options]), made))
+            rows.append(
+                [
+                    processor,
+                    str(job["max_train"] or "all of its shard"),
+                    *(median(made[side]["rounds_per_minute"]) if side in made else "" for side in SIDES),
+                    *(median(made["ratio"][side]) if side in made else "" for side in SIDES[1:]),
+                ]
+            )
+    head = ["processor", "images a client", *SIDES, *(f"times {side}" for side in SIDES[1:])]
+    return "\n".join([FLOWER, *lines, "Rounds a minute:\n", table(head, rows)])
 
 
 def aggregate_section() -> str:

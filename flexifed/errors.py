@@ -53,7 +53,10 @@ class ClientError(FlexifedError):
 
 
 class DeviceMemoryError(FlexifedError):
-    """A client's device has no memory left: which client, doing what. The same cell runs with fewer processes on it."""
+    """A client's device has too little memory left: which client, doing what.
+
+    The same cell runs with fewer processes on it.
+    """
 
     exit_status = 1
 

@@ -17,6 +17,12 @@ torch.set_num_threads(1)
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws from PyTorch's global generator, as dropout does, does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--data-dir",

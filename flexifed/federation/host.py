@@ -118,8 +118,8 @@ class ClientHost:
         if device_shortages(self._device) > shortages:
             clients = name_clients([client.index for client in self._clients])
             raise DeviceMemoryError(
-                f"{clients}, round {round_index}: the GPU was too full for a convolution, which took an algorithm with "
-                "less memory and other rounding"
+                f"{clients}, round {round_index}: the GPU was too full at some point, so that a convolution may have "
+                "taken an algorithm with less memory and other rounding"
             )
         leaving = {
             number: {group: one for group, one in sums.items() if group not in self._own_means}

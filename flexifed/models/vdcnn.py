@@ -61,15 +61,6 @@ class KMaxPool(nn.Module):
         return values.gather(2, values.topk(self.k, dim=2).indices.sort(dim=2).values)
 
 
-class Embedding(nn.Embedding):
-    """Draws nothing on the device `meta`, where there is nothing to draw and PyTorch would import torch.compile."""
-
-    def reset_parameters(self) -> None:
-        """Draw its vectors anew; that of the padding is 0."""
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
 class ConvolutionalBlock(nn.Module):
     """Two convolutions of width 3 with batch norm, after a pooling or none, and a shortcut around both.
 
@@ -125,7 +116,10 @@ class VDCNN(FamilyModel):
         if length < MIN_LENGTH:
             raise ConfigError(f"length is {length}; VDCNN-{depth} needs at least {MIN_LENGTH} characters")
         previous = scaled(CHANNELS[0], width)
-        self.embedding = Embedding(alphabet_size + 1, EMBEDDING, padding_idx=0)
+        # Zeros until `initialise`: to draw nothing for the device `meta`, `nn.Embedding` would import torch.compile.
+        self.embedding = nn.Embedding.from_pretrained(
+            torch.zeros(alphabet_size + 1, EMBEDDING), freeze=False, padding_idx=0
+        )
         # With neither batch norm nor ReLU: the first block stands right after it (the paper's figure 1).
         self.stem = nn.Conv1d(EMBEDDING, previous, kernel_size=3, padding=1)
         blocks: list[ConvolutionalBlock] = []

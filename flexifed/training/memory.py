@@ -24,7 +24,7 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # Not the other way round: after the first call, whatever it is, glibc no longer adapts either threshold.
+    # Not the other way round: after a call that it takes, for either, glibc no longer adapts both by itself.
     mapped = any(mallopt(_M_MMAP_THRESHOLD, most) == 1 for most in (_LARGEST, _LARGEST_MAPPED))
     return mapped and mallopt(_M_TRIM_THRESHOLD, _LARGEST) == 1
 

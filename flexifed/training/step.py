@@ -20,8 +20,8 @@ class Step:
     A step neither waits for the device nor leaves new tensors behind, and after the first one nothing but values
     changes: so it can be recorded (`flexifed.training.graph`).
 
-    The optimizer is the function under `torch.optim.SGD`: making the class imports torch.compile, which takes every
-    process seconds and a hundred megabytes.
+    The optimizer is the function under `torch.optim.SGD`. An instance of that class imports torch.compile when it is
+    made, which takes each process a second and a hundred megabytes.
 
     Args:
         model: trained in place; a step must reach all of its parameters.
@@ -38,11 +38,9 @@ class Step:
         self._parameters: list[torch.Tensor] = list(model.parameters())
         self._momentum: list[torch.Tensor | None] = [None] * len(self._parameters) if config.momentum else []
         device = self._parameters[0].device
-        fused = device.type == "cuda" if numerics.fused is None else numerics.fused
         self._sgd = partial(
             sgd,
-            fused=fused,
-            foreach=device.type == "cuda" and not fused,  # on CPUs no faster than one by one
+            fused=device.type == "cuda" if numerics.fused is None else numerics.fused,
             lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,

@@ -58,6 +58,23 @@ def test_the_first_round_and_the_start_are_not_timed(flower: ModuleType) -> None
     )
 
 
+def test_what_flower_plays_with_two_cpus_a_client_has_half_as_many_clients_at_a_time(
+    flower: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = [one_round(100.0, [0.5]), one_round(104.0, [0.5], computing_s=4.0)]
+    monkeypatch.setattr(flower, "play_flexifed", lambda job: (rounds, 9.0))
+    monkeypatch.setattr(flower, "play_flower", lambda job, program, python: (rounds, 9.0))
+    monkeypatch.setattr(flower, "flower_versions", lambda python: {})
+    measured = flower.measure(flower.Job(cpus=2), 1, flower.parse(["--cpus", "2"])[1].program, Path())
+    outside = {side: measured[side]["outside_share"]["median"] for side in measured["ratio"]}
+    assert outside == {"defaults": 0.0, "tutorial": 0.5, "lean": 0.5}
+    assert measured["same_numbers"]["equal"]
+
+
+def test_programs_that_want_more_cpus_are_left_out(flower: ModuleType) -> None:
+    assert flower.parse(["--cpus", "1"])[1].program == ["tutorial", "lean"]
+
+
 def test_scores_before_a_round_are_those_after_the_one_before(flower: ModuleType) -> None:
     rows = [
         {"round": index, "client": client, "accuracy": index + client / 10, "loss": -index, "train_s": 1, "eval_s": 2}

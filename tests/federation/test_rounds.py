@@ -539,7 +539,7 @@ def test_a_round_on_a_gpu_that_was_too_full_for_a_kernel_is_refused(monkeypatch:
     monkeypatch.setattr("flexifed.federation.host.device_shortages", lambda device: next(shortages))
     federation = start(cell())
     federation.play_round()
-    with pytest.raises(DeviceMemoryError, match=r"^clients 0 to 7, round 1: the GPU was too full for a convolution, "):
+    with pytest.raises(DeviceMemoryError, match=r"^clients 0 to 7, round 1: the GPU was too full at some point, "):
         federation.play_round()
 
 
@@ -550,7 +550,13 @@ from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingCo
 from flexifed.data import find_dataset
 from flexifed.federation.rounds import Federation, LocalHosts, make_shards
 
-for dataset, family in [("cifar10", "vgg"), ("cifar10", "resnet"), ("agnews", "charcnn"), ("agnews", "vdcnn")]:
+for dataset, family in [
+    ("cifar10", "vgg"),
+    ("cifar10", "resnet"),
+    ("agnews", "charcnn"),
+    ("agnews", "vdcnn"),
+    ("speech_commands", "vgg"),
+]:
     config = CellConfig(
         dataset=dataset,
         family=family,
@@ -561,14 +567,14 @@ for dataset, family in [("cifar10", "vgg"), ("cifar10", "resnet"), ("agnews", "c
     )
     info = find_dataset(dataset, data="synthetic", data_dir=Path())
     Federation(config, info, LocalHosts(config, info, make_shards(config, info))).play_round()
-    print(family, sorted({"sympy", "torch._dynamo"} & set(sys.modules)))
+    print(dataset, family, sorted({"sympy", "torch._dynamo"} & set(sys.modules)))
 """
 
 
 def test_a_round_does_not_import_the_compiler_of_pytorch() -> None:
     """Which takes a process seconds, and a hundred megabytes."""
     played = subprocess.run([sys.executable, "-c", PLAY_A_ROUND], check=True, capture_output=True, text=True)
-    assert played.stdout.splitlines() == [f"{family} []" for family in ("vgg", "resnet", "charcnn", "vdcnn")]
+    assert [line.split()[-1] for line in played.stdout.splitlines()] == ["[]"] * 5, played.stdout
 
 
 # ------------------------------------------------------------------------------------------------------- on Ray alone
