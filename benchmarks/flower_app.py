@@ -56,10 +56,11 @@ CPU = torch.device("cpu")
 
 
 class Task:
-    """A job as a client process knows it: models, data, and what a client does with them."""
+    """A job as a client process knows it: models, data, and what a client does with them, with so many threads."""
 
-    def __init__(self, job: Job) -> None:
-        self.config, self.info = job.config(), job.info()
+    def __init__(self, job: Job, threads: int = 1) -> None:
+        config, self.info = job.config(), job.info()
+        self.config = replace(config, numerics=replace(config.numerics, threads=threads))
         data = open_dataset(self.info)
         shards = make_shards(self.config, self.info)
         self.train_samples = [data.train.take(shard.train) for shard in shards]
@@ -125,8 +126,8 @@ class Images(TorchDataset[tuple[torch.Tensor, torch.Tensor]]):
 class TutorialTask(Task):
     """The same with PyTorch's DataLoader and loops, as in Flower's tutorials."""
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
+    def __init__(self, job: Job, threads: int = 1) -> None:
+        super().__init__(job, threads)
         mean, std = self.info.mean, self.info.std
         self._train_images = [Images(samples, mean, std) for samples in self.train_samples]
         self._test_images = [Images(samples, mean, std) for samples in self.test_samples]
@@ -175,10 +176,7 @@ def task(program: str, job: str) -> Task:
     """Made once in each process, for all its calls."""
     if program == "lean":
         keep_freed_memory()  # as flexifed's own processes do
-    made = PROGRAMS[program](Job.from_json(job))
-    numerics = replace(made.config.numerics, threads=CPUS_PER_CLIENT[program])
-    made.config = replace(made.config, numerics=numerics)
-    return made
+    return PROGRAMS[program](Job.from_json(job), CPUS_PER_CLIENT[program])
 
 
 def _received(message: Message, context: Context) -> tuple[Task, int, nn.Module, int]:

@@ -102,6 +102,10 @@ class ClientHost:
         Args:
             shared: the groups that clients here have in common with clients elsewhere; None before the first
                 aggregation.
+
+        Raises:
+            ClientError: as `Client.play_round`.
+            DeviceMemoryError: a GPU was too full for the algorithms that give this round its bits.
         """
         started = time.perf_counter()
         shortages = device_shortages(self._device)

@@ -91,6 +91,8 @@ class ConvolutionalBlock(nn.Module):
 class VDCNN(FamilyModel):
     """A VDCNN for indices of characters, int64 of shape (batch, length), 0 to `alphabet_size`.
 
+    Its embedding is zero until `initialise` draws it, as `build_model` does.
+
     Args:
         depth: 9, 17, 29 or 49.
         num_classes: size of the output.

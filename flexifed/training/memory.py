@@ -8,7 +8,7 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST = 2**31 - 1
-_LARGEST_MAPPED = 32 * 2**20  # some versions of glibc take no more for the second
+_LARGEST_MAPPED = 32 * 2**20  # some versions of glibc take no more for M_MMAP_THRESHOLD, and hand larger blocks back
 
 
 def keep_freed_memory() -> bool:

@@ -572,7 +572,7 @@ for dataset, family in [
 
 
 def test_a_round_does_not_import_the_compiler_of_pytorch() -> None:
-    """Which takes a process seconds, and a hundred megabytes."""
+    """Which takes a process a second, and a hundred megabytes."""
     played = subprocess.run([sys.executable, "-c", PLAY_A_ROUND], check=True, capture_output=True, text=True)
     assert [line.split()[-1] for line in played.stdout.splitlines()] == ["[]"] * 5, played.stdout
 
