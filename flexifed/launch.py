@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from flexifed.config import DatasetName, Device
-from flexifed.errors import CellsFailedError, FlexifedError, FlexifedWarning
+from flexifed.errors import CellsFailedError, ConfigError, FlexifedError, FlexifedWarning
 from flexifed.grid import CellName, GridOptions, parse_options, select_cells
 from flexifed.stopping import sigterm_as_ctrl_c, stop_requests
 from flexifed.wording import counted
@@ -140,8 +140,9 @@ def check_settings(options: GridOptions, cells: Sequence[CellName], infos: Mappi
     placement = _placement(options)
     if placement.clients_per_actor is not None:
         assign_clients(options.partition.num_clients, placement.clients_per_actor, options.sharing.reduce_block)
+    device: Device = "cuda" if options.device == "auto" else options.device  # which may take more settings
     for cell in {cell.dataset: cell for cell in cells}.values():
-        shards = make_shards(options.cell_config(cell, options.seeds[0], "cpu"), infos[cell.dataset])
+        shards = make_shards(options.cell_config(cell, options.seeds[0], device), infos[cell.dataset])
         window(shards[0].train, 0, options.partition.windows_per_shard)
 
 
@@ -202,7 +203,7 @@ def _run_cells(
             console.print(f"{skipped} of {counted(len(runs), 'cell')} finished already", highlight=False)
         if not unfinished:
             return runs, {}
-        _say_what_differs(folder, unfinished, console)
+        _say_what_differs(folder, unfinished, options.device, console)
 
         def place(run: CellRun, left: Sequence[Resources]) -> CellPlacement:
             return place_cell(run.config, _placement(options), left)
@@ -210,7 +211,7 @@ def _run_cells(
         placed = [PlacedRun(run, place(run, nodes)) for run in unfinished]
         console.print(
             f"running {counted(len(placed), 'cell')} of {counted(options.rounds, 'round')}; "
-            f"a cell is {placed[0].placement}",
+            f"a cell is {placed[0].placement}, on {unfinished[0].config.device}",
             highlight=False,
             soft_wrap=True,
         )
@@ -224,22 +225,37 @@ def _run_cells(
                 retry_out_of_memory=options.retry_out_of_memory,
                 stop=stop,
             )
-            if stop() and not all(_is_finished(folder, run) for run in unfinished):
+            left = [run.name for run in unfinished if run.name not in failures and not _is_finished(folder, run)]
+            if left and stop():
                 raise KeyboardInterrupt
-        return runs, failures
+        reason = (
+            f"its last round is not in {folder.rounds}: either a file {folder.stop_file} asked it to stop, and the "
+            "same command goes on; or where it ran this is another folder, and on a cluster all nodes have to share it"
+        )
+        return runs, failures | dict.fromkeys(left, reason)
 
 
-def _say_what_differs(folder: ResultsFolder, runs: Sequence[CellRun], console: Console) -> None:
-    """Where a new run has forerunners under other settings, say which: their results are not gone on with."""
-    from flexifed.report.runs import forerunner
+def _say_what_differs(folder: ResultsFolder, runs: Sequence[CellRun], device: str, console: Console) -> None:
+    """Where a new run has forerunners under other settings, say which: their results are not gone on with.
+
+    Raises:
+        ConfigError: all that differs is the device, and nobody has said which: it depends on what the cluster had.
+    """
+    from flexifed.report.runs import FOLLOW_THE_DEVICE, forerunner
 
     found: dict[str, list[str]] = {}
     for run in runs:
         if folder.rounds_file(run.name).exists():
             continue
         if before := forerunner(folder, run.config, run.profile, run.info.fingerprint):
-            cell, differences = before
-            found.setdefault(differences, []).append(cell.name)
+            cell, changes = before
+            if device == "auto" and changes.keys() <= FOLLOW_THE_DEVICE:
+                there, here = cell.settings["device"], run.config.device
+                raise ConfigError(
+                    f"--device auto is {here} now, but {cell.cell} seed {cell.seed} has results of the same settings "
+                    f"on {there}: say --device {there} to go on with them, or --device {here} to begin anew beside them"
+                )
+            found.setdefault(", ".join(changes.values()), []).append(cell.name)
     for differences, names in found.items():
         console.print(
             f"new settings, so {counted(len(names), 'new run')}; what lies there stays as it is. "

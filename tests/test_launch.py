@@ -15,9 +15,11 @@ import pytest
 import ray
 
 from flexifed.cli import main as flexifed_main
+from flexifed.data import find_dataset
+from flexifed.errors import ConfigError
 from flexifed.federation.rounds import LocalHosts
-from flexifed.grid import make_cells
-from flexifed.launch import run_experiment
+from flexifed.grid import make_cells, parse_options
+from flexifed.launch import check_settings, run_experiment
 from flexifed.orchestra.cell import CellSession
 from flexifed.orchestra.trial import PlacedRun
 
@@ -181,3 +183,44 @@ def test_sigterm_before_the_first_round_is_as_ctrl_c(
     assert run(tmp_path) == 130
     assert "stopped: the same command goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_settings_of_gpus_are_accepted_with_gpus_and_with_auto() -> None:
+    cells = make_cells([("cifar10", "vgg")])
+    infos = {"cifar10": find_dataset("cifar10", data="synthetic", data_dir=Path("nowhere"))}
+    for line in (["--precision", "tf32"], ["--cuda-graph", "True"]):
+        for device in ("cuda", "auto"):
+            check_settings(parse_options([*line, "--device", device], prog="", description=""), cells, infos)
+        with pytest.raises(ConfigError, match="which CPUs do not have"):
+            check_settings(parse_options([*line, "--device", "cpu"], prog="", description=""), cells, infos)
+
+
+def test_auto_does_not_begin_anew_because_the_machine_has_another_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path) == 0
+    before = contents(tmp_path / "table1" / "rounds")
+    gpu_here = [{"CPU": 2.0, "GPU": 1.0}]
+    monkeypatch.setattr("flexifed.orchestra.cluster.nodes", lambda: gpu_here)
+    monkeypatch.setattr("flexifed.orchestra.estimate.this_machine", lambda: gpu_here[0])
+    assert run(tmp_path, "--device", "auto") == 2
+    told = capsys.readouterr().err
+    assert (
+        "--device auto is cuda now, but cifar10/vgg/standalone seed 0 has results of the same settings on cpu" in told
+    )
+    assert "say --device cpu to go on with them, or --device cuda to begin anew" in told
+    assert contents(tmp_path / "table1" / "rounds") == before
+    assert run(tmp_path, "--device", "cpu", "--rounds", "2") == 0
+
+
+def test_a_cell_that_ends_without_its_last_round_is_no_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexifed.orchestra.sweep.run_grid", lambda *_, **__: {})
+    assert run(tmp_path) == 1
+    told = capsys.readouterr().err
+    assert "1 of 1 cells failed" in told
+    assert (
+        f"its last round is not in {tmp_path / 'table1' / 'rounds'}: either a file {tmp_path / 'table1' / 'stop'}"
+        in told
+    )

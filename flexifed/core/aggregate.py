@@ -191,7 +191,11 @@ def check_weights(plan: SharingPlan, weights: Sequence[float] | None) -> list[fl
     if len(weights) != plan.num_clients:
         raise ConfigError(f"the plan is for {plan.num_clients} clients, but {len(weights)} weights were given")
     for client, weight in enumerate(weights):
-        if not isinstance(weight, int | float | np.number) or not 0 <= weight < math.inf:
+        if not isinstance(weight, int | float | np.number):
+            raise ConfigError(
+                f"the weight of client {client} is {weight!r}; weights are plain numbers, such as a tensor's `tolist()`"
+            )
+        if not 0 <= weight < math.inf:
             raise ConfigError(f"the weight of client {client} is {weight!r}; weights are finite and not negative")
     return [float(weight) for weight in weights]
 

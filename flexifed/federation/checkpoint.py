@@ -115,6 +115,11 @@ class Checkpoints:
             note(f"checkpoint {folder.name} is passed over: the rows before it are not all there")
         return None
 
+    def newest_round(self) -> int:
+        """The round that the newest checkpoint goes on with, 0 without one. Its files are not looked at."""
+        committed = (folder for folder in self._folders() if (folder / MANIFEST).exists())
+        return next((int(folder.name.removeprefix("round-")) for folder in committed), 0)
+
     def end(self, *, keep_final: bool) -> None:
         """The cell has ended: remove all checkpoints, or all but the last, from which more rounds can go on."""
         if keep_final:

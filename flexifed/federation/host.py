@@ -1,8 +1,7 @@
-"""Some consecutive clients in one process, and everything they need there."""
+"""Some clients in one process, in whole blocks of consecutive ones, and everything they need there."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -35,12 +34,10 @@ class HostRound:
         clients: in client order.
         blocks: by block of clients: block b holds clients b * reduce_block and on. Groups that the host averages itself
             are not in them.
-        busy_s: wall time that the host spent on it.
     """
 
     clients: tuple[ClientRound, ...]
     blocks: Mapping[int, BlockSums]
-    busy_s: float
 
 
 class ClientHost:
@@ -107,7 +104,6 @@ class ClientHost:
             ClientError: as `Client.play_round`.
             DeviceMemoryError: a GPU was too full for the algorithms that give this round its bits.
         """
-        started = time.perf_counter()
         shortages = device_shortages(self._device)
         measured: list[ClientRound] = []
         blocks: dict[int, BlockSums] = {}
@@ -129,7 +125,7 @@ class ClientHost:
             number: {group: one for group, one in sums.items() if group not in self._own_means}
             for number, sums in blocks.items()
         }
-        return HostRound(tuple(measured), leaving, time.perf_counter() - started)
+        return HostRound(tuple(measured), leaving)
 
     def _play(
         self, round_index: int, shared: GroupState | None, train: bool, measured: list[ClientRound]

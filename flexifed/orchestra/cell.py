@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,7 @@ from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, w
 
 CHECKPOINT_EVERY_S = 60.0
 CHECKPOINT_SHARE = 0.03  # of the time may go into checkpoints
+_OF_AN_ATTEMPT = ("computed_on", "machine", "versions")
 _PACKAGES = ("flexifed", "torch", "torchvision", "ray", "numpy", "pyarrow")
 
 
@@ -59,6 +61,10 @@ class CellRun:
         source = self.info.source
         return f"{config.dataset}-{source}-{config.family}-{config.scheme}-seed{config.seed}-{self.run_id}"
 
+    def checkpoints(self) -> Checkpoints:
+        """Those of this run; there may be none."""
+        return Checkpoints(ResultsFolder(self.results).run_folder(self.name) / "checkpoints", self.run_id, self.rounds)
+
 
 class CellSession:
     """A cell that is running.
@@ -75,7 +81,7 @@ class CellSession:
         self._log = RunLog(folder.run_folder(run.name))
         self._folder = folder
         self._placement = placement
-        self._checkpoints = Checkpoints(folder.run_folder(run.name) / "checkpoints", run.run_id, run.rounds)
+        self._checkpoints = run.checkpoints()
         self._checkpoint_due = time.monotonic() + CHECKPOINT_EVERY_S
         self._committed_round = 0
         self._federation: Federation | None = None
@@ -87,9 +93,10 @@ class CellSession:
         """Begin to play, or go on from the last checkpoint, on hosts that hold this cell's clients."""
         self._federation = Federation(self.run.config, self.run.info, hosts)
         before = self._restore(self._federation)
+        metadata = _metadata(self.run, self._placement) | {"computed_on": sorted(set(hosts.device_names()))}
         self._writer = RoundsWriter(
             self._folder.rounds_file(self.run.name),
-            _metadata(self.run, self._placement) | {"computed_on": sorted(set(hosts.device_names()))},
+            metadata | {"attempts": self._attempts(metadata, self._federation.next_round)},
             at_least=self._finished_before(),
             before=before,
         )
@@ -146,6 +153,23 @@ class CellSession:
         federation.restore(checkpoint)
         self._log.write(f"goes on with round {checkpoint.next_round}, from {checkpoint.folder.name}")
         return rows_before(checkpoint)
+
+    def _attempts(self, metadata: Mapping[str, Any], next_round: int) -> list[dict[str, Any]]:
+        """What computed which rounds: a run that goes on elsewhere, or under other versions, says so of both parts."""
+        now = {"from_round": next_round, **{name: metadata[name] for name in _OF_AN_ATTEMPT}}
+        path = self._folder.rounds_file(self.run.name)
+        if next_round == 0 or not path.exists():
+            return [now]
+        stored: dict[str, Any] = read_metadata(path)
+        first = {"from_round": 0, **{name: stored.get(name) for name in _OF_AN_ATTEMPT}}
+        before = [one for one in stored.get("attempts", [first]) if one["from_round"] < next_round]
+        if before and all(before[-1][name] == now[name] for name in _OF_AN_ATTEMPT):
+            return before
+        self._log.write(
+            f"from round {next_round} on other hardware or under other versions than before, so an undisturbed run may "
+            "differ in the last bits; both are in the file's metadata"
+        )
+        return [*before, now]
 
     def _finished_before(self) -> int | None:
         """The last round of a shorter run that has ended; its file stays until there is more. Others are replaced."""

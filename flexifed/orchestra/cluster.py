@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import re
 import socket
 import time
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._private.utils import get_num_cpus
 
 from flexifed.errors import ResourceError
 from flexifed.orchestra.placement import Resources
@@ -25,7 +28,7 @@ def connected(address: str | None, *, num_cpus: int | None = None, num_gpus: int
 
     Args:
         address: of a running cluster (`auto` finds one on this machine); None starts Ray here, and ends it afterwards.
-        num_cpus: pretend so many on a Ray that is started here; None counts them.
+        num_cpus: pretend so many on a Ray that is started here; None for those that this process may use.
         num_gpus: likewise.
 
     Raises:
@@ -48,7 +51,7 @@ def _start(num_cpus: int | None, num_gpus: int | None) -> None:
         try:
             ray.init(
                 address="local",
-                num_cpus=num_cpus,
+                num_cpus=usable_cpus() if num_cpus is None else num_cpus,
                 num_gpus=num_gpus,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -64,10 +67,24 @@ def _start(num_cpus: int | None, num_gpus: int | None) -> None:
                 ) from error
 
 
+def usable_cpus() -> int:
+    """The CPUs that this process may use: of a container as Ray counts them, and of those the ones it is bound to.
+
+    Ray itself knows no affinity, by which batch systems and `taskset` give a job a part of a machine.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else math.inf
+    return max(1, int(min(affinity, get_num_cpus(override_docker_cpu_warning=True))))
+
+
 def _join(address: str) -> None:
     """Join a cluster. Ray itself would try a dead address for minutes."""
+    if address.startswith("ray://"):
+        raise ResourceError(
+            f"{address!r} is an address of Ray Client, which can't drive a grid; run the command on a machine of the "
+            "cluster with --address auto, or submit it there by `ray job submit` (docs/clusters.md)"
+        )
     try:
-        if match := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
+        if match := re.fullmatch(r"(.+):(\d+)", address):
             socket.create_connection((match[1], int(match[2])), timeout=_ANSWER_S).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # likewise

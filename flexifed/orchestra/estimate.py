@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +15,7 @@ from flexifed.data import DatasetInfo, make_pipeline, open_dataset
 from flexifed.federation.rounds import make_shards
 from flexifed.models import build_model
 from flexifed.orchestra.cell import CellRun
+from flexifed.orchestra.cluster import usable_cpus
 from flexifed.orchestra.placement import CellPlacement, Resources
 from flexifed.seeding import torch_generator
 from flexifed.training.evaluate import evaluate
@@ -24,13 +25,13 @@ from flexifed.training.streams import run as run_steps
 from flexifed.training.workspace import Workspace
 
 START_S = 15.0  # Ray, and the first processes that import torch; seen on 2 cores
-_SAMPLES = 32
-"""Of the step that is timed: about a batch, since small ones take longer a sample."""
+_MOST_SAMPLES = 64
+"""Of the step that is timed: a batch, which in small ones takes longer a sample, but no more."""
 
 
 def this_machine() -> Resources:
-    """CPUs that this process may use, and GPUs, as Ray would count them."""
-    return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+    """What a Ray that is started here would have."""
+    return {"CPU": float(usable_cpus()), "GPU": float(torch.cuda.device_count())}
 
 
 def concurrent_cells(placement: CellPlacement, nodes: Sequence[Resources]) -> int:
@@ -41,21 +42,27 @@ def concurrent_cells(placement: CellPlacement, nodes: Sequence[Resources]) -> in
 
 
 def cell_seconds(run: CellRun, placement: CellPlacement, nodes: Sequence[Resources], at_once: int) -> float:
-    """Seconds of one cell with `at_once` of them running: the clients' work over the CPUs or GPUs that do it."""
+    """Seconds of what is left of one cell with `at_once` of them running: the clients' work over what does it."""
     config = run.config
     shards = make_shards(config, run.info)[0]
     num_train, num_test = len(shards.train) // config.partition.windows_per_shard, len(shards.test)
     work = 0.0
     for client in range(config.partition.num_clients):
         train_s, eval_s = _seconds_per_sample(
-            config.model_name(client), config.family, config.model.width, run.info, config.device, config.numerics
+            config.model_name(client),
+            config.family,
+            config.model.width,
+            run.info,
+            config.device,
+            config.numerics,
+            replace(config.training, local_epochs=1, batch_size=min(config.training.batch_size, num_train)),
         )
         work += num_train * config.training.local_epochs * train_s + num_test * eval_s
     if config.device == "cuda":
         workers = _total(nodes, "GPU")
     else:
         workers = min(_total(nodes, "CPU") / config.numerics.threads, len(placement.clients) * at_once)
-    return run.rounds * work * at_once / max(1.0, workers)
+    return (run.rounds - run.checkpoints().newest_round()) * work * at_once / max(1.0, workers)
 
 
 def _total(nodes: Sequence[Resources], kind: str) -> float:
@@ -64,24 +71,30 @@ def _total(nodes: Sequence[Resources], kind: str) -> float:
 
 @lru_cache(maxsize=64)
 def _seconds_per_sample(
-    name: str, family: FamilyName, width: float, info: DatasetInfo, device: str, numerics: NumericsConfig
+    name: str,
+    family: FamilyName,
+    width: float,
+    info: DatasetInfo,
+    device: str,
+    numerics: NumericsConfig,
+    training: TrainingConfig,
 ) -> tuple[float, float]:
     """Seconds to train on a sample, and to score one, in one process that has the device to itself."""
     where = torch.device(device)
     model = build_model(name, num_classes=info.num_classes, in_channels=info.in_channels, width=width, device=where)
     data = open_dataset(info)
     pipeline = make_pipeline(data, family, device=where, channels_last=numerics.channels_last)
-    one_step = TrainingConfig(local_epochs=1, batch_size=_SAMPLES)
-    workspace = Workspace(model, one_step, numerics)
+    batch = min(training.batch_size, _MOST_SAMPLES)
+    workspace = Workspace(model, training, numerics)
     streams = {"batches": torch_generator(0, "batches"), "augmentation": torch_generator(0, "augmentation")}
     train_s = eval_s = 0.0
     with numeric_settings(numerics):
         # First a step that warms up. On a GPU kernels are chosen, and steps recorded, for each size of batch.
-        for count in (_SAMPLES if device == "cuda" else 2, _SAMPLES):
+        for count in (batch if device == "cuda" else min(2, batch), batch):
             samples, labels = (part.to(where) for part in data.train.take(np.arange(count) % info.num_train))
             started = time.perf_counter()
             run_steps(train(workspace, samples, labels, pipeline=pipeline, **streams)).item()  # when it is done
             trained = time.perf_counter()
-            run_steps(evaluate(workspace.model, samples, labels, config=one_step, numerics=numerics, pipeline=pipeline))
+            run_steps(evaluate(workspace.model, samples, labels, config=training, numerics=numerics, pipeline=pipeline))
             train_s, eval_s = (trained - started) / count, (time.perf_counter() - trained) / count
     return train_s, eval_s

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Literal, Protocol
 
+from flexifed.errors import ResultsError
 from flexifed.orchestra.placement import CellPlacement
 from flexifed.results.runlog import add_line
 
@@ -122,9 +124,14 @@ class Ledger:
             self._note(report.name, f"{reason}; all its clients go back to the last checkpoint")
             return
         reason = f"lost {losses} times in a row without a new round, the last time because {report.reason}"
-        add_line(self._run_folders[report.name], f"failed: {reason}")
+        self._add_line(report.name, f"failed: {reason}")
         self.heard(CellReport(report.name, "failed", reason=reason))
 
     def _note(self, name: str, message: str) -> None:
-        add_line(self._run_folders[name], message)
+        self._add_line(name, message)
         self._observer.noted(message, name)
+
+    def _add_line(self, name: str, message: str) -> None:
+        """Into the cell's log, if that can still be written: whoever watches hears of it in any case."""
+        with suppress(ResultsError):
+            add_line(self._run_folders[name], message)

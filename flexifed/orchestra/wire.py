@@ -50,7 +50,6 @@ class PackedHostRound:
 
     clients: tuple[ClientRound, ...]
     blocks: dict[int, PackedBlock]
-    busy_s: float
 
 
 def pack_tensors(tensors: Iterable[torch.Tensor]) -> PackedTensors:
@@ -91,13 +90,13 @@ def pack_host_round(played: HostRound) -> PackedHostRound:
         )
         for number, block in played.blocks.items()
     }
-    return PackedHostRound(played.clients, blocks, played.busy_s)
+    return PackedHostRound(played.clients, blocks)
 
 
 def unpack_host_round(packed: PackedHostRound) -> HostRound:
     """Unpack what a host handed back; tensors are views."""
     blocks = {number: _unpack_block(block) for number, block in packed.blocks.items()}
-    return HostRound(packed.clients, blocks, packed.busy_s)
+    return HostRound(packed.clients, blocks)
 
 
 def _unpack_block(packed: PackedBlock) -> BlockSums:

@@ -17,6 +17,8 @@ from flexifed.profiles import PROFILES
 from flexifed.results.store import ResultsFolder, read_summary
 
 _OF_THE_CELL = ("dataset", "family", "scheme", "seed")
+FOLLOW_THE_DEVICE = frozenset({"device", "numerics.winograd"})
+"""Settings of a stored cell that are others on another kind of device, whatever was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +128,8 @@ def changed_settings(cell: StoredCell) -> dict[str, object]:
 
 def forerunner(
     folder: ResultsFolder, config: CellConfig, profile: str, fingerprint: str
-) -> tuple[StoredCell, str] | None:
-    """The stored run of the same cell, seed and profile that differs least from a new one, and in what.
+) -> tuple[StoredCell, dict[str, str]] | None:
+    """The stored run of the same cell, seed and profile that differs least from a new one, and in what, by setting.
 
     Args:
         folder: of one experiment.
@@ -152,7 +154,7 @@ def forerunner(
         }
         if differences and (closest is None or len(differences) < len(closest[1])):
             closest = cell, differences
-    return (closest[0], ", ".join(closest[1].values())) if closest else None
+    return closest
 
 
 def stored_cell(path: Path) -> StoredCell | None:

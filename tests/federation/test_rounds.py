@@ -381,7 +381,7 @@ class OneOfEachSize:
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
         return [
-            HostRound((), {client: sum_block([(self.contribution(client), 1.0)]) for client in clients}, 0.0)
+            HostRound((), {client: sum_block([(self.contribution(client), 1.0)]) for client in clients})
             for clients in self.clients
         ]
 
@@ -664,9 +664,9 @@ def test_groups_and_block_sums_arrive_as_they_were_sent(
     ]
     weights, flags = st.floats(0, 1e6), st.booleans()
     block = {index: BlockSum(group, data.draw(weights), data.draw(flags)) for index, group in state.items()}
-    played = unpack_host_round(pack_host_round(HostRound((), {4: {}, 7: block}, 1.5)))
+    played = unpack_host_round(pack_host_round(HostRound((), {4: {}, 7: block})))
     empty, same = played.blocks[4], played.blocks[7]
-    assert (empty, played.busy_s, list(same)) == ({}, 1.5, list(block))
+    assert (empty, list(same)) == ({}, list(block))
     assert [(one.weight, one.weighted) for one in same.values()] == [
         (one.weight, one.weighted) for one in block.values()
     ]

@@ -99,3 +99,12 @@ def test_out_of_memory_is_tried_again_in_a_roomier_place(notes: Notes, tmp_path:
     assert book.begin_again("a") == ROOMIER
     assert not book.has_ended("a")
     assert book.begin_again("a") is None
+
+
+def test_a_log_that_cannot_be_written_ends_no_other_cell(notes: Notes, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("where the folder of its log would be")
+    book = ledger(notes, tmp_path)
+    for _ in range(PATIENCE):
+        book.heard(lost())
+    assert set(book.failures) == {"a"}
+    assert len(notes.notes) == PATIENCE - 1

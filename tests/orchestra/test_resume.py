@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from flexifed.config import SCHEMES, CellConfig, ModelConfig, PartitionConfig, SchemeName, TrainingConfig
@@ -15,8 +17,10 @@ from flexifed.data import find_dataset
 from flexifed.federation.checkpoint import MANIFEST, SHARED, Checkpoints, read_tensors
 from flexifed.federation.host import state_bytes
 from flexifed.federation.rounds import Federation, LocalHosts
+from flexifed.orchestra import estimate
 from flexifed.orchestra.cell import CellRun, CellSession
-from flexifed.results.store import ResultsFolder, read_metadata
+from flexifed.orchestra.placement import PlacementOptions, place_cell
+from flexifed.results.store import ResultsFolder, read_metadata, write_table
 
 ROUNDS = 5
 TIMINGS = ["train_s", "train_started", "eval_s", "round_s"]
@@ -241,3 +245,50 @@ def test_a_checkpoint_whose_rows_are_lost_is_not_used(tmp_path: Path) -> None:
     play(run)
     assert "the rows before it are not all there" in log(run)
     assert sorted(rows(run)["round"].unique()) == list(range(ROUNDS + 1))
+
+
+def test_a_run_that_goes_on_elsewhere_says_what_computed_which_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = cell(tmp_path)
+    path = ResultsFolder(run.results).rounds_file(run.name)
+    play(run, 3)
+    (first,) = read_metadata(path)["attempts"]
+    assert first["from_round"] == 0
+    play(run, 1)
+    assert read_metadata(path)["attempts"] == [first], "the same machine and versions"
+    assert "other hardware" not in log(run)
+    monkeypatch.setattr(LocalHosts, "device_names", lambda _: ["another processor"])
+    play(run)
+    metadata = read_metadata(path)
+    assert metadata["attempts"] == [first, {**first, "from_round": 2, "computed_on": ["another processor"]}]
+    assert metadata["computed_on"] == ["another processor"]
+    assert "from round 2 on other hardware or under other versions" in log(run)
+
+
+def test_a_file_from_before_attempts_were_noted_counts_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cell(tmp_path)
+    path = ResultsFolder(run.results).rounds_file(run.name)
+    play(run, 3)
+    stored = read_metadata(path)
+    (before,) = stored.pop("attempts")
+    table = pq.read_table(path, partitioning=None).replace_schema_metadata({b"flexifed": json.dumps(stored)})
+    write_table(path, table)
+    monkeypatch.setattr(LocalHosts, "device_names", lambda _: ["another processor"])
+    play(run)
+    assert read_metadata(path)["attempts"] == [
+        before,
+        {**before, "from_round": 2, "computed_on": ["another processor"]},
+    ]
+
+
+def test_an_estimate_is_of_the_rounds_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "_seconds_per_sample", lambda *_: (0.25, 0.0))
+    run, nodes = cell(tmp_path), [{"CPU": 1.0}]
+    placement = place_cell(run.config, PlacementOptions(), nodes)
+    whole = estimate.cell_seconds(run, placement, nodes, at_once=1)
+    assert whole == ROUNDS * 4 * 25 * 0.25
+    play(run, 3)
+    assert estimate.cell_seconds(run, placement, nodes, at_once=1) == whole * 3 / 5, (
+        "from the checkpoint before round 2"
+    )
