@@ -4,7 +4,8 @@
 #   FLEXIFED_SHARED    folder that all machines see under this path: results, and the versions that were installed
 #   FLEXIFED_NFS       where it comes from. Empty: it is there already. head: the head exports it to the others.
 #                      SERVER:/PATH: an NFS server, such as fs-0123.efs.us-west-2.amazonaws.com:/ (EFS)
-#   FLEXIFED_DOWNLOAD  yes: fetch the data sets to this machine, once. no: they are there, or runs use a stand-in
+#   FLEXIFED_DOWNLOAD  yes: fetch the data sets to this machine, once. no: they are there, or runs use a stand-in.
+#                      Names, such as "cifar10 agnews": only these
 set -euo pipefail
 
 : "${FLEXIFED_SHARED:?name a folder that all machines see}"
@@ -24,8 +25,10 @@ if [ "$nfs" = head ] && [ -z "${RAY_HEAD_IP:-}" ]; then
   packages nfs-kernel-server
   sudo mkdir -p "$FLEXIFED_SHARED"
   sudo chown "$(id -u):$(id -g)" "$FLEXIFED_SHARED"
-  # The firewall keeps the world out: only machines of the cluster's own security group get as far as this.
-  echo "$FLEXIFED_SHARED *(rw,sync,no_subtree_check)" | sudo tee /etc/exports.d/flexifed.exports >/dev/null
+  # The firewall keeps the world out: only machines of the cluster's own security group get as far as this. `insecure`
+  # means ports above 1023, from which those that mount with `noresvport` come.
+  sudo mkdir -p /etc/exports.d
+  echo "$FLEXIFED_SHARED *(rw,sync,no_subtree_check,insecure)" | sudo tee /etc/exports.d/flexifed.exports >/dev/null
   sudo exportfs -ra
 elif [ -n "$nfs" ] && ! mountpoint -q "$FLEXIFED_SHARED"; then
   [ "$nfs" = head ] && nfs=$RAY_HEAD_IP:$FLEXIFED_SHARED
@@ -63,6 +66,7 @@ else
 fi
 
 # What Ray's processes and every login find in their environment. The token in ~/.ray/auth_token came with the files.
+# `ray job stop` kills after so many seconds; a run that is asked to stop first ends its round, and writes a checkpoint.
 cat >"$HOME/.flexifed.sh" <<END
 export PATH="$venv/bin:\$HOME/.local/bin:\$PATH"
 export FLEXIFED_DATA_DIR="$data"
@@ -70,12 +74,15 @@ export FLEXIFED_RESULTS_DIR="$FLEXIFED_SHARED/results"
 export RAY_AUTH_MODE=token
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1
 export RAY_USAGE_STATS_ENABLED=0
+export RAY_JOB_STOP_WAIT_TIME_S=600
 END
 line='. "$HOME/.flexifed.sh"'
 grep -qxF "$line" "$HOME/.bashrc" 2>/dev/null || echo "$line" >>"$HOME/.bashrc"
 
 mkdir -p "$data"
-if [ "${FLEXIFED_DOWNLOAD:-no}" = yes ]; then
-  "$venv/bin/flexifed" data --data-dir "$data" --download
-fi
+case ${FLEXIFED_DOWNLOAD:-no} in
+  no) ;;
+  yes) "$venv/bin/flexifed" data --data-dir "$data" --download ;;
+  *) "$venv/bin/flexifed" data --data-dir "$data" --download --only $FLEXIFED_DOWNLOAD ;;
+esac
 echo "setup.sh: $(hostname) is ready"

@@ -26,6 +26,7 @@ from flexifed.config import (
     TEXT_LENGTHS,
     BatchNormBuffers,
     ClassifierSharing,
+    DatasetName,
     FamilyName,
     InputKind,
     ModelConfig,
@@ -57,13 +58,13 @@ class Plan:
     scheme: SchemeName
     """Which layers are averaged."""
     num_clients: int = PartitionConfig().num_clients
-    """Clients."""
+    """Number of clients."""
     num_classes: int | None = None
     """Size of the models' output. Default: 10 for images, 4 for texts."""
     width: float = ModelConfig().width
-    """Factor on all channels; the depth, and so what models share, stays."""
+    """Factor on the number of channels of every layer; the depth, and so what models share, stays."""
     in_channels: int | None = None
-    """Channels of an image model's input. Default: the family's own."""
+    """Channels of an image model's input. Default: 3."""
     weighting: Weighting = SharingConfig().weighting
     """Whether clients count alike or by their number of training samples."""
     batch_norm_buffers: BatchNormBuffers = SharingConfig().batch_norm_buffers
@@ -71,7 +72,7 @@ class Plan:
     classifier: ClassifierSharing = SharingConfig().classifier
     """Classifier layers: shared where the prefix reaches them, never, or always, across versions too."""
     json: bool = False
-    """Print it for machines. Depths count from 0 at the input."""
+    """Print the plan as JSON. Depths count from 0 at the input."""
 
     def run(self, console: Console) -> None:
         """Print the plan."""
@@ -120,7 +121,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """List the model families and their versions, with parameters and multiply-adds of a sample."""
+    """List the model families and their versions, with their parameters and the multiply-adds for one sample."""
 
     def run(self, console: Console) -> None:
         """Print the list."""
@@ -150,12 +151,12 @@ class Models:
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """Print what of each version every scheme averages, and the bytes a client sends in a round, as Markdown."""
+    """Print how much of each version every scheme averages, and the bytes a client sends in a round, as Markdown."""
 
     num_clients: int = PartitionConfig().num_clients
-    """Clients; client k has version k modulo the number of versions."""
+    """Number of clients; client k has version k modulo the number of versions."""
     width: float = ModelConfig().width
-    """Factor on all channels; the depth, and so what models share, stays."""
+    """Factor on the number of channels of every layer; the depth, and so what models share, stays."""
 
     def run(self, console: Console) -> None:
         """Print the table."""
@@ -171,12 +172,15 @@ class Shares:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """List which data sets are there, whole or partly, and how to get the rest."""
+    """List which data sets are there, whole or in part, and how to get the rest."""
 
     data_dir: Path = field(default_factory=lambda: Path(os.environ.get("FLEXIFED_DATA_DIR") or "data"))
-    """Where data sets lie. Default: $FLEXIFED_DATA_DIR, or ./data."""
+    """Folder of the data sets. Default: $FLEXIFED_DATA_DIR, or ./data."""
     download: bool = False
-    """Get what is missing, damaged or only partly there from its publisher."""
+    """Download data that are missing, damaged or incomplete from their publishers."""
+
+    only: tuple[DatasetName, ...] = ()
+    """Only these data sets. Default: all."""
 
     def run(self, console: Console) -> None:
         """Print a block for each data set.
@@ -194,6 +198,8 @@ class Data:
         failed: list[str] = []
         remedies: dict[str, str] = {}
         for name, source in SOURCES.items():
+            if self.only and name not in self.only:
+                continue
             try:
                 state, *facts = self._look(name, data_dir)
             except DataError as error:
@@ -233,18 +239,17 @@ class Report:
     results_dir: Annotated[Path, _POSITIONAL] = Path("results")
     """The --results-dir of the runs."""
     experiment: str | None = None
-    """A folder in the results. Default: table1, or the newest of table1-2 and so on where --fresh made them."""
+    """Folder of an experiment in the results. Default: table1, or the newest that --fresh made (table1-2, ...)."""
     pick: Literal["last", "best", "final"] = "last"
-    """Which rounds a number is of. last: mean of the last tenth of them, at most 50. best: the version's best. final:
-    the very last score."""
+    """Rounds that a number is taken from. last: mean of the last tenth, at most 50. best: the best. final: the last."""
     profile: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Only runs under this profile. Default: all, a table each."""
+    """Only runs under this profile. Default: all, with a table for each."""
     format: Literal["terminal", "markdown", "latex", "csv"] = "terminal"
-    """What to print. csv: Table 1 only, a line for each number. All formats have the same numbers."""
+    """Format of the tables. csv: Table 1 only, with a line for each number. All formats have the same numbers."""
     target: float | None = None
-    """Accuracy in percent that the rounds are counted to. Default: what Clustered-FL ends at under the same seed."""
+    """Accuracy, in percent, to which rounds are counted. Default: where Clustered-FL ends under the same seed."""
     figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Draw the figures too, as PNG and PDF, into a folder for each table. Needs the extra `analysis`."""
+    """Draw the figures too, as PNG and PDF: a folder in this one for each table. Needs the extra `analysis`."""
 
     def run(self, console: Console) -> None:
         """Print the tables, and write the figures.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from flexifed.config import DatasetName, Device
-from flexifed.errors import CellsFailedError, ConfigError, FlexifedError, FlexifedWarning
+from flexifed.errors import CellsFailedError, ConfigError, FlexifedError, FlexifedWarning, ResourceError
 from flexifed.grid import CellName, GridOptions, parse_options, select_cells
 from flexifed.stopping import sigterm_as_ctrl_c, stop_requests
 from flexifed.wording import counted
@@ -208,6 +208,8 @@ def _run_cells(
         def place(run: CellRun, left: Sequence[Resources]) -> CellPlacement:
             return place_cell(run.config, _placement(options), left)
 
+        if options.address is not None:
+            _check_nodes(folder, {run.info for run in unfinished})
         placed = [PlacedRun(run, place(run, nodes)) for run in unfinished]
         console.print(
             f"running {counted(len(placed), 'cell')} of {counted(options.rounds, 'round')}; "
@@ -233,6 +235,29 @@ def _run_cells(
             "same command goes on; or where it ran this is another folder, and on a cluster all nodes have to share it"
         )
         return runs, failures | dict.fromkeys(left, reason)
+
+
+def _check_nodes(folder: ResultsFolder, infos: Iterable[DatasetInfo]) -> None:
+    """Make sure that all nodes see the results and have the data. One that does not would fail cell after cell.
+
+    Raises:
+        ResourceError: some don't; it names them all.
+    """
+    from flexifed.data import open_dataset
+    from flexifed.orchestra import cluster
+
+    infos = list(infos)
+
+    def check() -> None:
+        folder.check_shared()
+        for info in infos:
+            open_dataset(info)
+
+    if problems := cluster.check_nodes(check):
+        raise ResourceError(
+            f"{counted(len(problems), 'node')} can't run these cells; mend that, or take the node out of the cluster:\n"
+            + "\n".join(f"  {node}: {problem}" for node, problem in problems.items())
+        )
 
 
 def _say_what_differs(folder: ResultsFolder, runs: Sequence[CellRun], device: str, console: Console) -> None:

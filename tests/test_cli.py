@@ -477,3 +477,15 @@ def test_damaged_results_end_with_status_2(capsys: pytest.CaptureFixture[str], t
     (rounds / "cell.parquet").write_bytes(b"no parquet")
     assert main(["report", str(tmp_path)]) == 2
     assert "can't read" in capsys.readouterr().err
+
+
+def test_data_of_one_set_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--data-dir", str(tmp_path), "--only", "agnews", "cinic10"]) == 0
+    told = capsys.readouterr().out
+    assert [
+        line.split(":")[0] for line in told.splitlines() if line.endswith(": absent; runs use a synthetic stand-in")
+    ] == [
+        "cinic10",
+        "agnews",
+    ]
+    assert "cifar10:" not in told

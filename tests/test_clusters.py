@@ -73,6 +73,11 @@ def test_only_ssh_is_open_and_ray_asks_for_a_token(name: str) -> None:
     assert "export RAY_AUTH_MODE=token\n" in SETUP.read_text()
 
 
+def test_a_job_that_is_stopped_has_time_for_its_round_and_a_checkpoint() -> None:
+    (seconds,) = re.findall(r"^export RAY_JOB_STOP_WAIT_TIME_S=(\d+)$", SETUP.read_text(), flags=re.MULTILINE)
+    assert int(seconds) >= 300, "Ray's own is 3"
+
+
 def test_all_that_an_installation_needs_is_sent_and_nothing_large() -> None:
     mounted = {local: remote for remote, local in read(FILES[0])["file_mounts"].items() if not local.startswith("~")}
     assert mounted == {local: f"~/flexifed/{local}" for local in mounted}
@@ -188,7 +193,10 @@ def test_data_are_fetched_only_where_they_are_asked_for(machine: Callable[[str],
     assert head.set_up(FLEXIFED_DOWNLOAD="no").returncode == 0
     assert head.calls("flexifed") == []
     assert head.set_up(FLEXIFED_DOWNLOAD="yes").returncode == 0
-    assert head.calls("flexifed") == [f"flexifed data --data-dir {head.folder}/home/flexifed-data --download"]
+    fetch = f"flexifed data --data-dir {head.folder}/home/flexifed-data --download"
+    assert head.calls("flexifed") == [fetch]
+    assert head.set_up(FLEXIFED_DOWNLOAD="cifar10 agnews").returncode == 0
+    assert head.calls("flexifed") == [f"{fetch} --only cifar10 agnews"]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +219,8 @@ def test_the_shared_folder_is_there_or_exported_by_the_head_or_mounted(
     called = [call.removeprefix("sudo ") for call in one.calls("sudo")]
     mounts = [call for call in called if call.startswith(("exportfs", "mount"))]
     assert mounts == [line.format(shared=one.shared) for line in expected]
+    exported = f"{one.shared} *(rw,sync,no_subtree_check,insecure)"  # who mounts with noresvport has no secure port
+    assert (exported in (one.folder / "calls").read_text().splitlines()) == ("exportfs -ra" in expected)
 
 
 def test_a_shared_folder_that_cannot_be_written_stops_the_set_up(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import ray
 
 from flexifed.cli import main as flexifed_main
 from flexifed.data import find_dataset
-from flexifed.errors import ConfigError
+from flexifed.errors import ConfigError, ResultsError
 from flexifed.federation.rounds import LocalHosts
 from flexifed.grid import make_cells, parse_options
 from flexifed.launch import check_settings, run_experiment
@@ -224,3 +225,24 @@ def test_a_cell_that_ends_without_its_last_round_is_no_success(
         f"its last round is not in {tmp_path / 'table1' / 'rounds'}: either a file {tmp_path / 'table1' / 'stop'}"
         in told
     )
+
+
+def test_nodes_that_would_fail_cell_after_cell_are_named_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, in_process: list[str]
+) -> None:
+    checks: list[Callable[[], None]] = []
+
+    def check_nodes(check: Callable[[], None]) -> dict[str, str]:
+        checks.append(check)
+        return {"worker-2 (10.0.0.2)": "worker-2 does not see /shared/results"}
+
+    monkeypatch.setattr("flexifed.orchestra.cluster.check_nodes", check_nodes)
+    assert run(tmp_path, "--address", "10.0.0.1:6379") == 2
+    told = capsys.readouterr().err
+    assert "error: 1 node can't run these cells" in told
+    assert "\n  worker-2 (10.0.0.2): worker-2 does not see /shared/results\n" in told
+    assert in_process == []
+    checks[0]()  # holds on this machine
+    shutil.rmtree(tmp_path / "table1" / "rounds")
+    with pytest.raises(ResultsError, match="does not see"):
+        checks[0]()

@@ -1,8 +1,8 @@
 """What a model is made of, layer by layer in forward order, so that layers of different models can be compared.
 
 The paper (section 3) counts layers from the input and calls two layers common when they, and everything below them, are
-the same. "The same" is decided here: kind, hyper-parameters, shapes of parameters and buffers, and role. Names of
-attributes do not decide.
+the same. "The same" is decided here: kind, hyper-parameters, shapes of parameters and buffers, and what stands between
+a layer and the one below. Names of attributes and roles do not decide.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ Role = Literal["feature", "classifier"]
 
 NORMALISATIONS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
 _NOT_HYPERPARAMETERS = {"training", "inplace"}
+_PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_SHOWN_BY_LAYERS = {"num_layers", "depth"}
+"""Attributes of a container that say how many layers it has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +141,9 @@ def signature(model: nn.Module) -> ModelSignature:
 
     A model with `declared_layers()` is taken at its word. Any other is read in registration order: a module with
     parameters or buffers of its own begins a layer, a normalisation that follows joins the layer before it, and modules
-    without either count for the layer after them. The run of linear layers at its end, or the last of them where there
-    is nothing else, is the classifier.
+    without either count for the layer after them: activations, and modules that contain others, such as a residual
+    block, with their class and attributes. Where such a block ends, and what the model's own `forward` does, can't be
+    read. The run of linear layers at its end, or the last of them where there is nothing else, is the classifier.
 
     Args:
         model: on any device, `meta` included; only shapes are read.
@@ -196,6 +200,8 @@ def _registered_layers(model: nn.Module) -> tuple[tuple[DeclaredLayer, ...], tup
         if not any(True for _ in _own_tensors(module, 0)):
             if next(module.children(), None) is None:
                 before.append(module)
+            elif module is not model and type(module) not in _PLAIN_CONTAINERS:
+                before.append(_describe_container(module))
         elif isinstance(module, NORMALISATIONS) and found and not before:
             found[-1] = DeclaredLayer((*found[-1].modules, module), before=found[-1].before)
         else:
@@ -266,6 +272,12 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, tuple | list):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+
+
+def _describe_container(module: nn.Module) -> str:
+    """A module that contains the layers after it: `Block(residual=True)`."""
+    own = [f"{name}={value}" for name, value in _hyperparameters(module) if name not in _SHOWN_BY_LAYERS]
+    return f"{_class_name(module)}({', '.join(own)})"
 
 
 def _describe(module: nn.Module) -> str:

@@ -8,18 +8,21 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
 import ray
 from ray._private.utils import get_num_cpus
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from flexifed.errors import ResourceError
+from flexifed.errors import FlexifedError, ResourceError
 from flexifed.orchestra.placement import Resources
 from flexifed.stopping import uninterrupted
 
 NODES_TIMEOUT_S = 1800.0
 _ANSWER_S = 5.0
+_A_LITTLE = 0.001  # of a CPU, so that it matters only which nodes have any
 
 
 @contextmanager
@@ -99,6 +102,8 @@ def wait_for_nodes(
 ) -> list[Resources]:
     """The resources of each node of the connected cluster, once enough have joined it.
 
+    A cluster that can rent nodes is asked for them.
+
     Args:
         min_nodes: so many that can hold clients, that is, have CPUs; a head that only leads does not count.
         say: is told how many there are, whenever the number has changed and is too small.
@@ -110,20 +115,69 @@ def wait_for_nodes(
     """
     deadline = time.monotonic() + timeout_s
     told = -1
-    while True:
-        found = nodes()
-        present = sum(node.get("CPU", 0) > 0 for node in found)
-        if present >= min_nodes:
-            return found
-        if time.monotonic() >= deadline:
-            raise ResourceError(
-                f"min_nodes is {min_nodes}, but after {timeout_s:g} s the cluster has {present} with CPUs; "
-                "`ray status` on the head says what became of the others; or lower --min-nodes"
-            )
-        if present != told:
-            say(present)
-            told = present
-        time.sleep(poll_s)
+    with ExitStack() as demands:
+        while True:
+            found = nodes()
+            present = sum(node.get("CPU", 0) > 0 for node in found)
+            if present >= min_nodes:
+                return found
+            if time.monotonic() >= deadline:
+                raise ResourceError(
+                    f"min_nodes is {min_nodes}, but after {timeout_s:g} s the cluster has {present} with CPUs; "
+                    "`ray status` on the head says what became of the others; or lower --min-nodes"
+                )
+            if told < 0:
+                demands.enter_context(demand([{"CPU": _A_LITTLE}] * min_nodes, "STRICT_SPREAD"))
+            if present != told:
+                say(present)
+                told = present
+            time.sleep(poll_s)
+
+
+@contextmanager
+def demand(bundles: Sequence[Mapping[str, float]], strategy: str = "PACK") -> Iterator[None]:
+    """For the length of a `with` block, let whoever can add nodes to the cluster see that so much is wanted.
+
+    Ray's autoscaler rents for what waits, and not for what would be asked for if there were room.
+
+    Args:
+        bundles: resources, each of which one node has to have.
+        strategy: of a placement group; `STRICT_SPREAD` for each bundle on a node of its own.
+    """
+    group = ray.util.placement_group([dict(bundle) for bundle in bundles if bundle], strategy)
+    try:
+        yield
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def check_nodes(check: Callable[[], None]) -> dict[str, str]:
+    """Let every node that can hold clients try something.
+
+    Args:
+        check: it is sent to the nodes, and raises FlexifedError where something is wrong.
+
+    Returns:
+        By the name of a node for which something is: what.
+    """
+    holding = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    problem = ray.remote(num_cpus=0, max_retries=0)(_problem)
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in holding]
+    answers = [problem.options(scheduling_strategy=place).remote(check) for place in places]
+    problems = {}
+    for node, answer in zip(holding, answers, strict=True):
+        with suppress(RayError):  # the node is going; a grid knows how to do without it
+            if found := ray.get(answer):
+                problems[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = found
+    return problems
+
+
+def _problem(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except FlexifedError as error:
+        return str(error)
+    return None
 
 
 def nodes() -> list[Resources]:

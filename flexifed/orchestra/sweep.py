@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,24 +215,26 @@ def _placed_anew(
         ResourceError: it holds some of them in no way, and no node came back in time.
     """
     wait_until: float | None = None
-    while not stopping():
-        nodes = cluster.nodes()
-        try:
-            placed = [
-                cell if holds(nodes, cell.placement) else replace(cell, placement=place(cell.run, nodes))
-                for cell in cells
-            ]
-        except ResourceError as error:
-            if wait_until is None:
-                wait_until = time.monotonic() + WAIT_FOR_NODES_S
-                observer.noted(f"nodes are gone: {error}; waiting {WAIT_FOR_NODES_S / 60:g} minutes for more")
-            elif time.monotonic() > wait_until:
-                raise
-            time.sleep(1.0)
-            continue
-        if moved := [cell for cell, before in zip(placed, cells, strict=True) if cell.placement != before.placement]:
-            observer.noted(f"nodes are gone: cells go on with other places; a cell is {moved[0].placement}")
-        return placed
+    with ExitStack() as demands:
+        while not stopping():
+            nodes = cluster.nodes()
+            try:
+                placed = [
+                    cell if holds(nodes, cell.placement) else replace(cell, placement=place(cell.run, nodes))
+                    for cell in cells
+                ]
+            except ResourceError as error:
+                if wait_until is None:
+                    wait_until = time.monotonic() + WAIT_FOR_NODES_S
+                    observer.noted(f"nodes are gone: {error}; waiting {WAIT_FOR_NODES_S / 60:g} minutes for more")
+                    demands.enter_context(cluster.demand(cells[0].placement.bundles))
+                elif time.monotonic() > wait_until:
+                    raise
+                time.sleep(1.0)
+                continue
+            if moved := [one for one, before in zip(placed, cells, strict=True) if one.placement != before.placement]:
+                observer.noted(f"nodes are gone: cells go on with other places; a cell is {moved[0].placement}")
+            return placed
     return []
 
 

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -273,3 +274,50 @@ def test_signature_survives_pickling() -> None:
     again = pickle.loads(pickle.dumps(one))
     assert (again, again.layers, again.names, again.tail) == (one, one.layers, one.names, one.tail)
     assert hash(again) == hash(one)
+
+
+class Block(nn.Module):
+    """A convolution, with or without a way around it."""
+
+    def __init__(self, residual: bool, depth: int = 1) -> None:
+        super().__init__()
+        self.residual, self.depth = residual, depth
+        self.convolutions = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(depth))
+
+
+class OtherBlock(Block):
+    """With a `forward` of its own, for all that can be seen."""
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Block(residual=True), Block(residual=False)),
+        (Block(residual=True), OtherBlock(residual=True)),
+        (
+            nn.TransformerEncoderLayer(16, 2, 32, activation="relu"),
+            nn.TransformerEncoderLayer(16, 2, 32, activation="gelu"),
+        ),
+        (nn.TransformerEncoderLayer(16, 2, 32), nn.TransformerEncoderLayer(16, 2, 32, norm_first=True)),
+    ],
+)
+def test_what_contains_a_layer_counts_for_it(one: nn.Module, other: nn.Module) -> None:
+    first, second = (signature(nn.Sequential(nn.Conv2d(3, 4, 3), module)) for module in (one, other))
+    assert first.layers[0] == second.layers[0]
+    assert first.layers[1] != second.layers[1]
+    assert first.digest != second.digest
+
+
+def test_containers_of_more_layers_have_the_first_ones_in_common() -> None:
+    shallow, deep = (signature(nn.Sequential(Block(residual=True, depth=depth))).layers for depth in (2, 4))
+    assert shallow == deep[:2]
+    layer = nn.TransformerEncoderLayer(16, 2, 32)
+    encoder = partial(nn.TransformerEncoder, layer, enable_nested_tensor=False)
+    shallow, deep = (signature(nn.Sequential(encoder(depth))).layers for depth in (1, 3))
+    assert shallow == deep[: len(shallow)]
+
+
+def test_plain_containers_do_not_count() -> None:
+    flat = signature(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4, 2)))
+    nested = signature(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.ModuleList([nn.Linear(4, 2)])))
+    assert flat == nested

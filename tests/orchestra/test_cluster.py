@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,20 @@ class Joining:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, nodes: Sequence[Resources]) -> None:
         self.nodes, self.looks = nodes, 0
+        self.demands: list[str] = []
         monkeypatch.setattr(cluster, "nodes", self.look)
+        monkeypatch.setattr(cluster, "demand", self.demanded)
 
     def look(self) -> list[Resources]:
         self.looks += 1
         return [*self.nodes[: self.looks]]
+
+    @contextmanager
+    def demanded(self, bundles: Sequence[Mapping[str, float]], strategy: str) -> Iterator[None]:
+        assert strategy == "STRICT_SPREAD"
+        self.demands.append(f"{len(bundles)} wanted")
+        yield
+        self.demands.append("no more")
 
 
 def test_nodes_that_can_hold_no_client_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,12 +50,14 @@ def test_nodes_that_can_hold_no_client_are_not_waited_for(monkeypatch: pytest.Mo
     assert cluster.wait_for_nodes(2, told.append, poll_s=0) == [HEAD, HEAD, WORKER, WORKER]
     assert told == [0, 1], "each number once"
     assert joining.looks == 4
+    assert joining.demands == ["2 wanted", "no more"], "asked for once, and not kept"
 
 
 def test_a_cluster_that_is_there_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     joining = Joining(monkeypatch, [WORKER])
     assert cluster.wait_for_nodes(1, pytest.fail, timeout_s=0) == [WORKER]
     assert joining.looks == 1
+    assert joining.demands == []
 
 
 def test_nodes_that_never_come_are_an_error_with_numbers_and_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,3 +131,32 @@ def test_final_states_are_those_of_one_process_wherever_clients_run(
         ray.util.remove_placement_group(group)
     assert len(set(places)) == num_nodes
     assert found == digests(LocalHosts(CONFIG, INFO, shards))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("three_nodes")
+def test_every_node_is_asked_and_those_with_a_problem_are_named() -> None:
+    here = ray.get_runtime_context().get_node_id()
+
+    def check() -> None:
+        if ray.get_runtime_context().get_node_id() != here:
+            raise ResourceError("no data in /data")
+
+    (problem,) = cluster.check_nodes(check).items()
+    assert problem[0].endswith(f"({ray.util.get_node_ip_address()})")
+    assert problem[1] == "no data in /data"
+    assert cluster.check_nodes(lambda: None) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("three_nodes")
+def test_a_demand_waits_where_an_autoscaler_sees_it_and_is_taken_back() -> None:
+    def states() -> list[str]:
+        groups = ray.util.placement_group_table().values()
+        return [group["state"] for group in groups if len(group["bundles"]) == 4]
+
+    with cluster.demand([{"CPU": 0.001}] * 4, "STRICT_SPREAD"):
+        assert states() == ["PENDING"], "there are three nodes"
+    assert states() == ["REMOVED"]
