@@ -2,7 +2,10 @@
 
     uv run --extra test python benchmarks/flower.py                        thin VGGs, 8 clients, synthetic CIFAR-10
     uv run --extra test python benchmarks/flower.py --data-dir data        the same on CIFAR-10
-    uv run --extra test python benchmarks/flower.py --max-train 32 --max-test 32      little training, so mostly engine
+    uv run --extra test python benchmarks/flower.py --profile thin         whole shards in every round, unvaried
+
+The cell is the one that `round.py --local-epochs 1` plays, but for its width and its scheme: the published protocol
+with one local epoch instead of ten.
 
 Same models, data, shards, local steps, seeds and scoring, FedAvg within each architecture (`flower_job.py`). Flower
 plays it three times (`flower_app.py`): `defaults`, as its tutorials are written and with its own default of two CPUs a
@@ -34,6 +37,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,7 @@ from common import machine, spread, versions
 from flower_job import CPUS_PER_CLIENT, Job
 
 from flexifed.errors import FlexifedError
+from flexifed.profiles import PROFILES
 
 FLOWER = "1.41.0"
 TIMEOUT_S = 3600.0
@@ -161,7 +166,7 @@ def _play_cell(job: Job) -> Rounds:
     config, info = job.config(), job.info()
     clock = Clock()
     with tempfile.TemporaryDirectory(prefix="flexifed-flower-") as folder:
-        run = CellRun(config=config, info=info, profile="thin", rounds=job.rounds, results=Path(folder))
+        run = CellRun(config=config, info=info, profile=job.profile, rounds=job.rounds, results=Path(folder))
         results = ResultsFolder(run.results)
         results.prepare()
         with cluster.connected(None, num_cpus=job.cpus, num_gpus=0):
@@ -299,6 +304,9 @@ def rounded(value: Any) -> Any:
 def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--profile", choices=PROFILES, default=Job.profile, help="of shards, batches, steps and augmentation"
+    )
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10, help="the first is not timed")
     parser.add_argument("--repeat", type=int, default=3)
@@ -332,13 +340,9 @@ def main() -> int:
     """Measure, and print it."""
     parser, options = parse()
     try:
-        job = Job(
-            **{
-                name: getattr(options, name)
-                for name in ("clients", "rounds", "width", "local_epochs", "max_train", "max_test", "seed", "cpus")
-            },
-            data_dir=options.data_dir and str(Path(options.data_dir).expanduser().absolute()),
-        )
+        told = {field.name: getattr(options, field.name) for field in fields(Job)}
+        data_dir = options.data_dir and str(Path(options.data_dir).expanduser().absolute())
+        job = Job(**told | {"data_dir": data_dir})
         job.config()
         job.info()
         python = options.flower_python or made_environment(options.flower_env.expanduser().absolute())

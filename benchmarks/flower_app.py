@@ -28,6 +28,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from flower_job import CPUS_PER_CLIENT, Job
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
@@ -37,12 +38,13 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torch.utils.data import Dataset as TorchDataset
-from torchvision.transforms import Compose, Normalize, ToTensor
+from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
 from torchvision.transforms.functional import to_pil_image
 
 from flexifed.data import Samples, make_pipeline, open_dataset
+from flexifed.data.partition import window
 from flexifed.federation.rounds import make_shards
 from flexifed.models import build_model
 from flexifed.seeding import derive_seed, torch_generator
@@ -78,9 +80,14 @@ class Task:
         )
         return model.to(memory_format=torch.channels_last)
 
+    def window(self, client: int, round_index: int) -> torch.Tensor:
+        """Which of its training samples the client trains on in a round, int64 (count,)."""
+        shard = np.arange(len(self.train_samples[client][1]))
+        return torch.from_numpy(window(shard, round_index, self.config.partition.windows_per_shard))
+
     def train(self, model: nn.Module, client: int, round_index: int) -> float:
         """Train in place; returns the mean loss."""
-        samples, labels = self.train_samples[client]
+        samples, labels = (stored[self.window(client, round_index)] for stored in self.train_samples[client])
         seed = self.config.seed
         with seeded_dropout(derive_seed(seed, "dropout", client, round_index), CPU):
             steps = local.train(
@@ -111,10 +118,10 @@ class Task:
 class Images(TorchDataset[tuple[torch.Tensor, torch.Tensor]]):
     """A client's samples as PIL images, which torchvision's transforms make tensors of, one by one."""
 
-    def __init__(self, samples: Samples, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, samples: Samples, transform: Compose) -> None:
         images, self._labels = samples
         self._images = [to_pil_image(image) for image in images]
-        self._transform = Compose([ToTensor(), Normalize(mean, std)])
+        self._transform = transform
 
     def __len__(self) -> int:
         return len(self._images)
@@ -128,24 +135,26 @@ class TutorialTask(Task):
 
     def __init__(self, job: Job, threads: int = 1) -> None:
         super().__init__(job, threads)
-        mean, std = self.info.mean, self.info.std
-        self._train_images = [Images(samples, mean, std) for samples in self.train_samples]
-        self._test_images = [Images(samples, mean, std) for samples in self.test_samples]
+        plain = [ToTensor(), Normalize(self.info.mean, self.info.std)]
+        varied = [RandomCrop(32, padding=4), RandomHorizontalFlip()] if self.config.training.augment else []
+        self._train_images = [Images(samples, Compose([*varied, *plain])) for samples in self.train_samples]
+        self._test_images = [Images(samples, Compose(plain)) for samples in self.test_samples]
 
     def train(self, model: nn.Module, client: int, round_index: int) -> float:
         """Train in place; returns the mean loss over the batches."""
         config = self.config.training
         torch.manual_seed(derive_seed(self.config.seed, "batches", client, round_index))
-        batches = DataLoader(self._train_images[client], batch_size=config.batch_size, shuffle=True)
+        images = Subset(self._train_images[client], self.window(client, round_index).tolist())
+        batches = DataLoader(images, batch_size=config.batch_size, shuffle=True)
         optimizer = torch.optim.SGD(
             model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
         )
         model.train()
         total = 0.0
         for _ in range(config.local_epochs):
-            for images, labels in batches:
+            for inputs, labels in batches:
                 optimizer.zero_grad()
-                loss = functional.cross_entropy(model(images), labels)
+                loss = functional.cross_entropy(model(inputs), labels)
                 loss.backward()
                 optimizer.step()
                 total += loss.item()
@@ -207,7 +216,7 @@ def train(message: Message, context: Context) -> Message:
     metrics: dict[str, Any] = {
         "train_loss": loss,
         "train_s": time.perf_counter() - started,
-        "num-examples": len(mine.train_samples[client][0]),
+        "num-examples": len(mine.window(client, round_index)),
     }
     content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord(metrics)})
     return Message(content, reply_to=message)

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flexifed.core.aggregate import aggregate
-    from flexifed.core.schemes import sharing_plan
-    from flexifed.core.signature import signature
+    from flexifed.core.schemes import SharingPlan, sharing_plan
+    from flexifed.core.signature import DeclaredLayer, signature
     from flexifed.models import build_model
 
 __version__ = "0.1.0"
-__all__ = ["aggregate", "build_model", "sharing_plan", "signature"]
+__all__ = ["DeclaredLayer", "SharingPlan", "aggregate", "build_model", "sharing_plan", "signature"]
 
 _HOMES = {
+    "DeclaredLayer": "flexifed.core.signature",
+    "SharingPlan": "flexifed.core.schemes",
     "aggregate": "flexifed.core.aggregate",
     "build_model": "flexifed.models",
     "sharing_plan": "flexifed.core.schemes",
@@ -29,7 +31,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import the public functions when they are first used, so that `--help` need not wait for torch."""
+    """Import what is public when it is first used, so that `--help` need not wait for torch."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'flexifed' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is here, and what would be imported, so that it can be completed."""
+    return sorted({*globals(), *__all__})

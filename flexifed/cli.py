@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     from flexifed.report.plan import PlanSummary
 
 _POSITIONAL: Any = tyro.conf.Positional
+_STATES = {
+    "real": "whole",
+    "real-partial": "partial; results say real-partial",
+    "real-other": "whole, of another release than the paper's; results say real-other",
+}
+"""What `flexifed data` says of data, by their source."""
 _NUM_CLASSES: Mapping[InputKind, int] = MappingProxyType({"image": 10, "text": 4})
 """Classes of CIFAR-10 and of AG News."""
 _MOST_CLIENTS = 1_000_000
@@ -228,7 +234,7 @@ class Data:
             f"There: {warning.difference}." if isinstance(warning, PartialDataWarning) else str(warning)
             for warning in (one.message for one in caught)
         ]
-        state = "whole" if info.source == "real" else "partial; results say real-partial"
+        state = _STATES[info.source]
         return [state, f"{counts} ({info.layout} version).", *notes]
 
 

@@ -70,7 +70,7 @@ class ModelConfig:
     """What the clients' models are."""
 
     width: float = 1.0
-    """Factor on all channels; the depth, and so what models share, stays."""
+    """Factor on the number of channels of every layer; the depth, and so what models share, stays."""
     init: Literal["own", "shared"] = "own"
     """`own`: each client draws its own weights, as the authors do. `shared`: common layers start equal."""
 
@@ -84,15 +84,15 @@ class PartitionConfig:
     """Who has which data."""
 
     num_clients: int = 8
-    """Clients; client k has version k modulo 4."""
+    """Number of clients; client k has version k modulo 4."""
     num_shards: int = 20
-    """Equal i.i.d. shards that the training and the test set are cut into; each client gets one of each."""
+    """Number of equal i.i.d. shards that training and test set are each cut into; a client gets one of each."""
     windows_per_shard: int = 10
-    """A client trains on one of so many parts of its shard in a round, the next part in the next round."""
+    """Number of parts that each shard is cut into; a client trains on one part in a round, then on the next."""
     max_train: int | None = None
-    """A client uses at most so many training samples of its shard. Default: all."""
+    """Largest number of training samples that a client uses of its shard. Default: all."""
     max_test: int | None = None
-    """A client is scored on at most so many test samples of its shard. Default: all."""
+    """Largest number of test samples of its shard that a client is scored on. Default: all."""
 
     def __post_init__(self) -> None:
         for name in ("max_train", "max_test"):
@@ -113,9 +113,9 @@ class TrainingConfig:
     """How a client trains and is scored in a round. A round begins with a fresh SGD optimizer."""
 
     local_epochs: int = 10
-    """Passes over the round's part of the shard."""
+    """Passes over the round's part of the shard in each round."""
     batch_size: int = 64
-    """Samples a step; the last batch of an epoch may be smaller."""
+    """Samples in a training step; the last batch of an epoch may be smaller."""
     learning_rate: float = 0.01
     """SGD's step size."""
     momentum: float = 0.9
@@ -123,11 +123,11 @@ class TrainingConfig:
     weight_decay: float = 5e-4
     """SGD's weight decay, on all parameters."""
     augment: bool = True
-    """Vary training samples: images by crop and flip, spoken words by time shift and background noise, texts not."""
+    """Augment training images (crop, flip) and spoken words (time shift, background noise). Texts are left alone."""
     scoring: Literal["eval", "train"] = "eval"
-    """Mode in which a model is scored. `train` is what the authors' program does: dropout on, batch statistics."""
+    """Mode in which a model is scored. `train` is what the authors' program does: with dropout and batch statistics."""
     eval_batch_size: int = 500
-    """Samples a batch when scoring; with `scoring=train` it changes the scores."""
+    """Samples in a batch when scoring; with `scoring=train` it changes the scores."""
 
     def __post_init__(self) -> None:
         _check_integer(self, "local_epochs", 1)
@@ -145,13 +145,14 @@ class SharingConfig:
     """Options that every scheme understands."""
 
     weighting: Weighting = "uniform"
-    """`uniform` counts all clients alike, as the authors do; `samples` weights by the number of training samples."""
+    """`uniform` counts all clients alike, as the authors do; `samples` weights by the number of training samples.
+    Shards here have equal size, so it only changes rounding; it matters for your own clients (`flexifed.aggregate`)."""
     batch_norm_buffers: BatchNormBuffers = "average"
     """Whether running statistics are averaged like weights, as the authors do, or stay with the client."""
     classifier: ClassifierSharing = "prefix"
     """Classifier layers: shared where the prefix reaches them, never, or always, across versions too."""
     reduce_block: int = 1
-    """So many consecutive clients are summed where they live before the driver sums the blocks."""
+    """Number of consecutive clients that are summed in their own process before the driver adds up these blocks."""
 
     def __post_init__(self) -> None:
         _check_literal(self, "weighting", get_args(Weighting))
@@ -165,17 +166,17 @@ class NumericsConfig:
     """What can change the last bits of a result, and with them everything that follows."""
 
     threads: int = 1
-    """CPU threads with which a client computes."""
+    """CPU threads of a client."""
     channels_last: bool = True
-    """Memory format of images and convolutions."""
+    """Store images and the weights of convolutions with channels last in memory."""
     fused: bool | None = None
-    """Optimizer steps in one pass through memory. Default: on GPUs only; CPUs round differently then."""
+    """Fused optimizer steps, in one pass through memory. Default: on GPUs only, because CPUs round differently then."""
     cuda_graph: bool | None = None
-    """Record a training step once and replay it, in one launch instead of hundreds (GPUs). Default: no."""
+    """On GPUs, record a training step once and replay it in one launch instead of hundreds. Default: no."""
     precision: Precision | None = None
-    """Of products: `tf32` (GPUs), or `bf16` (autocast). Default: PyTorch's own, TF32 for convolutions on GPUs alone."""
+    """Precision of products: `tf32` (GPUs) or `bf16` (autocast). Default: PyTorch's; on GPUs TF32 for convolutions."""
     winograd: bool = True
-    """3x3 convolutions of 128 channels or more with fewer multiplications, on CPUs in float32. Without: PyTorch's."""
+    """Winograd's algorithm for 3x3 convolutions of 128 channels or more, on CPUs in float32. Without: PyTorch's."""
 
     def __post_init__(self) -> None:
         _check_integer(self, "threads", 1, _MOST_THREADS)

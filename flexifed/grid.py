@@ -1,4 +1,4 @@
-"""A grid of cells, and what a person says on a command line about running it."""
+"""A grid of cells, and what a command line can say about running it."""
 
 from __future__ import annotations
 
@@ -46,49 +46,49 @@ class CellName:
 
 @dataclass(frozen=True, kw_only=True)
 class GridOptions:
-    """What can be said about a run of a grid. Fields of the groups below are settings that decide numbers."""
+    """What can be said about a run of a grid. The fields of the groups at the end are settings that decide numbers."""
 
     profile: ProfileName = "quick"
-    """smoke: seconds. quick: minutes. thin: an hour a row. authors: the published program. paper: 40 clients."""
+    """smoke: seconds. quick: minutes. thin: half an hour a row and seed. authors: as published. paper: 40 clients."""
     only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DATASET/FAMILY/SCHEME")] = ()
     """Run only these cells; wildcards allowed, as in 'cifar10/*/max_common'. Repeatable."""
     seeds: tuple[int, ...] = (0,)
     """Run every cell once under each of these seeds."""
     rounds: int = PROFILES["quick"].rounds
-    """Rounds of training. The first numbers of a longer run are those of a shorter one."""
+    """Rounds of training. A longer run begins with exactly the numbers of a shorter one."""
     data: Literal["auto", "real", "synthetic"] = "auto"
-    """auto: real data where they are found, else a synthetic stand-in; it says which."""
+    """auto: real data where they are found, otherwise a synthetic stand-in; the output says which."""
     data_dir: Path = Path("data")
-    """Where data sets lie. Default: $FLEXIFED_DATA_DIR, or ./data."""
+    """Folder of the data sets. Default: $FLEXIFED_DATA_DIR, or ./data."""
     download: bool = False
-    """Get real data that are missing from their publisher."""
+    """Download missing data from their publishers."""
     results_dir: Path = Path("results")
-    """Where results go; on a cluster, a folder that all nodes see. Default: $FLEXIFED_RESULTS_DIR, or ./results."""
+    """Folder for results; on a cluster, one that all nodes see. Default: $FLEXIFED_RESULTS_DIR, or ./results."""
     address: str | None = None
     """A running Ray cluster to join ('auto' finds one here). Default: $RAY_ADDRESS; without one Ray starts here."""
     min_nodes: int = 1
-    """On a cluster, wait until so many nodes that can hold clients have joined it, at most half an hour."""
+    """On a cluster, wait until this many nodes that can hold clients have joined it, for at most half an hour."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where clients compute. auto: cuda if the cluster has a GPU."""
     gpus_per_client: float | None = None
-    """Fraction of a GPU for each client. Default: 0.125 on a GPU, less where clients take turns."""
+    """Fraction of a GPU for each client. Default: 0.125 on a GPU, or less where clients take turns."""
     clients_per_actor: int | None = None
-    """Clients in one process, which take turns. Default: on GPUs those of --streams and, without --gpus-per-client, as
-    many as it takes for all to find room; on CPUs as many as give every CPU one process."""
+    """Clients in one process, which take turns. Default: on CPUs, as many as give each CPU one process.
+    On GPUs, those of --streams, or more if they don't fit otherwise and --gpus-per-client is not given."""
     streams: int = 1
-    """On a GPU, clients of one process that compute at the same time, each on a CUDA stream of its own."""
+    """On a GPU, number of clients of one process that compute at the same time, each on its own CUDA stream."""
     max_concurrent: int | None = None
-    """At most so many cells at a time. Default: as many as fit."""
+    """Largest number of cells to run at once. Default: as many as fit."""
     checkpoint_every: int | None = None
-    """Rounds between checkpoints. Default: by time, a minute or more, so that they cost under 3 % of it."""
+    """Rounds between checkpoints. Default: by time, at least a minute apart, taking less than 3 % of the run."""
     retry_out_of_memory: bool = False
-    """Where clients that share a GPU run out of its memory, try their cell again, half as many of them at a time."""
+    """If clients that share a GPU run out of its memory, run their cell again with half as many of them at a time."""
     keep_final: bool = True
     """Keep each cell's final state, so that the same command with more --rounds goes on from it."""
     fresh: bool = False
-    """Start over in a new folder beside the results that are there; nothing is deleted."""
+    """Start over in a new folder beside the existing results; nothing is deleted."""
     dry_run: bool = False
-    """Print the cells, the resources and an estimate of the time; start nothing."""
+    """Print the cells, resources and estimated time. Nothing is trained; with --download, data are fetched."""
     model: Annotated[ModelConfig, _FLAT] = field(default_factory=ModelConfig)
     partition: Annotated[PartitionConfig, _FLAT] = field(default_factory=PartitionConfig)
     training: Annotated[TrainingConfig, _FLAT] = field(default_factory=TrainingConfig)

@@ -1,4 +1,4 @@
-"""Named settings of a whole experiment: from a proof that the line works, in seconds, to the paper's own protocol."""
+"""Named settings of a whole experiment: from a check that the software runs, in seconds, to the paper's protocol."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             training=TrainingConfig(local_epochs=1),
         ),
         "quick": Profile(
-            purpose="minutes for the whole grid: proves the line, not the science",
+            purpose="minutes for the whole grid: shows that the software runs, nothing about the science",
             # Few samples, so that all data sets cost the same; small batches and one start for all, so that models
             # begin to learn from them. With larger steps VDCNN-49 diverges on some processors.
             rounds=4,
@@ -42,7 +42,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             training=TrainingConfig(local_epochs=1, batch_size=16, learning_rate=0.02, augment=False),
         ),
         "thin": Profile(
-            purpose="thin models on real data, about an hour a row on a laptop: enough for the schemes to separate",
+            purpose="thin models on real data, about half an hour a row and seed: enough for the schemes to separate",
             # Small shards, all of it every round, no augmentation: a client alone soon runs out of new samples, as it
             # does with a full shard after hundreds of rounds. Chosen on seed 100, then frozen.
             rounds=60,

@@ -468,7 +468,11 @@ def test_no_results_say_what_to_do(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "experiments/table1.py --results-dir" in said
     store(tmp_path, "standalone")
     assert main(["report", str(tmp_path), "--experiment", "figure9"]) == 2
-    assert "has results of: table1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has results of: table1 (choose with --experiment)" in said
+    assert ".py" not in said, "there is no such script"
+    assert main(["report", str(tmp_path / "empty"), "--experiment", "table1-2"]) == 2
+    assert "experiments/table1.py --results-dir" in capsys.readouterr().err
 
 
 def test_damaged_results_end_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ class DatasetInfo:
 
     Attributes:
         name: the data set's name in a config.
-        source: `real`, `real-partial` (real samples, but not all that were published), or `synthetic`.
+        source: `real`, `real-partial` (real samples, but not all that were published), `real-other` (all of another
+            release than the paper's), or `synthetic`.
         location: the data folder it was found in, absolute; empty for synthetic data.
         layout: in which form it was found: one of its published ones, as `binary` and `python` for CIFAR-10, or
             `synthetic`.
@@ -68,7 +69,7 @@ class DatasetInfo:
     """
 
     name: str
-    source: Literal["real", "real-partial", "synthetic"]
+    source: Literal["real", "real-partial", "real-other", "synthetic"]
     location: str
     layout: str
     fingerprint: str

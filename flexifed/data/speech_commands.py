@@ -84,7 +84,7 @@ def find(data_dir: Path, name: str = NAME) -> DatasetInfo | None:
     train, test = _splits(cached, version, name)
     return DatasetInfo(
         name=name,
-        source="real" if whole else "real-partial",
+        source="real-partial" if not whole else "real-other" if version.name != V1.name and name == NAME else "real",
         location=str(data_dir.absolute()),
         layout=version.name,
         fingerprint=_prefix(version, name) + cached.fingerprint,

@@ -94,12 +94,11 @@ class CellSession:
         self._federation = Federation(self.run.config, self.run.info, hosts)
         before = self._restore(self._federation)
         metadata = _metadata(self.run, self._placement) | {"computed_on": sorted(set(hosts.device_names()))}
-        self._writer = RoundsWriter(
-            self._folder.rounds_file(self.run.name),
-            metadata | {"attempts": self._attempts(metadata, self._federation.next_round)},
-            at_least=self._finished_before(),
-            before=before,
-        )
+        metadata["attempts"] = self._attempts(metadata, self._federation.next_round)
+        if finished := self._finished_before():
+            metadata["finished_rounds"] = finished
+        path = self._folder.rounds_file(self.run.name)
+        self._writer = RoundsWriter(path, metadata, at_least=finished, before=before)
 
     def play_round(self) -> RoundResult:
         """Play the next round, and write what it measured."""
@@ -174,9 +173,10 @@ class CellSession:
     def _finished_before(self) -> int | None:
         """The last round of a shorter run that has ended; its file stays until there is more. Others are replaced."""
         path = self._folder.rounds_file(self.run.name)
-        if not path.exists() or "state_sha256" not in read_metadata(path):
+        if not path.exists():
             return None
-        return self._folder.last_round(self.run.name)
+        stored: dict[str, Any] = read_metadata(path)
+        return self._folder.last_round(self.run.name) if "state_sha256" in stored else stored.get("finished_rounds")
 
     def _is_checkpoint_due(self, next_round: int) -> bool:
         if next_round == self.run.rounds and self.run.keep_final:

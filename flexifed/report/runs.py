@@ -7,6 +7,7 @@ into editions, by what their files say about themselves; each edition gets its o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,9 +31,10 @@ class StoredCell:
         cell: `dataset/family/scheme`.
         seed: its seed.
         last_round: the last round it has scores of.
-        rounds: of training, that it was asked for.
+        rounds: of training, that it was asked for; while a run that has ended is trained on, those that it ended with.
+        extended_to: rounds that it is trained on to; None where it is not.
         profile: the name it was run under.
-        data_source: `real`, `real-partial` or `synthetic`.
+        data_source: `real`, `real-partial`, `real-other` or `synthetic`.
         fingerprint: of the data; empty where the file does not say.
         settings: its config without data set, family, scheme and seed, flat: `training.batch_size`.
     """
@@ -42,6 +44,7 @@ class StoredCell:
     seed: int
     last_round: int
     rounds: int
+    extended_to: int | None
     profile: str
     data_source: str
     fingerprint: str
@@ -60,7 +63,7 @@ class StoredCell:
     @property
     def progress(self) -> str:
         """How far it has got, in words."""
-        return f"{self.cell} seed {self.seed}: round {self.last_round} of {self.rounds}"
+        return f"{self.cell} seed {self.seed}: round {self.last_round} of {self.extended_to or self.rounds}"
 
 
 @dataclass(frozen=True)
@@ -167,12 +170,15 @@ def stored_cell(path: Path) -> StoredCell | None:
     if first is None:
         return None
     metadata, last_round = cast(dict[str, Any], content), cast(int, first["last_round"])
+    asked_for = int(metadata.get("rounds", last_round))
+    is_extended = last_round < asked_for and "finished_rounds" in metadata
     return StoredCell(
         name=path.stem,
         cell=f"{first['dataset']}/{first['family']}/{first['scheme']}",
         seed=cast(int, first["seed"]),
         last_round=last_round,
-        rounds=int(metadata.get("rounds", last_round)),
+        rounds=int(metadata["finished_rounds"]) if is_extended else asked_for,
+        extended_to=asked_for if is_extended else None,
         profile=str(first["profile"]),
         data_source=str(first["data_source"]),
         fingerprint=str(metadata.get("data", {}).get("fingerprint", "")),
@@ -211,8 +217,10 @@ def nothing_there(folder: ResultsFolder) -> str:
     """What to say, and what to do, where a folder has no results."""
     above = folder.root.parent
     others = sorted(one.parent.name for one in above.glob("*/rounds") if any(one.glob("*.parquet")))
-    has = f"; {above} has results of: {', '.join(others)} (choose with --experiment)" if others else ""
+    if others:
+        return f"no results in {folder.rounds}; {above} has results of: {', '.join(others)} (choose with --experiment)"
+    experiment = re.sub(r"-\d+$", "", folder.root.name)  # without what --fresh adds
     return (
-        f"no results in {folder.rounds}{has}; give the --results-dir of a run, or make some: python "
-        f"experiments/{folder.root.name}.py --results-dir {above}"
+        f"no results in {folder.rounds}; give the --results-dir of a run, or make some: python "
+        f"experiments/{experiment}.py --results-dir {above}"
     )

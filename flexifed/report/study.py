@@ -16,7 +16,7 @@ from flexifed.errors import ResultsError
 from flexifed.profiles import PROFILES
 from flexifed.report.compare import PAIRED, paired_differences, render_differences
 from flexifed.report.curves import BASELINE, REACHED, Target, growing, render_speedups, rounds_to_target, speedups
-from flexifed.report.runs import Edition, changed_settings, editions, nothing_there, stored_cells
+from flexifed.report.runs import Edition, StoredCell, changed_settings, editions, nothing_there, stored_cells
 from flexifed.report.sheet import Column, Section, Sheet, latex, markdown
 from flexifed.report.table import (
     CELL,
@@ -71,7 +71,7 @@ class Study:
 
     @property
     def data_source(self) -> str:
-        """`real`, `real-partial` or `synthetic`: one for all cells."""
+        """`real`, `real-partial`, `real-other` or `synthetic`: one for all cells."""
         return self.edition.cells[0].data_source
 
     @property
@@ -101,11 +101,12 @@ class Study:
         ]
         if not done:
             lines.append("No cell is finished.")
-        if under_way := [one.progress for one in self.edition.unfinished]:
-            more = [f"and {len(under_way) - _NAMED} more"] if len(under_way) > _NAMED else []
-            shown = [f"  {one}" for one in [*under_way[:_NAMED], *more]]
-            lines += ["Unfinished, left out of the tables:", *shown]
-        return lines
+        extended = [one for one in done if one.extended_to]
+        return [
+            *lines,
+            *_under_way("Unfinished, left out of the tables:", self.edition.unfinished),
+            *_under_way(f"Trained on since; in the tables with {self.rounds} rounds:", extended),
+        ]
 
     def summary(self, pick: Pick = "last") -> Summary:
         """The numbers of Table 1."""
@@ -179,13 +180,19 @@ def load(folder: ResultsFolder, profile: str | None = None) -> list[Study]:
         there = ", ".join(sorted({one.profile for one in cells}))
         raise ResultsError(f"no results of profile {profile!r} in {folder.root}; there are some of: {there}")
     return [
-        Study(
-            edition,
-            folder.read([one.name for one in edition.finished], COLUMNS),
-            folder.read([one.name for one in edition.unfinished], COLUMNS),
-        )
+        Study(edition, *(_rows(folder, part) for part in (edition.finished, edition.unfinished)))
         for edition in editions(chosen)
     ]
+
+
+def _rows(folder: ResultsFolder, cells: Sequence[StoredCell]) -> pd.DataFrame:
+    """Of cells of one edition, without those that a cell has gained since it ended."""
+    rows = folder.read([one.name for one in cells], COLUMNS)
+    if not cells:
+        return rows
+    last = cells[0].rounds
+    rows.loc[rows["round"] == last, "bytes_up"] = 0  # as it was when that round was only scored
+    return rows[rows["round"] <= last].reset_index(drop=True)
 
 
 def load_results(results_dir: str | Path, experiment: str | None = None, profile: str | None = None) -> list[Study]:
@@ -265,6 +272,11 @@ def numbers(studies: Sequence[Study], pick: Pick = "last") -> pd.DataFrame:
             frame = study.summary(pick).numbers()
             frames.append(pd.DataFrame(named, index=frame.index).join(frame))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=_NUMBERS)
+
+
+def _under_way(title: str, cells: Sequence[StoredCell]) -> list[str]:
+    more = [f"  and {len(cells) - _NAMED} more"] if len(cells) > _NAMED else []
+    return [title, *(f"  {one.progress}" for one in cells[:_NAMED]), *more] if cells else []
 
 
 def _paper_cells() -> list[str]:

@@ -199,9 +199,11 @@ def picked_rounds(rounds: int, pick: Pick) -> str:
 def data_warnings(sources: Sequence[str]) -> list[str]:
     """What has to be said of data that are not the whole real set."""
     said = {
-        "synthetic": "SYNTHETIC data are a stand-in: these numbers show that the line works and nothing about the "
-        "paper.",
+        "synthetic": "SYNTHETIC data are a stand-in: these numbers show that the software runs and nothing about "
+        "the paper.",
         "real-partial": "REAL-PARTIAL data are a part of the real set: these numbers are not the paper's Table 1.",
+        "real-other": "REAL-OTHER data are another release of the real set, with other classes than the paper's: these "
+        "numbers are not the paper's Table 1.",
     }
     return [text for source, text in said.items() if source in sources]
 

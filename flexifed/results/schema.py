@@ -39,5 +39,5 @@ of a run is scored only, so its `train_loss`, `train_s` and `train_started` are 
 and `train_loss` are mean cross-entropies in nats; `num_train` and `num_test` are the sizes of the client's shards;
 `bytes_up` and `bytes_down` are what the scheme makes the client send and get in this round, wherever it runs; `_s` are
 seconds of wall time, which clients that overlap on a GPU have in common; `train_started` is Unix time; `actor` is the
-process, counted within the cell. `data_source` is `real`, `real-partial` or `synthetic`.
+process, counted within the cell. `data_source` is `real`, `real-partial`, `real-other` or `synthetic`.
 """

@@ -128,6 +128,16 @@ def test_either_version_is_found_in_either_place(version: Version, nested: bool,
     assert (info.source, info.layout, info.num_classes) == ("real-partial", version.name, len(version.words))
 
 
+def test_all_of_a_release_that_is_not_the_papers_is_another_task(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(written / V2.folder, tmp_path / V2.folder)
+    monkeypatch.setattr(speech_commands, "VERSIONS", (V1, replace(V2, num_clips=245, num_test=35)))
+    info = found(tmp_path)
+    assert (info.source, info.layout, info.num_classes) == ("real-other", "v0.02", 35)
+    assert find_dataset(NAME_12, data="real", data_dir=tmp_path).source == "real", "which has twelve in both"
+
+
 def test_all_that_was_published_is_real(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speech_commands, "VERSIONS", (replace(V1, num_clips=210, num_test=30), V2))
     assert found(written).source == "real"

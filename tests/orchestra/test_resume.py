@@ -20,6 +20,7 @@ from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.orchestra import estimate
 from flexifed.orchestra.cell import CellRun, CellSession
 from flexifed.orchestra.placement import PlacementOptions, place_cell
+from flexifed.report.study import load_results
 from flexifed.results.store import ResultsFolder, read_metadata, write_table
 
 ROUNDS = 5
@@ -292,3 +293,24 @@ def test_an_estimate_is_of_the_rounds_that_are_left(tmp_path: Path, monkeypatch:
     assert estimate.cell_seconds(run, placement, nodes, at_once=1) == whole * 3 / 5, (
         "from the checkpoint before round 2"
     )
+
+
+def test_a_run_that_is_trained_on_stays_in_the_tables_as_it_was(tmp_path: Path) -> None:
+    results = tmp_path / "table1"
+    short, long = cell(results, rounds=2), cell(results)
+    play(short)
+    before = load_results(tmp_path)
+    for _ in range(2):  # a second time it begins with a file that is neither
+        play(long, 2)
+        (study,) = load_results(tmp_path)
+        assert len(rows(long)) > len(before[0].finished)
+        pd.testing.assert_frame_equal(study.finished, before[0].finished)
+        assert study.rounds == 2
+        assert study.unfinished.empty
+        assert study.contents()[-1].startswith("  cifar10/vgg/max_common seed 0: round ")
+        assert study.contents()[-1].endswith(f" of {ROUNDS}")
+        assert study.table() == before[0].table()
+    play(long)
+    (study,) = load_results(tmp_path)
+    assert study.rounds == ROUNDS
+    assert len(study.contents()) == 1

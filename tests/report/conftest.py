@@ -32,7 +32,7 @@ def mixed(write_grid: Callable[..., int], tmp_path_factory: pytest.TempPathFacto
     """One row of the table in each kind of data, finished or not.
 
     cifar10/vgg real, seeds 0 and 1, and an unfinished seed 2 of one scheme; the same synthetic; cifar10/resnet real and
-    unfinished; cinic10/vgg in part.
+    unfinished; cinic10/vgg in part; speech_commands/vgg of another release.
     """
     folder = tmp_path_factory.mktemp("mixed")
     row = [("cifar10", "vgg", scheme) for scheme in SCHEMES]
@@ -42,4 +42,6 @@ def mixed(write_grid: Callable[..., int], tmp_path_factory: pytest.TempPathFacto
     write_grid(folder, rounds=20, seeds=(0,), cells=row, source="synthetic")
     part = [("cinic10", "vgg", scheme) for scheme in SCHEMES]
     write_grid(folder, rounds=20, seeds=(0,), cells=part, source="real-partial")
+    spoken = [("speech_commands", "vgg", scheme) for scheme in SCHEMES]
+    write_grid(folder, rounds=20, seeds=(0,), cells=spoken, source="real-other")
     return folder

@@ -63,7 +63,7 @@ def test_its_cells_import_nothing_but_the_report() -> None:
 def test_it_runs_on_a_mixed_folder_and_shows_the_numbers_of_the_command(mixed: Path) -> None:
     text, images = shown(executed(mixed))
     studies = load_results(mixed)
-    assert len(studies) == 3
+    assert len(studies) == 4
     for study in studies:
         for sheet in (study.describe(), study.table(), study.differences(), study.speedups()):
             assert markdown(sheet) in text

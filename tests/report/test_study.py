@@ -108,13 +108,16 @@ def test_a_mixed_folder_is_shown_apart_and_each_part_says_what_it_is(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     text = said(capsys, mixed)
-    parts = dict(zip(("real", "real-partial", "synthetic"), re.split(r"(?m)^profile ", text)[1:], strict=True))
+    parts = dict(
+        zip(("real", "real-other", "real-partial", "synthetic"), re.split(r"(?m)^profile ", text)[1:], strict=True)
+    )
     for source, part in parts.items():
         assert part.startswith(f"authors, 20 rounds, {source} data")
         assert f"Data: {source}." in part
         assert ("[SYNTHETIC DATA]" in part) == (source == "synthetic")
         assert ("SYNTHETIC data are a stand-in" in part) == (source == "synthetic")
         assert ("[REAL-PARTIAL DATA]" in part) == (source == "real-partial")
+        assert ("REAL-OTHER data are another release" in part) == (source == "real-other")
         assert ("the paper's Table 1, from its full protocol" in part) == (source == "real")
     assert "6 cells, 10 finished runs of 12 (3 seeds); 6 of the 40" in parts["real"]
     assert "cifar10/vgg/max_common seed 2: round 6 of 20" in parts["real"]
@@ -189,14 +192,14 @@ def test_overview_counts_runs_by_row_and_scheme(mixed: Path) -> None:
 
 def test_slugs_tell_studies_apart(mixed: Path, real_grid: Path) -> None:
     slugs = [study.slug for study in load_results(mixed)]
-    assert slugs == ["authors-20-real", "authors-20-real-partial", "authors-20-synthetic"]
+    assert slugs == ["authors-20-real", "authors-20-real-other", "authors-20-real-partial", "authors-20-synthetic"]
     assert [study.slug for study in load_results(real_grid)] == ["authors-20-real"]
 
 
 def test_report_text_of_latex_holds_whole_tables(mixed: Path) -> None:
     studies: list[Study] = load_results(mixed)
     text = "\n".join(report_text(studies, "latex"))
-    assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 7
+    assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 9
     assert text.count("{") - text.count("}") == text.count(r"\{") - text.count(r"\}")
 
 

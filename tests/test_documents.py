@@ -1,0 +1,210 @@
+"""What the pages say: the README's Python runs, every command of theirs can be read, and links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+import flexifed
+from flexifed import cli
+from flexifed.grid import make_cells, parse_options, select_cells
+from flexifed.results.schema import SCHEMA
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *DOCS]
+RECORDS = ROOT / "records" / "README.md"
+FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`]+)`")
+LINK = re.compile(r"\[[^\]]*\]\(([^)]+)\)")
+ENDS_A_COMMAND = {"|", "||", "&&", ";", ">", ">>", "<"}
+BY_THE_SHELL = {"$n": "4", "$PWD/": "/folder/"}
+
+
+def blocks(page: Path, language: str | None = None) -> list[str]:
+    """The fenced blocks of a page, of one language or of all."""
+    return [body for _, kind, body in FENCED.findall(page.read_text()) if language in (None, kind)]
+
+
+def python_blocks(page: Path) -> list[Any]:
+    return [pytest.param(code, id=f"{page.stem}-{index}") for index, code in enumerate(blocks(page, "python"))]
+
+
+def commands(page: Path, name: str) -> Iterator[list[str]]:
+    """What follows the program `name` on the lines of a page's blocks, and in its inline code."""
+    lines = [line for block in blocks(page) for line in block.replace("\\\n", " ").splitlines()]
+    lines += [" ".join(code.split()) for code in INLINE.findall(FENCED.sub("", page.read_text()))]
+    for line in lines:
+        if name not in line or line.startswith(("import ", "from ")):
+            continue
+        for told, meant in BY_THE_SHELL.items():
+            line = line.replace(told, meant)
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # the first line of a program in quotes
+            continue
+        for start, word in enumerate(words):
+            if word == name or word.endswith(f"/{name}"):
+                told = words[start + 1 :]
+                yield told[: next((index for index, one in enumerate(told) if one in ENDS_A_COMMAND), len(told))]
+
+
+def lines_of(pages: Sequence[Path], name: str) -> list[Any]:
+    found = {(page.name, " ".join(words)): (page, words) for page in pages for words in commands(page, name)}
+    return [pytest.param(words, id=f"{page.stem}: {' '.join(words)}") for page, words in found.values()]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `results/`, as thin runs on real data would leave it."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_grid: Callable[..., int] = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))["write_grid"]
+    cells = [("cifar10", family, scheme) for family in ("vgg", "resnet") for scheme in ("clustered_fl", "max_common")]
+    write_grid(folder / "results", rounds=3, seeds=(0, 1), cells=cells, source="real", profile="thin")
+    return folder
+
+
+def run(code: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+# Python
+
+
+@pytest.mark.parametrize("code", [*python_blocks(README), *python_blocks(ROOT / "docs" / "report.md")])
+def test_python_of_the_pages_runs(code: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(results)
+    run(code)
+
+
+def test_the_readmes_means_are_of_one_cell_and_version_each(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(results)
+    found = [names["accuracy"] for names in map(run, blocks(README, "python")) if "accuracy" in names]
+    assert len(found) == 2
+    for accuracy in found:
+        assert isinstance(accuracy, pd.Series)
+        assert accuracy.index.names == ["dataset", "family", "scheme", "version", "round"]
+        assert len(accuracy) == 4 * 4 * 4, "cells, versions, scores"
+
+
+@pytest.mark.parametrize("column", ["version", "accuracy", "profile"])
+def test_a_column_that_is_not_there_would_be_noticed(
+    column: str, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(results)
+    [code] = [one for one in blocks(README, "python") if "read_parquet" in one]
+    assert f'"{column}"' in code
+    with pytest.raises(KeyError, match="no_such_column"):
+        run(code.replace(f'"{column}"', '"no_such_column"'))
+
+
+def test_own_models_share_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+    [code] = [one for one in blocks(README, "python") if "sharing_plan" in one]
+    run(code)
+    assert f"  # {capsys.readouterr().out.strip()}: " in code
+
+
+def test_what_is_public_is_listed_and_there() -> None:
+    listed = dir(flexifed)
+    assert {"DeclaredLayer", "SharingPlan", "aggregate", "build_model", "sharing_plan", "signature"} <= {*listed}
+    assert {*flexifed.__all__, "__version__"} <= {*listed}
+    for name in flexifed.__all__:
+        assert getattr(flexifed, name).__name__ == name
+
+
+# Commands
+
+
+def nothing_but_help(words: Sequence[str]) -> AbstractContextManager[object]:
+    """A command line that asks for help ends with status 0; any other is read to its end."""
+    return pytest.raises(SystemExit, match=r"^0$") if "--help" in words else nullcontext()
+
+
+@pytest.mark.parametrize("words", lines_of(PAGES, "experiments/table1.py"))
+def test_every_line_of_the_experiment_can_be_read(words: list[str]) -> None:
+    rows = runpy.run_path(str(ROOT / "experiments" / "table1.py"))["ROWS"]
+    with nothing_but_help(words):
+        options = parse_options(words, prog="table1.py", description="", environ={"RAY_ADDRESS": "auto"})
+        assert select_cells(make_cells(rows), options.only)
+
+
+@pytest.mark.parametrize("words", [line for line in lines_of(PAGES, "flexifed") if line.values[0]])
+def test_every_line_of_the_command_can_be_read(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if len(words) == 1:  # a command by its name
+        words = [*words, "--help"]
+    monkeypatch.setattr(cli, "guarded", lambda action: 0)  # what was read is not run
+    with nothing_but_help(words):
+        cli.main(words)
+
+
+def test_there_are_commands_on_the_pages() -> None:
+    assert len(lines_of([README], "experiments/table1.py")) >= 5
+    assert len(lines_of([README], "flexifed")) >= 4
+    assert len(lines_of(DOCS, "experiments/table1.py")) >= 10
+    assert len(lines_of(DOCS, "flexifed")) >= 8
+
+
+# Tables and links
+
+
+def test_the_table_of_columns_is_the_schema() -> None:
+    page = (ROOT / "docs" / "report.md").read_text()
+    told = re.findall(r"^\| `(\w+)` \| (string|int\d+|float\d+)(, null[^|]*)? \|", page, re.MULTILINE)
+    types = {"double": "float64"}
+    assert [(name, kind, bool(null)) for name, kind, null in told] == [
+        (field.name, types.get(str(field.type), str(field.type)), field.nullable) for field in SCHEMA
+    ]
+
+
+@pytest.mark.parametrize("page", [*PAGES, RECORDS, ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in LINK.findall(FENCED.sub("", page.read_text())):
+        if link.startswith(("https:", "http:")):
+            continue
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+
+
+def headings(page: Path) -> set[str]:
+    """As GitHub names them in links."""
+    titles = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def test_files_that_have_to_be_touched_are_there() -> None:
+    named = [
+        one for one in INLINE.findall((ROOT / "docs" / "extending.md").read_text()) if one.endswith((".py", ".md"))
+    ]
+    missing = [one for one in named if "/" in one and "NAME" not in one and not (ROOT / one).exists()]
+    assert len(named) > 20
+    assert not missing
+
+
+def test_every_record_is_listed() -> None:
+    folders = {folder.name for folder in RECORDS.parent.iterdir() if (folder / "README.md").exists()}
+    assert folders == set(re.findall(r"^\| \[([\w-]+)\]", RECORDS.read_text(), re.MULTILINE))
+
+
+def test_citation_names_the_version_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["version"] == project["version"] == flexifed.__version__
+    assert citation["license"] == project["license"]
+    [paper] = citation["references"]
+    assert project["urls"]["Paper"].endswith(paper["doi"])
+    assert paper["doi"] in README.read_text()
