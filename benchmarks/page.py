@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flower_job import Job
+
 RECORDS = Path(__file__).parents[1] / "records" / "benchmarks"
 ROUNDS = {
     "Xeon, AVX512": ("round-xeon", "round-xeon-direct", "round-xeon-bf16"),
@@ -16,18 +18,19 @@ ROUNDS = {
 }
 """What `round.py` printed, by processor."""
 FLOWER_RUNS = {
-    "Xeon (2), AVX512": ("flower-xeon-2-10", "flower-xeon-2-250", "flower-xeon-2"),
+    "Xeon (3), AVX512": ("flower-xeon-3", "flower-xeon-3-10", "flower-xeon-3-thin"),
     "EPYC, AVX512": ("flower-epyc",),
 }
-"""What `flower.py` printed, by processor."""
-SIDES = ("flexifed", "lean", "tutorial", "defaults")
+"""What `flower.py` printed, by processor; the first is of its defaults."""
+SIDES = ("flexifed", "defaults", "tutorial", "lean")
 Figures = dict[str, Any]
 
 INTRODUCTION = """# Speed
 
 What a round takes, and against what. Every figure on this page was printed by a program in `benchmarks/` and is kept in
-[`records/benchmarks`](../records/benchmarks/README.md); `python benchmarks/page.py` makes the page of them. Figures are
-medians, with the smallest and the largest in brackets; what is compared was measured in the same run, in turn.
+[`records/benchmarks`](../records/benchmarks/README.md), with the machine's load while it was measured;
+`python benchmarks/page.py` makes the page of them. Figures are medians, with the smallest and the largest in brackets;
+what is compared was measured in the same run, in turn. All machines had 2 CPU cores.
 
 **None of them is from a GPU**: what the project does on one (TF32 and bf16, fused optimizer steps, steps recorded as
 CUDA graphs, clients that overlap on streams, fractions of a GPU) is tested on CPUs, the graphs against a stand-in, and
@@ -40,7 +43,7 @@ What there is to try, and to time with `python benchmarks/round.py --device cuda
 
 | setting | what it does |
 | --- | --- |
-| default | a client has a process of its own and an eighth of a GPU, or they take turns; processes on one GPU do too |
+| default | each client has a process of its own and an eighth of a GPU; where there is no room for it, they take turns |
 | `--streams 8` | eight clients live in one process and overlap on its GPU; what only they share stays there |
 | `--cuda-graph` (of experiments: `--cuda-graph True`) | a training step is recorded once and replayed in one launch |
 | `--precision tf32`, `bf16` | products on tensor cores; PyTorch's own default is TF32 for convolutions alone |
@@ -61,16 +64,23 @@ client after another, models built anew in every round, all cores for each. The 
 - `--precision bf16`: products in 16 bits, where the processor can: other numbers, weights stay float32.
 """
 
-PEAK = """Part of the machine's peak rate that training reaches, by model. The peak is that of a large float32 matrix
-product on all cores in the same run. A convolution counts as its multiply-adds, though a library may need fewer, and
-Winograd's algorithm does.
+ROUND_COLUMNS = """`overhead` is the part of a round in which the busiest process neither trains nor scores; training
+and scoring are of that process. Memory is the most that any process had. Checkpoints, under 3 % of a run's time, are
+left out.
+"""
+
+PEAK = """Part of the machine's peak rate that training in float32 reaches, by model. The peak is that of a large
+float32 matrix product on all cores in the same run. A convolution counts as its multiply-adds, though a library may need
+fewer, and Winograd's algorithm does: so it can be more than all.
 """
 
 FLOWER = """## Against Flower
 
 The same cell in [Flower](https://flower.ai)'s simulation engine: same models, data, shards, seeds, local steps and
-scores, FedAvg within each architecture. Models are thin VGGs, so that the engine shows; the fewer images a client
-trains on in a round, the more it does. A whole shard has 1,000. Flower's side is one of three programs:
+scores, FedAvg within each architecture. Models are VGGs of an eighth of the width, so that the engine shows; the fewer
+images a client trains on in a round, the more it does. `authors` is the cell that `round.py` plays above: the published
+protocol with one local epoch, images varied by crop and flip. In `thin` they are not varied. Flower's side is one of
+three programs:
 
 - `defaults`: as Flower's tutorials are written, with its own default of two CPUs a client: here one client at a time.
 - `tutorial`: the same with one CPU a client, so as many at a time as flexifed has.
@@ -116,10 +126,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def command(line: str, figures: Figures) -> str:
-    """How a figure was made, and where."""
-    place = figures["machine"] if isinstance(figures["machine"], str) else figures["machine"]["before"]
-    return f"```bash\nuv run --extra test python benchmarks/{line}     # {place}\n```\n"
+def commands(*lines: str) -> str:
+    """How figures were made; what made several stands there once."""
+    told = "\n".join(f"uv run --extra test python benchmarks/{line}" for line in dict.fromkeys(lines))
+    return f"```bash\n{told}\n```\n"
 
 
 def setting_of(cell: Figures) -> str:
@@ -131,33 +141,42 @@ def setting_of(cell: Figures) -> str:
 
 def round_section() -> str:
     """Of `round.py`, on several processors."""
-    commands, rows, shares = [], [], []
+    lines, rows, shares = [], [], []
     for processor, names in ROUNDS.items():
         for made in map(load, names):
             cell = made["cell"]
             setting = setting_of(cell)
             options = f"--local-epochs {cell['local_epochs']} --repeat {made['round_s']['n']} {setting}".rstrip()
-            commands.append(command(f"round.py {options}", made))
+            lines.append(f"round.py {options}")
             head = [processor, f"`{setting}`" if setting else "default"]
             figures = ("round_s", "baseline_s", "ratio", "train_s", "eval_s", "overhead")
             largest = max(mib for process, mib in made["peak_memory_mib"].items() if process.startswith("client actor"))
             rows.append([*head, *(median(made[figure]) for figure in figures), number(largest)])
-            reached = (f"{share:.1%}" for share in made["share_of_peak"].values())
-            shares.append([*head, number(made["peak_rate"] / 1e9), *reached])
+            if not cell["precision"]:
+                reached = (f"{share:.1%}" for share in made["share_of_peak"].values())
+                shares.append([*head, number(made["peak_rate"] / 1e9), *reached])
     head = ["processor", "ours"]
-    seconds = ["a round, s", "the loop, s", "times faster", "training, s", "scoring, s", "neither", "memory, MiB"]
+    seconds = ["a round, s", "the loop, s", "speed-up", "training, s", "scoring, s", "overhead", "memory, MiB"]
     return "\n".join(
         [
             ROUND,
-            *commands,
+            commands(*lines),
             f"{cell['data']} data; {cell['placement']}.",
-            "Training and scoring are of the busiest process, memory is the most that any had. Checkpoints, under 3 %",
-            "of a run's time, are left out.\n",
+            ROUND_COLUMNS,
             table([*head, *seconds], rows),
             PEAK,
             table([*head, "peak, GFLOP/s", *made["share_of_peak"]], shares),
         ]
     )
+
+
+def images_in_a_round(job: Figures) -> int:
+    """That each client trains on. The first jobs that were kept did not name their profile: it was `thin`."""
+    told = {"profile": "thin"} | {name: value for name, value in job.items() if name != "data_source"}
+    cell = Job(**told)
+    partition, num_train = cell.config().partition, cell.info().num_train
+    shard = num_train // partition.num_shards
+    return min(shard, partition.max_train or shard) // partition.windows_per_shard
 
 
 def flower_section() -> str:
@@ -168,21 +187,25 @@ def flower_section() -> str:
             job, repeat = made["job"], made["ratio"]["lean"]["n"]
             if not made["same_numbers"]["equal"]:
                 raise ValueError(f"the scores of flexifed and lean differ in {made['same_numbers']}")
-            options = [f"--{name.replace('_', '-')} {job[name]}" for name in ("max_train", "max_test") if job[name]]
+            profile = job.get("profile", "thin")
+            options = [f"--profile {profile}"] if profile != "authors" else []
+            options += [f"--{name.replace('_', '-')} {job[name]}" for name in ("max_train", "max_test") if job[name]]
             played = [side for side in SIDES[1:] if side in made]
             if len(played) < len(SIDES[1:]):
                 options += [f"--program {side}" for side in played]
-            lines.append(command(" ".join([f"flower.py --rounds {job['rounds']} --repeat {repeat}", *options]), made))
+            lines.append(" ".join([f"flower.py --rounds {job['rounds']} --repeat {repeat}", *options]))
             rows.append(
                 [
                     processor,
-                    str(job["max_train"] or "all of its shard"),
+                    profile,
+                    f"{images_in_a_round(job):,}",
                     *(median(made[side]["rounds_per_minute"]) if side in made else "" for side in SIDES),
                     *(median(made["ratio"][side]) if side in made else "" for side in SIDES[1:]),
                 ]
             )
-    head = ["processor", "images a client", *SIDES, *(f"times {side}" for side in SIDES[1:])]
-    return "\n".join([FLOWER, *lines, "Rounds a minute:\n", table(head, rows)])
+    head = ["processor", "profile", "images a client", *SIDES, *(f"over {side}" for side in SIDES[1:])]
+    told = "Rounds a minute of each, and the speed-up of flexifed over each program of Flower's:\n"
+    return "\n".join([FLOWER, commands(*lines), told, table(head, rows)])
 
 
 def aggregate_section() -> str:
@@ -201,7 +224,7 @@ def aggregate_section() -> str:
     return "\n".join(
         [
             AGGREGATE,
-            command("aggregate.py", made),
+            commands("aggregate.py"),
             table(["clients", "plan", "in pairs", "aggregation"], rows),
             "Seconds grow with the number of clients to the power of "
             f"{powers['plan_s']} (plan) and {powers['aggregate_s']} (aggregation).\n",
@@ -228,7 +251,7 @@ def scale_section() -> str:
     return "\n".join(
         [
             SCALE,
-            command("scale.py", made),
+            commands("scale.py"),
             table(head, rows),
             f"From the fewest clients to the most, the driver's memory changes by {made['driver_growth']:+.1%}.\n",
         ]

@@ -90,6 +90,7 @@ def _run(name: str, grid: Sequence[CellName], options: GridOptions, console: Con
         return
     folder.prepare()
     with locked(folder.root):
+        folder.tidy()
         runs, failures = _run_cells(options, cells, infos, folder, console)
     _show_table(folder, options, [run for run in runs if run.name not in failures], console)
     if failures:

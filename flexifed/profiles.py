@@ -16,7 +16,6 @@ ProfileName = Literal["smoke", "quick", "thin", "authors", "paper"]
 class Profile:
     """Defaults for everything that decides a number, and the number of rounds."""
 
-    purpose: str
     rounds: int
     model: ModelConfig = field(default_factory=ModelConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
@@ -26,14 +25,14 @@ class Profile:
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         "smoke": Profile(
-            purpose="seconds: does everything run at all",
+            # Seconds: does everything run at all.
             rounds=2,
             model=ModelConfig(width=0.03125),
             partition=PartitionConfig(num_shards=100, windows_per_shard=1, max_train=16, max_test=8),
             training=TrainingConfig(local_epochs=1),
         ),
         "quick": Profile(
-            purpose="minutes for the whole grid: shows that the software runs, nothing about the science",
+            # Minutes for the whole grid: shows that the software runs, nothing about the science.
             # Few samples, so that all data sets cost the same; small batches and one start for all, so that models
             # begin to learn from them. With larger steps VDCNN-49 diverges on some processors.
             rounds=4,
@@ -42,7 +41,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             training=TrainingConfig(local_epochs=1, batch_size=16, learning_rate=0.02, augment=False),
         ),
         "thin": Profile(
-            purpose="thin models on real data, about half an hour a row and seed: enough for the schemes to separate",
+            # Thin models on real data, about half an hour a row and seed: enough for the schemes to separate.
             # Small shards, all of it every round, no augmentation: a client alone soon runs out of new samples, as it
             # does with a full shard after hundreds of rounds. Chosen on seed 100, then frozen.
             rounds=60,
@@ -50,9 +49,9 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             partition=PartitionConfig(num_shards=50, windows_per_shard=1),
             training=TrainingConfig(local_epochs=1, batch_size=32, augment=False),
         ),
-        "authors": Profile(purpose="the published program's protocol: 8 clients, 20 shards, 502 rounds", rounds=502),
+        "authors": Profile(rounds=502),  # the published program's protocol: 8 clients, 20 shards
         "paper": Profile(
-            purpose="the paper's appendix A.4: 40 clients, 40 shards",
+            # The paper's appendix A.4.
             rounds=502,
             partition=PartitionConfig(num_clients=40, num_shards=40),
         ),

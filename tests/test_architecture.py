@@ -16,7 +16,6 @@ def test_imports_point_down_only(capsys: pytest.CaptureFixture[str]) -> None:
     broken = lint_imports(config_filename=str(PYPROJECT), no_cache=True, no_logo=True)
     said = capsys.readouterr().out
     assert not broken, said
-    assert ", 0 broken" in said
 
 
 def test_experiments_leave_ray_to_the_package() -> None:

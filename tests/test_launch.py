@@ -246,3 +246,13 @@ def test_nodes_that_would_fail_cell_after_cell_are_named_before_anything_runs(
     shutil.rmtree(tmp_path / "table1" / "rounds")
     with pytest.raises(ResultsError, match="does not see"):
         checks[0]()
+
+
+def test_what_a_killed_process_has_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    assert run(tmp_path) == 0
+    before = contents(tmp_path / "table1")
+    [shards] = tmp_path.glob("table1/runs/*/shards.parquet")
+    for table in (*tmp_path.glob("table1/rounds/*.parquet"), shards):
+        table.with_name(f".{table.name}.4711").write_bytes(b"half")
+    assert run(tmp_path) == 0
+    assert contents(tmp_path / "table1") == before

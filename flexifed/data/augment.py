@@ -28,7 +28,7 @@ class CropAndFlip:
     """Shift each image by up to `padding` pixels with black beyond its edge, and mirror every other one.
 
     The distribution is that of torchvision's `RandomCrop(size, padding)` and `RandomHorizontalFlip()` applied image by
-    image, in one gather for all of them.
+    image, for all of them at once.
 
     Attributes:
         padding: pixels, each way.
@@ -46,13 +46,11 @@ class CropAndFlip:
         """New images of the same type and shape, (count, channels, height, width)."""
         offsets, mirrored = variation
         count, _, height, width = images.shape
-        columns = torch.arange(width, device=images.device)
-        rows = offsets[:, :1] + torch.arange(height, device=images.device)
-        columns = offsets[:, 1:] + torch.where(mirrored, columns.flip(0), columns)
         padded = torch.nn.functional.pad(images, (self.padding,) * 4)
-        # Index tensors around a slice bring their dimensions to the front: (count, height, width, channels).
-        each = torch.arange(count, device=images.device)[:, None, None]
-        return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        # A view of every cut that there is, of which each image gets one: rows are then copied whole.
+        cuts = padded.unfold(2, height, 1).unfold(3, width, 1)
+        cut = cuts[torch.arange(count, device=images.device), :, offsets[:, 0], offsets[:, 1]]
+        return torch.where(mirrored[:, :, None, None], cut.flip(3), cut)
 
 
 @dataclass(frozen=True)

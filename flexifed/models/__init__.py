@@ -114,17 +114,6 @@ def input_kind(name: str) -> InputKind:
     raise ConfigError(invalid_choice("model", name, MODELS))
 
 
-def family_versions(family: str) -> tuple[str, ...]:
-    """Model names of a family's versions, V1 first.
-
-    Raises:
-        ConfigError: an unknown family.
-    """
-    if family not in FAMILIES:
-        raise ConfigError(invalid_choice("family", family, FAMILIES))
-    return FAMILIES[family]
-
-
 def model_signature(
     name: str,
     *,

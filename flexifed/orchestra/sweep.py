@@ -155,7 +155,11 @@ def run_grid(
 def _run_tune(
     cells: Sequence[PlacedRun], observer: Observer, ledger: Ledger, max_concurrent: int, stopping: Callable[[], bool]
 ) -> None:
-    """Let Tune run cells of one shape. A trial that it gives up leaves its cell without a last word."""
+    """Let Tune run cells of one shape. A trial that it gives up leaves its cell without a last word.
+
+    Raises:
+        ResourceError: Tune can't write its own state, which it needs beside the results.
+    """
     scratch = _make_scratch()
     try:
         tune.Tuner(
@@ -177,6 +181,11 @@ def _run_tune(
                 checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
+    except OSError as error:
+        raise ResourceError(
+            f"Ray Tune can't write to {scratch} ({error.strerror or error}): make room there, or name another folder "
+            "by TMPDIR; then the same command goes on"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

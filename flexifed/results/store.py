@@ -79,6 +79,12 @@ class ResultsFolder:
                 f"can't write results to {self.root}: {error.strerror or error}; choose another --results-dir"
             ) from error
 
+    def tidy(self) -> None:
+        """Remove tables under way that killed processes have left. Only who holds the folder's lock may do so."""
+        for folder in (self.rounds, *(self.root / "runs").glob("*")):
+            for left in folder.glob(".*.parquet.*"):
+                left.unlink(missing_ok=True)
+
     def check_shared(self) -> None:
         """Make sure that this machine sees the folders that `prepare` has made, on whichever machine that was.
 

@@ -15,5 +15,3 @@ def test_twelve_classes_are_an_experiment_of_their_own(tmp_path: Path, capsys: p
     shown = capsys.readouterr().out
     assert "speech_commands_12/vgg/max_common" in shown
     assert "speech_commands_12/resnet/max_common" in shown
-    table1 = runpy.run_path(str(FOLDER / "table1.py"))
-    assert not {dataset for dataset, _ in script["ROWS"]} & {dataset for dataset, _ in table1["ROWS"]}

@@ -12,7 +12,7 @@ from flexifed.config import DATASET_INPUTS, DATASETS, FAMILIES, FAMILY_INPUTS, C
 from flexifed.core.schemes import sharing_plan
 from flexifed.core.signature import ModelSignature
 from flexifed.errors import ConfigError
-from flexifed.models import MODELS, build_model, family_versions, model_signature
+from flexifed.models import MODELS, build_model, model_signature
 
 # Convolutions that V1 has in common with any deeper version, V2 with any deeper, V3 with V4; and the tensors of the
 # reproducers' models, who count batch norm as five and a fixed table of one-hot vectors as one.
@@ -22,7 +22,7 @@ TENSORS = {"vgg": (7, 42, 49), "resnet": (42, 66, 90), "charcnn": (15, 22, 29), 
 
 def common_prefixes(family: str) -> dict[tuple[int, int], tuple[ModelSignature, int]]:
     """For each pair of versions the first one's signature, and how many of its layers both have."""
-    versions = [model_signature(name, num_classes=10) for name in family_versions(family)]
+    versions = [model_signature(name, num_classes=10) for name in FAMILIES[family]]
     trie = sharing_plan(versions, "max_common").trie
     return {pair: (versions[pair[0]], trie.common_depth(*pair)) for pair in combinations(range(4), 2)}
 
@@ -56,9 +56,7 @@ def test_nothing_of_the_classifier_is_in_common(family: str) -> None:
 @pytest.mark.parametrize("width", [0.001, 0.1, 0.5])
 def test_width_changes_neither_depth_nor_what_is_shared(family: str, width: float) -> None:
     full, scaled = (
-        sharing_plan(
-            [model_signature(name, num_classes=10, width=one) for name in family_versions(family)], "max_common"
-        )
+        sharing_plan([model_signature(name, num_classes=10, width=one) for name in FAMILIES[family]], "max_common")
         for one in (1.0, width)
     )
     assert scaled.group_of == full.group_of
@@ -68,7 +66,7 @@ def test_width_changes_neither_depth_nor_what_is_shared(family: str, width: floa
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pair", [(0, 3), (1, 2), (2, 3)])
 def test_common_layers_compute_the_same_when_drawn_from_one_seed(small, family: str, pair: tuple[int, int]) -> None:
-    names = [family_versions(family)[version] for version in pair]
+    names = [FAMILIES[family][version] for version in pair]
     first, second = (small.build(name) for name in names)
     depth = sharing_plan([first, second], "max_common").trie.common_depth(0, 1)
     outputs: list[list[torch.Tensor]] = []
@@ -104,7 +102,7 @@ def test_linear_layers_at_the_end_are_the_classifier(name: str) -> None:
 
 
 def test_every_version_of_every_family_can_be_built() -> None:
-    assert {name for family in FAMILIES for name in family_versions(family)} == set(MODELS)
+    assert {name for family in FAMILIES for name in FAMILIES[family]} == set(MODELS)
 
 
 def test_every_family_and_data_set_says_what_its_inputs_are() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from flexifed.errors import ConfigError
-from flexifed.models import MODELS, build_model, family_versions
+from flexifed.models import MODELS, build_model
 
 # Simonyan and Zisserman 2015, table 1: columns A, B, D and E, 3x3 convolutions only; 0 is a pooling.
 CHANNELS = {
@@ -156,11 +156,6 @@ def test_what_can_not_be_built_is_refused(arguments: dict[str, object], message:
     with pytest.raises(ConfigError) as error:
         build_model(**{"name": "vgg11", "num_classes": 10, **arguments})
     assert str(error.value) == message
-
-
-def test_unknown_family_is_refused() -> None:
-    with pytest.raises(ConfigError, match="family is 'alexnet'; choose one of: vgg, vgg_plain"):
-        family_versions("alexnet")
 
 
 def test_a_truth_value_is_no_number_of_classes() -> None:

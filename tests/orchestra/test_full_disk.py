@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from test_resume import TIMINGS, cell, digests, play, rows
 
-from flexifed.errors import ResultsError
+from flexifed.errors import ResourceError, ResultsError
 from flexifed.federation.rounds import LocalHosts
+from flexifed.orchestra import sweep
 from flexifed.orchestra.cell import CellRun, CellSession
+from flexifed.orchestra.ledger import CellReport
+from flexifed.orchestra.placement import PlacementOptions, place_cell
+from flexifed.orchestra.trial import PlacedRun
 from flexifed.results.store import ResultsFolder
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "table1.py"
@@ -116,3 +123,27 @@ def test_the_command_on_a_full_disk(
         for results in (disk, tmp_path / "elsewhere")
     )
     pd.testing.assert_frame_equal(found, expected)
+
+
+def test_a_full_folder_of_tune_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = cell(tmp_path)
+    placed = PlacedRun(run, place_cell(run.config, PlacementOptions(), [{"CPU": 1.0}]))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(sweep.tune, "Tuner", lambda *_, **__: SimpleNamespace(fit=full))
+    with pytest.raises(ResourceError, match=f"can't write to {tmp_path}/flexifed-tune-.*No space left.*TMPDIR"):
+        sweep.run_grid([placed], Silent(), place=lambda *_: placed.placement)
+    assert not list(tmp_path.glob("flexifed-tune-*"))
+
+
+class Silent:
+    """An observer that hears of nothing."""
+
+    def cell_started(self, name: str) -> None: ...
+
+    def round_played(self, report: CellReport) -> None: ...
+
+    def noted(self, message: str, name: str | None = None) -> None: ...
