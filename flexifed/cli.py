@@ -212,7 +212,7 @@ class Data:
                 failed.append(name)
                 state, facts = problem, [str(error)]
             else:
-                if state != "whole":
+                if state not in (_STATES["real"], _STATES["real-other"]):
                     remedy = source.remedy(data_dir)
                     facts.append(f"As for {remedies[remedy]}." if remedy in remedies else remedy)
                     remedies.setdefault(remedy, name)

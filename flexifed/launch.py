@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,14 +118,14 @@ def _root(name: str, options: GridOptions, console: Console) -> Path:
     return root
 
 
-def _wait_for_nodes(options: GridOptions, console: Console) -> list[Resources]:
+def _wait_for_nodes(options: GridOptions, console: Console, *, ask: bool = True) -> list[Resources]:
     """The nodes of the connected cluster, once there are as many as are asked for. A started Ray has its one."""
     from flexifed.orchestra import cluster
 
     def say(present: int) -> None:
         console.print(f"waiting for nodes: {present} of {options.min_nodes}", highlight=False)
 
-    return cluster.wait_for_nodes(options.min_nodes if options.address else 1, say)
+    return cluster.wait_for_nodes(options.min_nodes if options.address else 1, say, ask=ask)
 
 
 def check_settings(options: GridOptions, cells: Sequence[CellName], infos: Mapping[DatasetName, DatasetInfo]) -> None:
@@ -204,7 +205,9 @@ def _run_cells(
             console.print(f"{skipped} of {counted(len(runs), 'cell')} finished already", highlight=False)
         if not unfinished:
             return runs, {}
-        _say_what_differs(folder, unfinished, options.device, console)
+        if options.device == "auto":
+            _check_device(folder, unfinished)
+        _say_what_differs(folder, unfinished, console)
 
         def place(run: CellRun, left: Sequence[Resources]) -> CellPlacement:
             return place_cell(run.config, _placement(options), left)
@@ -261,27 +264,42 @@ def _check_nodes(folder: ResultsFolder, infos: Iterable[DatasetInfo]) -> None:
         )
 
 
-def _say_what_differs(folder: ResultsFolder, runs: Sequence[CellRun], device: str, console: Console) -> None:
-    """Where a new run has forerunners under other settings, say which: their results are not gone on with.
+def _check_device(folder: ResultsFolder, runs: Sequence[CellRun]) -> None:
+    """Make sure that no run begins anew only because nobody said on which device, and the machine has another now.
 
     Raises:
-        ConfigError: all that differs is the device, and nobody has said which: it depends on what the cluster had.
+        ConfigError: one would.
     """
-    from flexifed.report.runs import FOLLOW_THE_DEVICE, forerunner
+    for run in runs:
+        other = _on_the_other_device(run)
+        if other and folder.rounds_file(other.name).exists() and not folder.rounds_file(run.name).exists():
+            here, there = run.config.device, other.config.device
+            raise ConfigError(
+                f"--device auto is {here} here, but {_label(run)} has results of these settings on {there}: say "
+                f"--device {there} to go on with them, or --device {here} to begin anew beside them"
+            )
+
+
+def _on_the_other_device(run: CellRun) -> CellRun | None:
+    """The same run there; None if its settings are for this one only."""
+    device: Device = "cpu" if run.config.device == "cuda" else "cuda"
+    try:
+        return replace(run, config=replace(run.config, device=device))
+    except ConfigError:
+        return None
+
+
+def _say_what_differs(folder: ResultsFolder, runs: Sequence[CellRun], console: Console) -> None:
+    """Where a new run has forerunners under other settings, say which: their results are not gone on with."""
+    from flexifed.report.runs import forerunner
 
     found: dict[str, list[str]] = {}
     for run in runs:
         if folder.rounds_file(run.name).exists():
             continue
         if before := forerunner(folder, run.config, run.profile, run.info.fingerprint):
-            cell, changes = before
-            if device == "auto" and changes.keys() <= FOLLOW_THE_DEVICE:
-                there, here = cell.settings["device"], run.config.device
-                raise ConfigError(
-                    f"--device auto is {here} now, but {cell.cell} seed {cell.seed} has results of the same settings "
-                    f"on {there}: say --device {there} to go on with them, or --device {here} to begin anew beside them"
-                )
-            found.setdefault(", ".join(changes.values()), []).append(cell.name)
+            cell, differences = before
+            found.setdefault(differences, []).append(cell.name)
     for differences, names in found.items():
         console.print(
             f"new settings, so {counted(len(names), 'new run')}; what lies there stays as it is. "
@@ -310,10 +328,12 @@ def _dry_run(
         nodes, where = [this_machine()], "this machine"
     else:  # joining a cluster starts nothing
         with cluster.connected(options.address):
-            nodes, where = _wait_for_nodes(options, console), f"the cluster at {options.address}"
+            nodes, where = _wait_for_nodes(options, console, ask=False), f"the cluster at {options.address}"
     runs = make_runs(options, cells, infos, results, _device(options, cluster.has_gpus(nodes)))
     placement = place_cell(runs[0].config, _placement(options), nodes)
     unfinished = [run for run in runs if not _is_finished(ResultsFolder(run.results), run)]
+    if options.device == "auto":
+        _check_device(ResultsFolder(results), unfinished)
     for run in runs:
         state = "to run" if run in unfinished else "finished"
         console.print(

@@ -198,4 +198,4 @@ def _is_whole(source: Source, data_dir: Path) -> bool:
             info = source.find(data_dir)
     except DataError:
         return False
-    return info is not None and info.source == "real"
+    return info is not None and info.source in ("real", "real-other")

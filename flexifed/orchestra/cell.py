@@ -162,7 +162,7 @@ class CellSession:
         stored: dict[str, Any] = read_metadata(path)
         first = {"from_round": 0, **{name: stored.get(name) for name in _OF_AN_ATTEMPT}}
         before = [one for one in stored.get("attempts", [first]) if one["from_round"] < next_round]
-        if before and all(before[-1][name] == now[name] for name in _OF_AN_ATTEMPT):
+        if before and _decides_bits(before[-1]) == _decides_bits(now):
             return before
         self._log.write(
             f"from round {next_round} on other hardware or under other versions than before, so an undisturbed run may "
@@ -261,6 +261,12 @@ def _metadata(run: CellRun, placement: str) -> dict[str, object]:
         "machine": f"{platform.system()} {platform.machine()} {platform.node()}",
         "versions": versions,
     }
+
+
+def _decides_bits(attempt: Mapping[str, Any]) -> tuple[object, ...]:
+    """What of an attempt can change the last bits: kinds of processor and of system, and versions, but no host."""
+    kinds = {name.rsplit(" in ", 1)[0] for name in attempt["computed_on"] or ()}
+    return kinds, str(attempt["machine"]).rsplit(" ", 1)[0], attempt["versions"]
 
 
 def _write_shards(path: Path, shards: Sequence[ClientShards]) -> None:

@@ -9,11 +9,11 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import ray
 from ray._private.utils import get_num_cpus
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flexifed.errors import FlexifedError, ResourceError
@@ -98,15 +98,19 @@ def _join(address: str) -> None:
 
 
 def wait_for_nodes(
-    min_nodes: int, say: Callable[[int], None], *, timeout_s: float = NODES_TIMEOUT_S, poll_s: float = 2.0
+    min_nodes: int,
+    say: Callable[[int], None],
+    *,
+    ask: bool = True,
+    timeout_s: float = NODES_TIMEOUT_S,
+    poll_s: float = 2.0,
 ) -> list[Resources]:
     """The resources of each node of the connected cluster, once enough have joined it.
-
-    A cluster that can rent nodes is asked for them.
 
     Args:
         min_nodes: so many that can hold clients, that is, have CPUs; a head that only leads does not count.
         say: is told how many there are, whenever the number has changed and is too small.
+        ask: let a cluster that can rent nodes do so.
         timeout_s: how long to wait; a rented machine takes minutes to come up.
         poll_s: seconds between looks.
 
@@ -126,7 +130,7 @@ def wait_for_nodes(
                     f"min_nodes is {min_nodes}, but after {timeout_s:g} s the cluster has {present} with CPUs; "
                     "`ray status` on the head says what became of the others; or lower --min-nodes"
                 )
-            if told < 0:
+            if ask and told < 0:
                 demands.enter_context(demand([{"CPU": _A_LITTLE}] * min_nodes, "STRICT_SPREAD"))
             if present != told:
                 say(present)
@@ -155,7 +159,7 @@ def check_nodes(check: Callable[[], None]) -> dict[str, str]:
     """Let every node that can hold clients try something.
 
     Args:
-        check: it is sent to the nodes, and raises FlexifedError where something is wrong.
+        check: it is sent to the nodes, and raises an error where something is wrong.
 
     Returns:
         By the name of a node for which something is: what.
@@ -166,9 +170,15 @@ def check_nodes(check: Callable[[], None]) -> dict[str, str]:
     answers = [problem.options(scheduling_strategy=place).remote(check) for place in places]
     problems = {}
     for node, answer in zip(holding, answers, strict=True):
-        with suppress(RayError):  # the node is going; a grid knows how to do without it
-            if found := ray.get(answer):
-                problems[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = found
+        try:
+            found = ray.get(answer)
+        except (RayTaskError, RuntimeEnvSetupError) as error:  # it can't even begin to try
+            found = str(error).strip().splitlines()[-1]
+        except RayError:  # the node is going; a grid knows how to do without it
+            continue
+        if found:
+            address, number = node["NodeManagerAddress"], node["NodeID"][:8]
+            problems[f"{node['NodeManagerHostname']} ({address}, node {number})"] = found
     return problems
 
 
@@ -177,6 +187,8 @@ def _problem(check: Callable[[], None]) -> str | None:
         check()
     except FlexifedError as error:
         return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     return None
 
 

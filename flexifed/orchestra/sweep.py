@@ -9,6 +9,7 @@ anew in a new group.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
 from flexifed.errors import ResourceError
+from flexifed.files import explained
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import GroupLostError
 from flexifed.orchestra.cell import CellRun
@@ -182,6 +184,8 @@ def _run_tune(
             ),
         ).fit()
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
         raise ResourceError(
             f"Ray Tune can't write to {scratch} ({error.strerror or error}): make room there, or name another folder "
             "by TMPDIR; then the same command goes on"
@@ -257,7 +261,8 @@ def _stop_files(files: Set[Path], stop: Callable[[], bool], observer: Observer) 
             return False
         if missing := [file for file in files if not file.exists()]:
             for file in missing:
-                file.touch()
+                with explained(file):
+                    file.touch()
             observer.noted("stopping after the round, with a checkpoint; Ctrl-C again stops at once")
         return True
 

@@ -18,8 +18,6 @@ from flexifed.profiles import PROFILES
 from flexifed.results.store import ResultsFolder, read_summary
 
 _OF_THE_CELL = ("dataset", "family", "scheme", "seed")
-FOLLOW_THE_DEVICE = frozenset({"device", "numerics.winograd"})
-"""Settings of a stored cell that are others on another kind of device, whatever was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +129,8 @@ def changed_settings(cell: StoredCell) -> dict[str, object]:
 
 def forerunner(
     folder: ResultsFolder, config: CellConfig, profile: str, fingerprint: str
-) -> tuple[StoredCell, dict[str, str]] | None:
-    """The stored run of the same cell, seed and profile that differs least from a new one, and in what, by setting.
+) -> tuple[StoredCell, str] | None:
+    """The stored run of the same cell, seed and profile that differs least from a new one, and in what.
 
     Args:
         folder: of one experiment.
@@ -157,7 +155,7 @@ def forerunner(
         }
         if differences and (closest is None or len(differences) < len(closest[1])):
             closest = cell, differences
-    return closest
+    return (closest[0], ", ".join(closest[1].values())) if closest else None
 
 
 def stored_cell(path: Path) -> StoredCell | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,12 @@ def test_a_cluster_that_is_there_is_not_waited_for(monkeypatch: pytest.MonkeyPat
     joining = Joining(monkeypatch, [WORKER])
     assert cluster.wait_for_nodes(1, pytest.fail, timeout_s=0) == [WORKER]
     assert joining.looks == 1
+    assert joining.demands == []
+
+
+def test_what_only_looks_rents_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining = Joining(monkeypatch, [HEAD, WORKER])
+    assert cluster.wait_for_nodes(1, lambda _: None, ask=False, poll_s=0) == [HEAD, WORKER]
     assert joining.demands == []
 
 
@@ -143,9 +150,20 @@ def test_every_node_is_asked_and_those_with_a_problem_are_named() -> None:
         if ray.get_runtime_context().get_node_id() != here:
             raise ResourceError("no data in /data")
 
-    (problem,) = cluster.check_nodes(check).items()
-    assert problem[0].endswith(f"({ray.util.get_node_ip_address()})")
-    assert problem[1] == "no data in /data"
+    def stale() -> None:
+        raise OSError(116, "Stale file handle")
+
+    def dead() -> None:
+        os._exit(1)
+
+    others = [node for node in ray.nodes() if node["NodeID"] != here]
+    assert len(others) == 2
+    assert cluster.check_nodes(check) == {
+        f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, node {node['NodeID'][:8]})": "no data in /data"
+        for node in others
+    }
+    assert list(cluster.check_nodes(stale).values()) == ["OSError: [Errno 116] Stale file handle"] * 3
+    assert cluster.check_nodes(dead) == {}, "what is going is no obstacle"
     assert cluster.check_nodes(lambda: None) == {}
 
 

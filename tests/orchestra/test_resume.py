@@ -259,6 +259,10 @@ def test_a_run_that_goes_on_elsewhere_says_what_computed_which_rounds(
     play(run, 1)
     assert read_metadata(path)["attempts"] == [first], "the same machine and versions"
     assert "other hardware" not in log(run)
+    (device,) = first["computed_on"]
+    monkeypatch.setattr(LocalHosts, "device_names", lambda _: [device.rsplit(" in ", 1)[0] + " in another host"])
+    play(run, 1)
+    assert read_metadata(path)["attempts"] == [first], "the same kind of processor"
     monkeypatch.setattr(LocalHosts, "device_names", lambda _: ["another processor"])
     play(run)
     metadata = read_metadata(path)
