@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from flexifed.grid import parse_options
+from flexifed.orchestra.placement import Resources
 from flexifed.profiles import PROFILES
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "table1.py"
@@ -177,7 +178,11 @@ def test_a_dry_run_from_a_head_without_a_gpu_estimates_no_gpu_time(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flexifed.orchestra.cluster.connected", lambda address: nullcontext())
-    monkeypatch.setattr("flexifed.orchestra.cluster.wait_for_nodes", lambda *_: [{"CPU": 0}, {"CPU": 8, "GPU": 1}])
+    def wait_for_nodes(min_nodes: int, say: object, *, ask: bool) -> list[Resources]:
+        assert not ask, "who only looks rents nothing"
+        return [{"CPU": 0}, {"CPU": 8, "GPU": 1}]
+
+    monkeypatch.setattr("flexifed.orchestra.cluster.wait_for_nodes", wait_for_nodes)
     monkeypatch.setattr("flexifed.orchestra.estimate.this_machine", lambda: {"CPU": 2.0, "GPU": 0.0})
     line = [*SMALL, "--address", "10.0.0.1:6379", "--dry-run", "--results-dir", str(tmp_path / "results")]
     assert main(line) == 0
