@@ -178,6 +178,7 @@ def test_a_dry_run_from_a_head_without_a_gpu_estimates_no_gpu_time(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flexifed.orchestra.cluster.connected", lambda address: nullcontext())
+
     def wait_for_nodes(min_nodes: int, say: object, *, ask: bool) -> list[Resources]:
         assert not ask, "who only looks rents nothing"
         return [{"CPU": 0}, {"CPU": 8, "GPU": 1}]
