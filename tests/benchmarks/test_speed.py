@@ -214,7 +214,6 @@ def test_scale_sees_every_kind_of_process() -> None:
     assert set(measured["clients"]) == {"4", "12"}
     for one in measured["clients"].values():
         assert min(one["clients_mib"], one["driver_mib"], one["command_mib"]) > 50
-        assert one["store_mib"] > 0, "what clients share passes through it"
     assert measured["driver_growth"] < 0.25
 
 
