@@ -13,6 +13,7 @@ RECORDS = Path(__file__).parents[1] / "records" / "benchmarks"
 ROUNDS = {
     "Xeon, AVX512": ("round-xeon", "round-xeon-direct", "round-xeon-bf16"),
     "Xeon (2), AVX512": ("round-xeon-2",),
+    "Xeon (3), AVX512": ("round-xeon-3",),
     "EPYC, AVX512": ("round-epyc-direct", "round-epyc-bf16"),
     "EPYC, AVX2": ("round-epyc-avx2", "round-epyc-avx2-direct"),
 }
