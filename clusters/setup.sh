@@ -83,6 +83,6 @@ mkdir -p "$data"
 case ${FLEXIFED_DOWNLOAD:-no} in
   no) ;;
   yes) "$venv/bin/flexifed" data --data-dir "$data" --download ;;
-  *) "$venv/bin/flexifed" data --data-dir "$data" --download --only $FLEXIFED_DOWNLOAD ;;
+  *) "$venv/bin/flexifed" data --data-dir "$data" --download --only $FLEXIFED_DOWNLOAD ;; # a word for each set
 esac
 echo "setup.sh: $(hostname) is ready"

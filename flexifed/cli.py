@@ -184,7 +184,6 @@ class Data:
     """Folder of the data sets. Default: $FLEXIFED_DATA_DIR, or ./data."""
     download: bool = False
     """Download data that are missing, damaged or incomplete from their publishers."""
-
     only: tuple[DatasetName, ...] = ()
     """Only these data sets. Default: all."""
 

@@ -87,7 +87,7 @@ def _run(name: str, grid: Sequence[CellName], options: GridOptions, console: Con
         console.print(f"data: {dataset}: {_describe_data(info, options.data_dir)}", highlight=False, soft_wrap=True)
     check_settings(options, cells, infos)
     if options.dry_run:
-        _dry_run(options, cells, infos, folder.root, console)
+        _dry_run(options, cells, infos, folder, console)
         return
     folder.prepare()
     with locked(folder.root):
@@ -191,7 +191,7 @@ def _run_cells(
     runs: list[CellRun] = []
     if options.address is None:
         here = [this_machine()]
-        runs = make_runs(options, cells, infos, folder.root, _device(options, cluster.has_gpus(here)))
+        runs = _runs_on(here, options, cells, infos, folder)
         for config in {run.config.device: run.config for run in runs}.values():
             place_cell(config, _placement(options), here)  # what can't fit is refused before anything starts
         if all(_is_finished(folder, run) for run in runs):
@@ -199,14 +199,12 @@ def _run_cells(
             return runs, {}
     with cluster.connected(options.address):
         nodes = _wait_for_nodes(options, console)
-        runs = runs or make_runs(options, cells, infos, folder.root, _device(options, cluster.has_gpus(nodes)))
+        runs = runs or _runs_on(nodes, options, cells, infos, folder)
         unfinished = [run for run in runs if not _is_finished(folder, run)]
         if skipped := len(runs) - len(unfinished):
             console.print(f"{skipped} of {counted(len(runs), 'cell')} finished already", highlight=False)
         if not unfinished:
             return runs, {}
-        if options.device == "auto":
-            _check_device(folder, unfinished)
         _say_what_differs(folder, unfinished, console)
 
         def place(run: CellRun, left: Sequence[Resources]) -> CellPlacement:
@@ -264,13 +262,24 @@ def _check_nodes(folder: ResultsFolder, infos: Iterable[DatasetInfo]) -> None:
         )
 
 
-def _check_device(folder: ResultsFolder, runs: Sequence[CellRun]) -> None:
-    """Make sure that no run begins anew only because nobody said on which device, and the machine has another now.
+def _runs_on(
+    nodes: Sequence[Resources],
+    options: GridOptions,
+    cells: Sequence[CellName],
+    infos: Mapping[DatasetName, DatasetInfo],
+    folder: ResultsFolder,
+) -> list[CellRun]:
+    """One run for each cell and seed, on the device that was asked for, or on the one that the nodes have.
 
     Raises:
-        ConfigError: one would.
+        ConfigError: a run would begin anew only because nobody said on which device, and the nodes have another now.
     """
-    for run in runs:
+    from flexifed.orchestra import cluster
+
+    has_gpus = cluster.has_gpus(nodes)
+    device: Device = options.device if options.device != "auto" else "cuda" if has_gpus else "cpu"
+    runs = make_runs(options, cells, infos, folder.root, device)
+    for run in runs if options.device == "auto" else ():
         other = _on_the_other_device(run)
         if other and folder.rounds_file(other.name).exists() and not folder.rounds_file(run.name).exists():
             here, there = run.config.device, other.config.device
@@ -278,6 +287,7 @@ def _check_device(folder: ResultsFolder, runs: Sequence[CellRun]) -> None:
                 f"--device auto is {here} here, but {_label(run)} has results of these settings on {there}: say "
                 f"--device {there} to go on with them, or --device {here} to begin anew beside them"
             )
+    return runs
 
 
 def _on_the_other_device(run: CellRun) -> CellRun | None:
@@ -313,7 +323,7 @@ def _dry_run(
     options: GridOptions,
     cells: Sequence[CellName],
     infos: Mapping[DatasetName, DatasetInfo],
-    results: Path,
+    folder: ResultsFolder,
     console: Console,
 ) -> None:
     """Print what would run where, and about how long it would take, judged by this machine."""
@@ -322,18 +332,15 @@ def _dry_run(
     from flexifed.orchestra.estimate import START_S, cell_seconds, concurrent_cells, this_machine
     from flexifed.orchestra.placement import place_cell
     from flexifed.progress import duration
-    from flexifed.results.store import ResultsFolder
 
     if options.address is None:
         nodes, where = [this_machine()], "this machine"
     else:  # joining a cluster starts nothing
         with cluster.connected(options.address):
             nodes, where = _wait_for_nodes(options, console, ask=False), f"the cluster at {options.address}"
-    runs = make_runs(options, cells, infos, results, _device(options, cluster.has_gpus(nodes)))
+    runs = _runs_on(nodes, options, cells, infos, folder)
     placement = place_cell(runs[0].config, _placement(options), nodes)
-    unfinished = [run for run in runs if not _is_finished(ResultsFolder(run.results), run)]
-    if options.device == "auto":
-        _check_device(ResultsFolder(results), unfinished)
+    unfinished = [run for run in runs if not _is_finished(folder, run)]
     for run in runs:
         state = "to run" if run in unfinished else "finished"
         console.print(
@@ -379,12 +386,6 @@ def _show_table(folder: ResultsFolder, options: GridOptions, runs: Sequence[Cell
 def _is_finished(folder: ResultsFolder, run: CellRun) -> bool:
     last = folder.last_round(run.name)
     return last is not None and last >= run.rounds
-
-
-def _device(options: GridOptions, has_gpus: bool) -> Device:
-    if options.device == "auto":
-        return "cuda" if has_gpus else "cpu"
-    return options.device
 
 
 def _placement(options: GridOptions) -> PlacementOptions:

@@ -205,11 +205,16 @@ def test_auto_does_not_begin_anew_because_the_machine_has_another_device(
     monkeypatch.setattr("flexifed.orchestra.cluster.nodes", lambda: gpu_here)
     monkeypatch.setattr("flexifed.orchestra.estimate.this_machine", lambda: gpu_here[0])
     monkeypatch.setattr("flexifed.orchestra.estimate.cell_seconds", lambda *_: 1.0)
+    connected: list[str | None] = []
+    monkeypatch.setattr(
+        "flexifed.orchestra.cluster.connected", lambda address: connected.append(address) or nullcontext()
+    )
     for line in (["--device", "auto"], ["--device", "auto", "--dry-run"]):
         assert run(tmp_path, *line) == 2
         told = capsys.readouterr().err
         assert "--device auto is cuda here, but cifar10/vgg/standalone seed 0 has results of these settings" in told
         assert "say --device cpu to go on with them, or --device cuda to begin anew" in told
+        assert connected == [], "Ray is not started for nothing"
     assert contents(tmp_path / "table1" / "rounds") == before
     for settings in (["--no-winograd"], ["--learning-rate", "0.5"]):  # CPUs have no results of these
         assert run(tmp_path, "--device", "auto", "--dry-run", *settings) == 0

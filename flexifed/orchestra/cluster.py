@@ -197,6 +197,6 @@ def nodes() -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def has_gpus(cluster: list[Resources]) -> bool:
+def has_gpus(cluster: Sequence[Resources]) -> bool:
     """Whether any node has a GPU."""
     return any(node.get("GPU", 0) > 0 for node in cluster)
