@@ -1,6 +1,6 @@
 """Plain classes become Ray actors here. The only floor that imports Ray, and it adds no rule of its own.
 
-Importing this package sets what Ray reads from the environment when it is first imported; import it before Ray.
+Importing this package sets what Ray reads from the environment.
 """
 
 from __future__ import annotations

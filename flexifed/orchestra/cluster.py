@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import ray
+from ray._private import ray_constants
 from ray._private.utils import get_num_cpus
 from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -19,6 +20,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from flexifed.errors import FlexifedError, ResourceError
 from flexifed.orchestra.placement import Resources
 from flexifed.stopping import uninterrupted
+
+# Ray reads this one when it is imported, which may have been before this package set it.
+ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = ray_constants.env_bool("RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)
 
 NODES_TIMEOUT_S = 1800.0
 _ANSWER_S = 5.0

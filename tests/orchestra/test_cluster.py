@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,3 +180,11 @@ def test_a_demand_waits_where_an_autoscaler_sees_it_and_is_taken_back() -> None:
     with cluster.demand([{"CPU": 0.001}] * 4, "STRICT_SPREAD"):
         assert states() == ["PENDING"], "there are three nodes"
     assert states() == ["REMOVED"]
+
+
+def test_workers_are_not_built_anew_under_uv_run_even_if_ray_was_imported_first() -> None:
+    """Ray reads that setting when it is imported, and a script's imports are sorted."""
+    program = "import ray, flexifed.orchestra.cluster; print(ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV)"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_UV_RUN_RUNTIME_ENV"}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
