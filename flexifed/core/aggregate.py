@@ -200,24 +200,26 @@ def check_weights(plan: SharingPlan, weights: Sequence[float] | None) -> list[fl
     return [float(weight) for weight in weights]
 
 
+@torch.no_grad()
 def _add_to(totals: BlockSums, group: int, one: BlockSum) -> None:
     """`totals[group] += one`, in float64 (complex128 for complex values), in place in what was made here."""
     if one.weight == 0:
         return
     total = totals.get(group)
     if total is None:
-        copies = tuple(_weighted(tensor.detach(), one).to(_double(tensor), copy=True) for tensor in one.tensors)
+        copies = tuple(_weighted(tensor, one).to(_double(tensor), copy=True) for tensor in one.tensors)
         totals[group] = BlockSum(copies, one.weight, weighted=True)
         return
     for accumulated, tensor in zip(total.tensors, one.tensors, strict=True):
-        accumulated.add_(_weighted(tensor.detach(), one))
+        accumulated.add_(_weighted(tensor, one))
     totals[group] = BlockSum(total.tensors, total.weight + one.weight, weighted=True)
 
 
+@torch.no_grad()
 def _mean(parts: Sequence[BlockSum], position: int, dtype: torch.dtype, weight: float) -> torch.Tensor:
     """The mean of one tensor of a group. Some rows at a time: their sum, in double precision, stays in the cache."""
     shape = parts[0].tensors[position].shape
-    tensors = [one.tensors[position].detach() for one in parts]
+    tensors = [one.tensors[position] for one in parts]
     if not shape:
         tensors = [tensor.view(1) for tensor in tensors]
     first = tensors[0]
@@ -227,9 +229,10 @@ def _mean(parts: Sequence[BlockSum], position: int, dtype: torch.dtype, weight: 
         rows = max(1, _SUMMED_AT_ONCE * len(first) // max(1, first.numel()))
     for start in range(0, len(first), rows):
         part = slice(start, start + rows)
-        total = _weighted(first[part], parts[0]).to(_double(first), copy=True)
-        for one, tensor in zip(parts[1:], tensors[1:], strict=True):
-            total.add_(_weighted(tensor[part], one))
+        pieces = tensors if rows >= len(first) else [tensor[part] for tensor in tensors]
+        total = _weighted(pieces[0], parts[0]).to(_double(first), copy=True)
+        for one, piece in zip(parts[1:], pieces[1:], strict=True):
+            total.add_(_weighted(piece, one))
         # By a tensor: by a number a GPU multiplies with its reciprocal, which can be another value than a CPU's.
         mean[part] = total.div_(torch.full((), weight, dtype=total.dtype, device=total.device))
     return mean.view(shape)
