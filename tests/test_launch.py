@@ -20,9 +20,11 @@ from flexifed.data import find_dataset
 from flexifed.errors import ConfigError, ResultsError
 from flexifed.federation.rounds import LocalHosts
 from flexifed.grid import make_cells, parse_options
-from flexifed.launch import check_settings, run_experiment
+from flexifed.launch import run_experiment
 from flexifed.orchestra.cell import CellSession
 from flexifed.orchestra.trial import PlacedRun
+from flexifed.request import GridRequest
+from flexifed.results.store import ResultsFolder
 
 SMALL = ["--profile", "smoke", "--data", "synthetic", "--only", "*/*/standalone", "--device", "cpu", "--rounds", "1"]
 SMALL += ["--width", "0.02", "--num-clients", "4", "--num-shards", "2000", "--windows-per-shard", "1"]
@@ -186,14 +188,19 @@ def test_sigterm_before_the_first_round_is_as_ctrl_c(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_settings_of_gpus_are_accepted_with_gpus_and_with_auto() -> None:
+def test_settings_of_gpus_are_accepted_with_gpus_and_with_auto(tmp_path: Path) -> None:
     cells = make_cells([("cifar10", "vgg")])
     infos = {"cifar10": find_dataset("cifar10", data="synthetic", data_dir=Path("nowhere"))}
+
+    def check(line: Sequence[str], device: str) -> None:
+        options = parse_options([*line, "--device", device], prog="", description="")
+        GridRequest(options, cells, infos, ResultsFolder(tmp_path)).check_settings()
+
     for line in (["--precision", "tf32"], ["--cuda-graph", "True"]):
         for device in ("cuda", "auto"):
-            check_settings(parse_options([*line, "--device", device], prog="", description=""), cells, infos)
+            check(line, device)
         with pytest.raises(ConfigError, match="which CPUs do not have"):
-            check_settings(parse_options([*line, "--device", "cpu"], prog="", description=""), cells, infos)
+            check(line, "cpu")
 
 
 def test_auto_does_not_begin_anew_because_the_machine_has_another_device(

@@ -61,6 +61,18 @@ class CellRun:
         source = self.info.source
         return f"{config.dataset}-{source}-{config.family}-{config.scheme}-seed{config.seed}-{self.run_id}"
 
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        config = self.config
+        return f"{config.dataset}/{config.family}/{config.scheme} seed {config.seed}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its last round has been written."""
+        last = ResultsFolder(self.results).last_round(self.name)
+        return last is not None and last >= self.rounds
+
     def checkpoints(self) -> Checkpoints:
         """Those of this run; there may be none."""
         return Checkpoints(ResultsFolder(self.results).run_folder(self.name) / "checkpoints", self.run_id, self.rounds)

@@ -20,8 +20,8 @@ from flexifed.config import CellConfig, ModelConfig
 from flexifed.data import synthetic
 from flexifed.errors import ResultsError
 from flexifed.grid import CellName, GridOptions
-from flexifed.launch import make_runs
 from flexifed.orchestra.cell import CellRun
+from flexifed.request import GridRequest
 from flexifed.results.schema import SCHEMA
 from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, write_table
 
@@ -357,7 +357,9 @@ def test_whole_numbers_and_floats_of_one_value_are_one_run() -> None:
 def test_what_decides_no_number_is_not_in_the_run_id(option: dict[str, Any]) -> None:
     name = CellName("cifar10", "vgg", "standalone")
     plain, other = (
-        make_runs(options, [name], {"cifar10": synthetic.info()}, options.results_dir.absolute(), "cpu")[0]
+        GridRequest(options, [name], {"cifar10": synthetic.info()}, ResultsFolder(options.results_dir.absolute())).runs(
+            "cpu"
+        )[0]
         for options in (GridOptions(), GridOptions(**option))
     )
     assert (plain.run_id, plain.name) == (other.run_id, other.name)

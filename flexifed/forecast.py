@@ -1,0 +1,48 @@
+"""A dry run: what would run where, and about how long it would take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.filesize import decimal
+
+from flexifed.federation.host import state_bytes
+from flexifed.orchestra.estimate import START_S, cell_seconds, concurrent_cells, this_machine
+from flexifed.orchestra.placement import Resources
+from flexifed.progress import duration
+from flexifed.request import GridRequest
+
+
+def show_forecast(request: GridRequest, nodes: Sequence[Resources], where: str, console: Console) -> None:
+    """Print what a grid would be on these nodes, judged by steps that are timed in this process.
+
+    Args:
+        request: the grid.
+        nodes: that would run it.
+        where: they are, in words.
+        console: to print to.
+    """
+    options = request.options
+    runs = request.runs_on(nodes)
+    placement = request.place(runs[0], nodes)
+    unfinished = [run for run in runs if not run.is_finished]
+    for run in runs:
+        state = "finished" if run.is_finished else "to run"
+        console.print(
+            f"  {run.label:<44} {state}, {run.rounds} rounds, run {run.run_id}", highlight=False, soft_wrap=True
+        )
+    device = runs[0].config.device
+    at_once = min(concurrent_cells(placement, nodes), options.max_concurrent or len(runs))
+    console.print(f"resources: a cell is {placement}, on {device}; {at_once} at a time on {where}", soft_wrap=True)
+    if device == "cuda" and not this_machine()["GPU"]:
+        console.print("time: not estimated, because steps are timed in this process and it sees no GPU", soft_wrap=True)
+        return
+    seconds = sum(cell_seconds(run, placement, nodes, at_once) for run in unfinished) / at_once + START_S
+    if options.keep_final:
+        kept = decimal(sum(state_bytes(run.config, run.info) for run in runs))
+        console.print(f"disk: {kept} of final states stay (none with --no-keep-final)", highlight=False)
+    console.print(
+        f"time: about {duration(seconds)}, from a few steps timed here and now; nothing was started",
+        soft_wrap=True,
+    )

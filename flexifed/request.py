@@ -1,0 +1,109 @@
+"""What a command line asks for, with the data that were found for it: the runs, and where their clients go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from flexifed.config import DatasetName, Device
+from flexifed.data import DatasetInfo
+from flexifed.data.partition import window
+from flexifed.errors import ConfigError
+from flexifed.federation.assignment import assign_clients
+from flexifed.federation.rounds import make_shards
+from flexifed.grid import CellName, GridOptions
+from flexifed.orchestra.cell import CellRun
+from flexifed.orchestra.cluster import has_gpus
+from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
+from flexifed.results.store import ResultsFolder
+
+
+@dataclass(frozen=True)
+class GridRequest:
+    """A grid that somebody wants to run.
+
+    Attributes:
+        options: the command line.
+        cells: that it selects.
+        infos: the data of each of their data sets.
+        folder: of the experiment's results.
+    """
+
+    options: GridOptions
+    cells: Sequence[CellName]
+    infos: Mapping[DatasetName, DatasetInfo]
+    folder: ResultsFolder
+
+    def check_settings(self) -> None:
+        """Find out before anything is started whether the settings fit the data and each other.
+
+        Raises:
+            ConfigError: clients can't be dealt out to actors, or a round's part of a shard would be empty.
+            DataError: more shards than samples.
+        """
+        options = self.options
+        if options.clients_per_actor is not None:
+            assign_clients(options.partition.num_clients, options.clients_per_actor, options.sharing.reduce_block)
+        device: Device = "cuda" if options.device == "auto" else options.device  # which may take more settings
+        for cell in {cell.dataset: cell for cell in self.cells}.values():
+            shards = make_shards(options.cell_config(cell, options.seeds[0], device), self.infos[cell.dataset])
+            window(shards[0].train, 0, options.partition.windows_per_shard)
+
+    def runs(self, device: Device) -> list[CellRun]:
+        """One run for each cell and seed."""
+        options = self.options
+        return [
+            CellRun(
+                config=options.cell_config(cell, seed, device),
+                info=self.infos[cell.dataset],
+                profile=options.profile,
+                rounds=options.rounds,
+                results=self.folder.root,
+                checkpoint_every=options.checkpoint_every,
+                keep_final=options.keep_final,
+            )
+            for seed in options.seeds
+            for cell in self.cells
+        ]
+
+    def runs_on(self, nodes: Sequence[Resources]) -> list[CellRun]:
+        """One run for each cell and seed, on the device that was asked for, or on the one that the nodes have.
+
+        Raises:
+            ConfigError: a run would begin anew only because nobody said on which device, and the nodes have another
+                now.
+        """
+        if self.options.device != "auto":
+            return self.runs(self.options.device)
+        runs = self.runs("cuda" if has_gpus(nodes) else "cpu")
+        for run in runs:
+            other = _on_the_other_device(run)
+            if other and self._has_rounds(other) and not self._has_rounds(run):
+                here, there = run.config.device, other.config.device
+                raise ConfigError(
+                    f"--device auto is {here} here, but {run.label} has results of these settings on {there}: say "
+                    f"--device {there} to go on with them, or --device {here} to begin anew beside them"
+                )
+        return runs
+
+    def _has_rounds(self, run: CellRun) -> bool:
+        return self.folder.rounds_file(run.name).exists()
+
+    def place(self, run: CellRun, nodes: Sequence[Resources]) -> CellPlacement:
+        """How the clients of a run share these nodes. See `place_cell`."""
+        options = self.options
+        wanted = PlacementOptions(
+            gpus_per_client=options.gpus_per_client,
+            clients_per_actor=options.clients_per_actor,
+            streams=options.streams,
+        )
+        return place_cell(run.config, wanted, nodes)
+
+
+def _on_the_other_device(run: CellRun) -> CellRun | None:
+    """The same run there; None if its settings are for this one only."""
+    device: Device = "cpu" if run.config.device == "cuda" else "cuda"
+    try:
+        return replace(run, config=replace(run.config, device=device))
+    except ConfigError:
+        return None
