@@ -77,6 +77,8 @@ class GridOptions:
     On GPUs, those of --streams, or more if they don't fit otherwise and --gpus-per-client is not given."""
     streams: int = 1
     """On a GPU, number of clients of one process that compute at the same time, each on its own CUDA stream."""
+    cuda_ipc: bool = True
+    """Let processes on one GPU leave tensors there for each other (CUDA IPC), where that works."""
     max_concurrent: int | None = None
     """Largest number of cells to run at once. Default: as many as fit."""
     checkpoint_every: int | None = None

@@ -96,6 +96,7 @@ class GridRequest:
             gpus_per_client=options.gpus_per_client,
             clients_per_actor=options.clients_per_actor,
             streams=options.streams,
+            cuda_ipc=options.cuda_ipc,
         )
         return place_cell(run.config, wanted, nodes)
 

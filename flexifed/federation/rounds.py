@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import GroupState, combine_blocks
 from flexifed.data import DatasetInfo
@@ -127,6 +129,8 @@ class Federation:
             blocks = {index: block for host in played for index, block in host.blocks.items()}
             with numeric_settings(self._config.numerics):
                 self.shared = combine_blocks(self.plan, (blocks[index] for index in sorted(blocks)), self._groups)
+            if any(tensor.is_cuda for tensors in self.shared.values() for tensor in tensors):
+                torch.cuda.synchronize()  # a round ends when its work does, and the clients' tensors are free again
         finished = time.perf_counter()
         clients = sorted(
             ((client, host) for host, one in enumerate(played) for client in one.clients),

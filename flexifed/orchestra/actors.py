@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -20,18 +22,26 @@ from flexifed.federation.assignment import name_clients
 from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.client import ClientShards
 from flexifed.federation.host import ClientHost, HostRound, cell_plan
+from flexifed.orchestra.lending import Borrower, Gpu, Lender
 from flexifed.orchestra.placement import CellPlacement
 from flexifed.orchestra.wire import (
+    Pack,
     PackedGroups,
     PackedHostRound,
+    PackedTensors,
+    Unpack,
     pack_groups,
     pack_host_round,
+    pack_tensors,
     unpack_groups,
     unpack_host_round,
+    unpack_tensors,
 )
 from flexifed.training.memory import keep_freed_memory
+from flexifed.training.numerics import device_name
 
 _LOOK_EVERY_S = 5.0
+_SAMPLE = "sample"
 # In what PyTorch says, and cuBLAS and cuDNN through it; the last, of a convolution none of whose plans got its memory.
 _DEVICE_IS_FULL = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
 
@@ -51,6 +61,8 @@ class ClientActor:
         keep_freed_memory()
         self._host: ClientHost | None = None
         self._clients: Sequence[int] = ()
+        self._lender: Lender | None = None
+        self._unpack: Unpack = unpack_tensors
 
     def begin(
         self,
@@ -63,9 +75,8 @@ class ClientActor:
         """Forget the cell before, and hold these clients of this one; see `ClientHost`."""
         self._host = None
         self._clients = clients
+        self.lend_on(None)
         if config.device == "cuda":
-            import torch
-
             if not torch.cuda.is_available():
                 raise ResourceError(f"{name_clients(clients)} were to run on a GPU, but their process sees none")
             torch.cuda.empty_cache()  # the memory of the cell before belongs to its streams
@@ -75,11 +86,35 @@ class ClientActor:
     def play_round(self, round_index: int, train: bool, aggregated: bool, *parts: PackedGroups) -> PackedHostRound:
         """See `ClientHost.play_round`; the global state comes in parts, which Ray hands over by reference."""
         with _device_memory_explained(self._clients):
-            return pack_host_round(self._hosted.play_round(round_index, _joined(aggregated, parts), train=train))
+            shared = _joined(aggregated, parts, self._unpack)
+            return pack_host_round(self._hosted.play_round(round_index, shared, train=train), self._pack)
+
+    def _pack(self, block: int) -> Pack:
+        return partial(self._lender.pack, block) if self._lender else pack_tensors
+
+    def gpu(self) -> Gpu:
+        """The GPU that the clients compute on."""
+        return Gpu.here(ray.get_runtime_context().get_node_id())
+
+    def lend_on(self, device: str | None) -> PackedTensors | None:
+        """From now on leave tensors on a device that the driver shares, and get them there; None: through Ray.
+
+        Returns:
+            A sample, for the driver to try.
+        """
+        if device is None:
+            self._lender, self._unpack = None, unpack_tensors
+            return None
+        self._lender, self._unpack = Lender(torch.device(device)), Borrower().unpack
+        return self._lender.pack(_SAMPLE, [_sample()])
+
+    def can_read(self, packed: PackedTensors) -> bool:
+        """Whether a sample of the driver's arrives."""
+        return _is_sample(self._unpack(packed))
 
     def state_sha256(self, aggregated: bool, *parts: PackedGroups) -> dict[int, str]:
         """See `ClientHost.state_sha256`."""
-        return self._hosted.state_sha256(_joined(aggregated, parts))
+        return self._hosted.state_sha256(_joined(aggregated, parts, self._unpack))
 
     def device_name(self) -> str:
         """See `ClientHost.device_name`; with the machine that it is in."""
@@ -109,6 +144,9 @@ class ActorHosts:
     Args:
         group: each of its bundles gets one actor.
 
+    Attributes:
+        exchange: how tensors get from process to process, in words.
+
     Raises:
         LostError: from every method, when a process is gone: GroupLostError, if its node is gone with it. The others
             can't be told where it was, so they are ended too.
@@ -116,6 +154,8 @@ class ActorHosts:
 
     def __init__(self, group: PlacementGroup) -> None:
         self._group = group
+        self._lender: Lender | None = None
+        self._unpack: Unpack = unpack_tensors
         self._actors: list[Any] = [  # Ray's handles are not typed by method
             ray.remote(ClientActor)
             .options(
@@ -149,6 +189,46 @@ class ActorHosts:
             if not self.has_place():
                 raise GroupLostError("a node is gone before all processes were started")
         self._get(begun)
+        self._choose_exchange(config, placement)
+
+    def _choose_exchange(self, config: CellConfig, placement: CellPlacement) -> None:
+        """Leave tensors on the GPU if it is the same for all, and if that works. It changes no number."""
+        self._lender, self._unpack = None, unpack_tensors
+        self.exchange = "tensors travel through Ray's object store"
+        if len(self._actors) == 1 or not self._plan.groups or not placement.cuda_ipc:
+            return
+        device = self._common_device(config)
+        if device is None:
+            return
+        try:
+            self._lend_on(device)
+        except LostError:
+            raise
+        except Exception as error:  # whatever a system has against it
+            self._lender, self._unpack = None, unpack_tensors
+            self._get([actor.lend_on.remote(None) for actor in self._actors])
+            self.exchange += f", as they can't stay on {device_name(device)}: {str(error).strip().splitlines()[-1]}"
+        else:
+            self.exchange = f"tensors stay on {device_name(device)}"
+
+    def _common_device(self, config: CellConfig) -> torch.device | None:
+        """The GPU of all actors, opened by this process; None where they have several, or it is another node's."""
+        if config.device != "cuda":
+            return None
+        gpus = set(self._get([actor.gpu.remote() for actor in self._actors]))
+        return gpus.pop().opened(ray.get_runtime_context().get_node_id()) if len(gpus) == 1 else None
+
+    def _lend_on(self, device: torch.device) -> None:
+        """Begin to lend and borrow, and try it both ways."""
+        lender, borrower = Lender(device), Borrower()
+        samples = self._get([actor.lend_on.remote(str(device)) for actor in self._actors])
+        lender.write(_SAMPLE, [_sample()])
+        arrived = self._get(
+            [actor.can_read.remote(lender.lend(_SAMPLE, reader)) for reader, actor in enumerate(self._actors)]
+        )
+        if not all(arrived) or not all(_is_sample(borrower.unpack(packed)) for packed in samples):
+            raise RuntimeError("other values arrived than were sent")
+        self._lender, self._unpack = lender, borrower.unpack
 
     def has_place(self) -> bool:
         """Whether the placement group is whole. One that lost a node may wait for a new one without end."""
@@ -163,7 +243,7 @@ class ActorHosts:
                 for actor, parts in zip(self._actors, self._parts(shared), strict=True)
             ]
         )
-        return [unpack_host_round(one) for one in played]
+        return [unpack_host_round(one, self._unpack) for one in played]
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
         """The digest of what each client holds, by client."""
@@ -190,18 +270,27 @@ class ActorHosts:
         self._get([actor.restore.remote(checkpoint) for actor in self._actors])
 
     def _parts(self, shared: GroupState | None) -> list[list[Any]]:
-        """For each actor, references to the groups of its clients and to no others.
+        """For each actor, the groups of its clients and no others.
 
-        Groups over the same architectures travel as one object, put once and shared by all actors of a node.
+        Groups over the same architectures are sent as one: an object, shared by all actors of a node, or a buffer.
         """
         by_members: dict[tuple[int, ...], GroupState] = {}
         for index, tensors in (shared or {}).items():
             by_members.setdefault(self._plan.groups[index].architectures, {})[index] = tensors
-        stored = {members: ray.put(pack_groups(part)) for members, part in by_members.items()}
+        sendable = {members: self._sendable(members, part) for members, part in by_members.items()}
         return [
-            [reference for members, reference in stored.items() if not held.isdisjoint(members)]
-            for held in self._architectures
+            [part(actor) for members, part in sendable.items() if not held.isdisjoint(members)]
+            for actor, held in enumerate(self._architectures)
         ]
+
+    def _sendable(self, members: tuple[int, ...], groups: GroupState) -> Callable[[int], Any]:
+        """What to send of some groups, by actor: a reference to one object, or leave to read them on the GPU."""
+        lender = self._lender
+        if lender is None:
+            reference = ray.put(pack_groups(groups))
+            return lambda actor: reference
+        lender.write(members, (tensor for tensors in groups.values() for tensor in tensors))
+        return lambda actor: pack_groups(groups, lambda _: lender.lend(members, actor))
 
     def _get(self, references: list[Any]) -> list[Any]:
         """Wait for all, or for the first that fails. An error of ours comes out as it was raised."""
@@ -233,9 +322,20 @@ class ActorHosts:
         self._actors = []
 
 
-def _joined(aggregated: bool, parts: Sequence[PackedGroups]) -> GroupState | None:
+def _joined(aggregated: bool, parts: Sequence[PackedGroups], unpack: Unpack) -> GroupState | None:
     """The global state, from its parts; None before the first aggregation."""
-    return {index: tensors for part in parts for index, tensors in unpack_groups(part).items()} if aggregated else None
+    if not aggregated:
+        return None
+    return {index: tensors for part in parts for index, tensors in unpack_groups(part, unpack).items()}
+
+
+def _sample() -> torch.Tensor:
+    """What is sent to try whether it arrives."""
+    return torch.arange(1000)
+
+
+def _is_sample(tensors: Sequence[torch.Tensor]) -> bool:
+    return torch.equal(tensors[0].cpu(), _sample())
 
 
 @contextmanager

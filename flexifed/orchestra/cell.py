@@ -138,6 +138,10 @@ class CellSession:
             self._checkpoint(self._federation, self._writer)
         self._log.write(f"stopped, as asked; round {self._federation.next_round} is next")
 
+    def note(self, what: str) -> None:
+        """Write it into the cell's log."""
+        self._log.write(what)
+
     def fail(self, reason: str) -> None:
         """Note why the cell can't go on, if the log can still be written."""
         with suppress(ResultsError):

@@ -28,11 +28,13 @@ class PlacementOptions:
         clients_per_actor: clients that live in one process; None: on GPUs as many as have a stream, and more where the
             GPUs could not hold them so; on CPUs as many as it takes to give every CPU one actor.
         streams: so many of an actor's clients compute on its GPU at the same time.
+        cuda_ipc: processes on one GPU leave tensors there for each other.
     """
 
     gpus_per_client: float | None = None
     clients_per_actor: int | None = None
     streams: int = 1
+    cuda_ipc: bool = True
 
     def __post_init__(self) -> None:
         if self.gpus_per_client is not None and not 0 <= self.gpus_per_client < math.inf:
@@ -51,6 +53,7 @@ class CellPlacement:
     cpus_per_actor: float
     gpus_per_actor: float
     streams: int = 1
+    cuda_ipc: bool = True
 
     @property
     def bundles(self) -> list[dict[str, float]]:
@@ -106,6 +109,7 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
             cpus_per_actor=share,
             gpus_per_actor=gpus_per_actor,
             streams=min(options.streams, most),
+            cuda_ipc=options.cuda_ipc,
         )
         for share in shares
     ]

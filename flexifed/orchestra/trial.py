@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+import torch
 from ray import tune
 
 from flexifed.errors import DeviceMemoryError, FlexifedError
@@ -55,7 +56,7 @@ class CellTrial(tune.Trainable):
             raise  # only Tune can get another group
         except LostError as error:
             report = self._interrupted("lost", str(error))
-        except DeviceMemoryError as error:
+        except (DeviceMemoryError, torch.OutOfMemoryError) as error:  # a client's, or the mean's on their GPU
             roomier = halved(self._placed.placement, self._placed.run.config, cluster.nodes())
             reason = f"{error}; {_memory_advice(self._placed, roomier)}"
             report = replace(self._interrupted("out_of_memory", reason), roomier=roomier)
@@ -95,6 +96,7 @@ class CellTrial(tune.Trainable):
             assert group is not None
             self._hosts = ActorHosts(group)
         self._hosts.begin(run.config, run.info, self._placed.placement, self._session.shards)
+        self._session.note(self._hosts.exchange)
         self._session.start(self._hosts)
 
     def _interrupted(self, state: CellState, reason: str) -> CellReport:

@@ -1,12 +1,14 @@
 """How tensors travel between actors: one flat buffer of bytes for each message, beside a small description of it.
 
 Ray passes a NumPy array through its shared memory without copying it on arrival; torch tensors it pickles one by one.
+Between processes on one GPU the buffer stays there, and only leave to read it travels (`orchestra.lending`).
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +20,32 @@ from flexifed.federation.client import ClientRound
 from flexifed.federation.host import HostRound
 
 _ALIGNMENT = 64  # bytes; every tensor starts at a multiple of it, so that a view of its type is valid
+Layout = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class LentBuffer:
+    """A buffer in another process, which stays and is written anew from round to round.
+
+    Attributes:
+        name: of this buffer and no other.
+        handle: how to open it; None once its reader has had it.
+    """
+
+    name: str
+    handle: bytes | None
 
 
 @dataclass(frozen=True)
 class PackedTensors:
-    """Tensors, one after another in one buffer of bytes."""
+    """Tensors, one after another in one buffer of bytes, which is here, or lent by another process."""
 
-    buffer: NDArray[np.uint8]
-    layout: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+    buffer: NDArray[np.uint8] | LentBuffer
+    layout: Layout
+
+
+Pack = Callable[[Iterable[torch.Tensor]], PackedTensors]
+Unpack = Callable[[PackedTensors], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -55,37 +75,40 @@ class PackedHostRound:
 def pack_tensors(tensors: Iterable[torch.Tensor]) -> PackedTensors:
     """Copy tensors, from whatever device, into one buffer."""
     tensors = list(tensors)
-    layout = tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
-    starts, size = _starts(layout)
-    buffer = np.empty(max(size, 1), dtype=np.uint8)  # torch refuses views into a buffer of no bytes
-    for tensor, view in zip(tensors, _views(buffer, layout, starts), strict=True):
+    layout = layout_of(tensors)
+    buffer = np.empty(num_bytes(layout), dtype=np.uint8)
+    for tensor, view in zip(tensors, views(torch.from_numpy(buffer), layout), strict=True):
         view.copy_(tensor)
     return PackedTensors(buffer, layout)
 
 
 def unpack_tensors(packed: PackedTensors) -> list[torch.Tensor]:
     """The tensors, as views into the buffer. It may lie in shared memory: never write to them."""
-    starts, _ = _starts(packed.layout)
-    return list(_views(packed.buffer, packed.layout, starts))
+    assert not isinstance(packed.buffer, LentBuffer)
+    with warnings.catch_warnings():
+        # Buffers from Ray are read-only. Torch can't express that and warns; nothing here writes to them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        buffer = torch.from_numpy(packed.buffer)
+    return list(views(buffer, packed.layout))
 
 
-def pack_groups(state: GroupState) -> PackedGroups:
+def pack_groups(state: GroupState, pack: Pack = pack_tensors) -> PackedGroups:
     """Pack a global state."""
     groups = tuple((index, len(tensors)) for index, tensors in state.items())
-    return PackedGroups(groups, pack_tensors(tensor for tensors in state.values() for tensor in tensors))
+    return PackedGroups(groups, pack(tensor for tensors in state.values() for tensor in tensors))
 
 
-def unpack_groups(packed: PackedGroups) -> GroupState:
+def unpack_groups(packed: PackedGroups, unpack: Unpack = unpack_tensors) -> GroupState:
     """Unpack a global state, as views."""
-    tensors = iter(unpack_tensors(packed.tensors))
+    tensors = iter(unpack(packed.tensors))
     return {index: tuple(next(tensors) for _ in range(count)) for index, count in packed.groups}
 
 
-def pack_host_round(played: HostRound) -> PackedHostRound:
-    """Pack what a host hands back."""
+def pack_host_round(played: HostRound, pack: Callable[[int], Pack] = lambda block: pack_tensors) -> PackedHostRound:
+    """Pack what a host hands back, each block by what `pack` says."""
     blocks = {
         number: PackedBlock(
-            pack_groups({index: one.tensors for index, one in block.items()}),
+            pack_groups({index: one.tensors for index, one in block.items()}, pack(number)),
             tuple((one.weight, one.weighted) for one in block.values()),
         )
         for number, block in played.blocks.items()
@@ -93,37 +116,42 @@ def pack_host_round(played: HostRound) -> PackedHostRound:
     return PackedHostRound(played.clients, blocks)
 
 
-def unpack_host_round(packed: PackedHostRound) -> HostRound:
+def unpack_host_round(packed: PackedHostRound, unpack: Unpack = unpack_tensors) -> HostRound:
     """Unpack what a host handed back; tensors are views."""
-    blocks = {number: _unpack_block(block) for number, block in packed.blocks.items()}
+    blocks = {number: _unpack_block(block, unpack) for number, block in packed.blocks.items()}
     return HostRound(packed.clients, blocks)
 
 
-def _unpack_block(packed: PackedBlock) -> BlockSums:
-    groups = unpack_groups(packed.groups)
+def _unpack_block(packed: PackedBlock, unpack: Unpack) -> BlockSums:
+    groups = unpack_groups(packed.groups, unpack)
     return {
         index: BlockSum(tensors, weight, weighted)
         for (index, tensors), (weight, weighted) in zip(groups.items(), packed.weights, strict=True)
     }
 
 
-def _starts(layout: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> tuple[list[int], int]:
-    """Where each tensor begins, and the size of all, in bytes."""
-    starts, end = [], 0
+def layout_of(tensors: Sequence[torch.Tensor]) -> Layout:
+    """Types and shapes, which is all that a buffer does not say of what is in it."""
+    return tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
+
+
+def num_bytes(layout: Layout) -> int:
+    """The size of a buffer for such tensors; at least 1, as torch refuses views into a buffer of no bytes."""
+    *_, (start, size) = [(0, 1), *_places(layout)]
+    return max(start + size, 1)
+
+
+def views(buffer: torch.Tensor, layout: Layout) -> Iterator[torch.Tensor]:
+    """The tensors in a buffer of bytes, contiguous, in order."""
+    for (start, size), (dtype, shape) in zip(_places(layout), layout, strict=True):
+        yield buffer[start : start + size].view(dtype).view(shape)
+
+
+def _places(layout: Layout) -> Iterator[tuple[int, int]]:
+    """Where each tensor begins in a buffer, and its size, in bytes."""
+    end = 0
     for dtype, shape in layout:
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
-        starts.append(start)
-        end = start + torch.Size(shape).numel() * dtype.itemsize
-    return starts, end
-
-
-def _views(
-    buffer: NDArray[np.uint8], layout: Sequence[tuple[torch.dtype, tuple[int, ...]]], starts: Sequence[int]
-) -> Iterator[torch.Tensor]:
-    with warnings.catch_warnings():
-        # Buffers from Ray are read-only. Torch can't express that and warns; nothing here writes to them.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        whole = torch.from_numpy(buffer)
-    for start, (dtype, shape) in zip(starts, layout, strict=True):
-        end = start + torch.Size(shape).numel() * dtype.itemsize
-        yield whole[start:end].view(dtype).view(shape)
+        size = math.prod(shape) * dtype.itemsize
+        yield start, size
+        end = start + size

@@ -66,6 +66,13 @@ class SomeActors(ActorHosts):
         self._actors = whole._actors[:count]
 
 
+class LendingActors(SomeActors):
+    """The same, which leave tensors where they are as on a common GPU: here in shared memory."""
+
+    def _common_device(self, config: CellConfig) -> torch.device | None:
+        return torch.device("cpu")
+
+
 @pytest.fixture(scope="module")
 def eight_actors() -> Iterator[ActorHosts]:
     """One actor a client, an eighth of a pretended GPU each."""
@@ -82,18 +89,33 @@ def in_process(config: CellConfig, shards: Sequence[ClientShards], clients_per_h
     return LocalHosts(config, INFO, shards, clients_per_host)
 
 
-def on_ray(actors: ActorHosts, config: CellConfig, shards: Sequence[ClientShards], clients_per_actor: int) -> Hosts:
+def on_ray(
+    kind: type[SomeActors],
+    actors: ActorHosts,
+    config: CellConfig,
+    shards: Sequence[ClientShards],
+    clients_per_actor: int,
+) -> Hosts:
     clients = tuple(assign_clients(NUM_CLIENTS, clients_per_actor, config.sharing.reduce_block))
-    hosts = SomeActors(actors, len(clients))
+    hosts = kind(actors, len(clients))
     hosts.begin(config, INFO, CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0), shards)
+    lends = kind is LendingActors and len(clients) > 1 and config.scheme != "standalone"
+    assert hosts.exchange.startswith("tensors stay on" if lends else "tensors travel"), hosts.exchange
     return hosts
 
 
-@pytest.fixture(params=["in_process", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.ray])], scope="module")
+ON_RAY = [pytest.mark.slow, pytest.mark.ray]
+
+
+@pytest.fixture(
+    params=[None, pytest.param(SomeActors, marks=ON_RAY), pytest.param(LendingActors, marks=ON_RAY)],
+    ids=["in_process", "ray", "ray_lending"],
+    scope="module",
+)
 def backend(request: pytest.FixtureRequest) -> Backend:
-    if request.param == "in_process":
+    if request.param is None:
         return in_process
-    return partial(on_ray, request.getfixturevalue("eight_actors"))
+    return partial(on_ray, request.param, request.getfixturevalue("eight_actors"))
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +267,20 @@ def test_a_clients_error_reaches_the_caller_as_it_was_raised(backend: Backend) -
         "client 0, round 0, training: the training loss is nan; lower --learning-rate (now 1e+30)"
     )
     assert federation.next_round == 0
+
+
+@pytest.mark.parametrize("clients_per_host", [4, 1])
+def test_clients_go_on_from_a_checkpoint_of_other_hosts(
+    backend: Backend, tmp_path: Path, clients_per_host: int
+) -> None:
+    federation = start(cell())
+    federation.play_round()
+    other = start(cell(), backend, clients_per_host)
+    other.restore(saved(federation, tmp_path / "one"))
+    assert other.state_sha256() == federation.state_sha256()
+    other.play_round()
+    federation.restore(saved(other, tmp_path / "two"))
+    assert federation.state_sha256() == other.state_sha256() == reference(cell())[1]
 
 
 # --------------------------------------------------------------------------------------------------- in process alone
@@ -587,7 +623,7 @@ def test_eight_clients_share_one_gpu_and_train_at_the_same_time(eight_actors: Ac
         return os.getpid(), ray.get_gpu_ids(), ray.get_runtime_context().get_assigned_resources()["GPU"]
 
     config = cell(training=TrainingConfig(local_epochs=10))
-    federation = start(config, partial(on_ray, eight_actors), 1)
+    federation = start(config, partial(on_ray, SomeActors, eight_actors), 1)
     federation.play_round()  # the first one imports what training needs
     trained = federation.play_round().clients
     places = ray.get([actor.__ray_call__.remote(assigned) for actor in eight_actors._actors])
@@ -596,6 +632,52 @@ def test_eight_clients_share_one_gpu_and_train_at_the_same_time(eight_actors: Ac
     spans = [(one.train_started or 0.0, (one.train_started or 0.0) + (one.train_s or 0.0)) for one in trained]
     together = [sum(start < other_end and other < end for other, other_end in spans) for start, end in spans]
     assert max(together) > 1, f"no client trains while another does: {spans}"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_where_lending_does_not_work_tensors_travel_and_the_log_can_say_why(eight_actors: ActorHosts) -> None:
+    class Unlucky(LendingActors):
+        def _lend_on(self, device: torch.device) -> None:
+            ray.get(self._actors[0].lend_on.remote(str(device)))  # so that one has begun to
+            raise RuntimeError("CUDA error:\nthe container's policy forbids it")
+
+    config = cell()
+    clients = tuple(assign_clients(NUM_CLIENTS, 4, 1))
+    hosts = Unlucky(eight_actors, len(clients))
+    placement = CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0)
+    hosts.begin(config, INFO, placement, make_shards(config, INFO))
+    assert hosts.exchange.startswith("tensors travel through Ray's object store, as they can't stay on ")
+    assert hosts.exchange.endswith(": the container's policy forbids it")
+    federation = Federation(config, INFO, hosts)
+    results = [federation.play_round(train=index < 2) for index in range(3)]
+    assert (measured(results), federation.state_sha256()) == (measured(reference(config)[0]), reference(config)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_tensors_travel_if_somebody_wants_them_to(eight_actors: ActorHosts) -> None:
+    hosts, clients = LendingActors(eight_actors, 2), tuple(assign_clients(NUM_CLIENTS, 4, 1))
+    placement = CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0, cuda_ipc=False)
+    hosts.begin(cell(), INFO, placement, make_shards(cell(), INFO))
+    assert hosts.exchange == "tensors travel through Ray's object store"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch sees none")
+def test_on_a_gpu_tensors_stay_there_and_bits_are_those_of_tensors_that_travel(eight_actors: ActorHosts) -> None:
+    config = cell(device="cuda")
+    clients = tuple(assign_clients(NUM_CLIENTS, 1, 1))
+    runs = []
+    for cuda_ipc in (True, False):
+        hosts = SomeActors(eight_actors, len(clients))
+        placement = CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0.125, cuda_ipc=cuda_ipc)
+        hosts.begin(config, INFO, placement, make_shards(config, INFO))
+        assert hosts.exchange.startswith("tensors stay on" if cuda_ipc else "tensors travel"), hosts.exchange
+        federation = Federation(config, INFO, hosts)
+        runs.append((measured(federation.play_round() for _ in range(3)), federation.state_sha256()))
+    assert runs[0] == runs[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ the wire
