@@ -49,24 +49,45 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def device_share(device: torch.device, work: Callable[[], object]) -> float:
-    """Which part of the time of some work its device was busy with at least one kernel, as PyTorch's profiler sees it.
+@dataclass(frozen=True)
+class DeviceUse:
+    """Which part of a time a device was busy with at least one kernel, and how many kernels there were."""
 
-    The profiler slows down what launches kernels, so the share is rather too small than too large.
+    share: float
+    kernels: int
+
+
+def device_use(device: torch.device, work: Callable[[], object]) -> DeviceUse:
+    """How busy some work keeps its device, as PyTorch's profiler sees it.
+
+    The profiler slows down what launches kernels, so the share is rather too small than too large. It may miss some at
+    its beginning, so something else goes first; compare the number of kernels with that of other runs all the same.
 
     Raises:
         RuntimeError: it saw nothing, because it could not look.
     """
     activity, kind = _KINDS[device.type]
     with profile(activities=[activity], acc_events=True) as profiler:
-        started = time.perf_counter()
+        for _ in range(100):
+            torch.ones(1000, device=device).sum()
+        _wait_for(device)
+        started = time.time_ns()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - started
-    events = [event.time_range for event in profiler.events() or () if event.device_type == kind]
-    if not events:
+        _wait_for(device)
+        ended = time.time_ns()
+    seen = profiler.profiler.kineto_results.events()  # as they came; the tables made of them take minutes
+    spans = [
+        (max(started, event.start_ns()), min(ended, event.end_ns()))
+        for event in seen
+        if event.device_type() == kind and event.start_ns() < ended and event.end_ns() > started
+    ]
+    if not spans:
         raise RuntimeError(
             f"PyTorch's profiler saw nothing on {device}; for a GPU it needs CUPTI and the right to use it"
         )
-    return covered((event.start, event.end) for event in events) / 1e6 / seconds
+    return DeviceUse(covered(spans) / (ended - started), len(spans))
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 
 def machine() -> str:
@@ -19,8 +19,17 @@ def machine() -> str:
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Python's version, and those of installed packages."""
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    """Python's version, and those of installed packages. This one may also lie on the path without being installed."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        if name != "flexifed":
+            raise
+        return "not installed"
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -16,8 +16,9 @@ Prints JSON:
     peak_rate               FLOP/s of a large matrix product on all cores, or on the GPU, measured in this run
     share_of_peak           of it, while training: by model, and over all of them
     in_one_process          on a GPU, of a round with all clients in this process: device_busy, the part of it in which
-                            a kernel was running, and device_memory_mib, the most that PyTorch held
+                            a kernel was running, how many kernels, and device_memory_mib, the most that PyTorch held
     peak_memory_mib         of each process of ours, and of this one, which plays driver and baseline
+    device_memory_mib       of the GPU, in use by all processes together after the last round; PyTorch gives none back
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any, get_args
 import psutil
 import ray
 import torch
-from busy import device_share, work_of
+from busy import device_use, work_of
 from common import machine, spread, versions
 from peak import peak_rate, share_of_peak
 from sequential import SequentialLoop
@@ -76,8 +77,13 @@ def _high_water(process: psutil.Process) -> float:
 
 def take_turns(
     run: CellRun, placement: CellPlacement, rounds: int
-) -> tuple[list[RoundResult], list[float], list[float]]:
-    """Play rounds of both in turn: what ours measured, the seconds of each of ours, and of each of the baseline's."""
+) -> tuple[str, list[RoundResult], list[float], list[float]]:
+    """Play rounds of both in turn.
+
+    Returns:
+        How tensors got from process to process, what ours measured, the seconds of each of ours, and of each of the
+        baseline's.
+    """
     session = CellSession(run, str(placement))
     baseline = SequentialLoop(run.config, open_dataset(run.info), session.shards)
     group = ray.util.placement_group([bundle for bundle in placement.bundles if bundle])
@@ -95,21 +101,41 @@ def take_turns(
         round_s.append(between - started)
         baseline_s.append(finished - between)
         print(f"round {index}: {round_s[-1]:.2f} s, baseline {baseline_s[-1]:.2f} s", file=sys.stderr)
-    return played, round_s, baseline_s
+    return hosts.exchange, played, round_s, baseline_s
 
 
-def in_one_process(run: CellRun, streams: int) -> dict[str, float]:
-    """How busy a GPU is, and how full, with all clients in this process: a profiler sees no other."""
+def in_one_process(run: CellRun, streams: int) -> dict[str, object]:
+    """How busy a GPU is, and how full, with all clients in this process: a profiler sees no other.
+
+    What goes wrong here is said instead of raised, as minutes of measuring have gone before it.
+    """
+    try:
+        return _in_one_process(run, streams)
+    except RuntimeError as error:
+        return {"error": str(error)}
+
+
+def _in_one_process(run: CellRun, streams: int) -> dict[str, object]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     hosts = LocalHosts(run.config, run.info, make_shards(run.config, run.info), streams=streams)
     federation = Federation(run.config, run.info, hosts)
     for _ in range(WARM_UP["cuda"]):
         federation.play_round()
+    use = device_use(torch.device(run.config.device), federation.play_round)
     return {
-        "device_busy": round(device_share(torch.device(run.config.device), federation.play_round), 3),
+        "device_busy": round(use.share, 3),
+        "kernels": use.kernels,
         "device_memory_mib": round(torch.cuda.max_memory_reserved() / MIB),
     }
+
+
+def device_memory_mib(device: torch.device) -> int | None:
+    """What all processes together hold of a GPU now."""
+    if device.type == "cpu":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return round((total - free) / MIB)
 
 
 def cell_of(options: argparse.Namespace) -> CellConfig:
@@ -135,6 +161,7 @@ def cell_of(options: argparse.Namespace) -> CellConfig:
 def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     """Play rounds of both, in turn."""
     config, before = cell_of(options), machine()
+    packages = versions("flexifed", "torch", "torchvision", "ray", "numpy")
     info = find_dataset(
         "cifar10", data="real" if options.data_dir else "synthetic", data_dir=options.data_dir or Path("data")
     )
@@ -153,17 +180,18 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     device = torch.device(options.device)
     with cluster.connected(None):
         nodes = cluster.nodes()
-        placement = place_cell(config, PlacementOptions(streams=options.streams), nodes)
+        placement = place_cell(config, PlacementOptions(streams=options.streams, cuda_ipc=options.cuda_ipc), nodes)
         rate = peak_rate(device, int(sum(node["CPU"] for node in nodes)))
-        played, round_s, baseline_s = (values[warm_up:] for values in take_turns(run, placement, rounds))
-        memory = peak_memory()
+        exchange, *measured = take_turns(run, placement, rounds)
+        played, round_s, baseline_s = (values[warm_up:] for values in measured)
+        memory, device_memory = peak_memory(), device_memory_mib(device)
     window = [len(one.train) // config.partition.windows_per_shard for one in make_shards(config, info)]
     work = [max(work_of(result).values(), key=lambda one: one.either_s) for result in played]
     at_a_time = len(placement.clients) * placement.streams
     return {
         "machine": before,
         "device": device_name(device),
-        "versions": versions("flexifed", "torch", "torchvision", "ray", "numpy"),
+        "versions": packages,
         "cell": {
             "family": options.family,
             "scheme": options.scheme,
@@ -177,6 +205,7 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
             "cuda_graph": options.cuda_graph,
             "winograd": options.winograd,
             "placement": str(placement),
+            "exchange": exchange,
         },
         "round_s": spread(round_s),
         "baseline_s": spread(baseline_s),
@@ -189,6 +218,7 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         "share_of_peak": share_of_peak(config, info.num_classes, window, played, rate, at_a_time),
         "in_one_process": in_one_process(run, options.streams) if device.type == "cuda" else None,
         "peak_memory_mib": memory,
+        "device_memory_mib": device_memory,
     }
 
 
@@ -199,6 +229,12 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="rounds of each that count")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--streams", type=int, default=1, help="clients of an actor that overlap on a GPU")
+    parser.add_argument(
+        "--cuda-ipc",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="tensors between actors on one GPU stay there",
+    )
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--precision", choices=get_args(Precision), help="of ours; default: PyTorch's own")
     parser.add_argument("--fused", action="store_true", help="optimizer steps of ours in one pass, on CPUs too")

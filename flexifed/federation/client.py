@@ -187,7 +187,9 @@ class Client:
     def _load(self, state: State) -> None:
         tensors = self._workspace.model.state_dict()
         with torch.no_grad():
-            for dtype in {tensor.dtype for tensor in tensors.values()}:  # a GPU copies those of one type in one launch
+            for dtype in {
+                tensor.dtype for tensor in tensors.values()
+            }:  # a GPU copies those laid out alike in one launch
                 names = [name for name, tensor in tensors.items() if tensor.dtype == dtype]
                 torch._foreach_copy_([tensors[name] for name in names], [state[name] for name in names])
 

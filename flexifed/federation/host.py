@@ -79,7 +79,7 @@ class ClientHost:
             for together in blocks_of(in_turn, streams)
             for position, name in enumerate(together)
         ]
-        workspaces = {place: _workspace(place[0], config, info) for place in sorted(set(places))}
+        workspaces = {place: make_workspace(place[0], config, info) for place in sorted(set(places))}
         self._clients = [
             Client(
                 index,
@@ -189,7 +189,7 @@ class ClientHost:
         return {group: tuple(tensor.to(self._device) for tensor in tensors) for group, tensors in state.items()}
 
 
-def _workspace(name: str, config: CellConfig, info: DatasetInfo) -> Workspace:
+def make_workspace(name: str, config: CellConfig, info: DatasetInfo) -> Workspace:
     """A model whose values don't matter; clients of its architecture take turns in it."""
     model = build_model(
         name, num_classes=info.num_classes, in_channels=info.in_channels, width=config.model.width, device=config.device

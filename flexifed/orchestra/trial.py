@@ -56,10 +56,10 @@ class CellTrial(tune.Trainable):
             raise  # only Tune can get another group
         except LostError as error:
             report = self._interrupted("lost", str(error))
-        except (DeviceMemoryError, torch.OutOfMemoryError) as error:  # a client's, or the mean's on their GPU
-            roomier = halved(self._placed.placement, self._placed.run.config, cluster.nodes())
-            reason = f"{error}; {_memory_advice(self._placed, roomier)}"
-            report = replace(self._interrupted("out_of_memory", reason), roomier=roomier)
+        except DeviceMemoryError as error:
+            report = self._out_of_memory(str(error))
+        except torch.OutOfMemoryError as error:  # of this process, which takes the means on its clients' GPU
+            report = self._out_of_memory(f"averaging: {str(error).split('. ')[0]}")
         except FlexifedError as error:
             report = self._interrupted("failed", str(error))
         except Exception:
@@ -105,6 +105,11 @@ class CellTrial(tune.Trainable):
             self._session.fail(reason)
         self.cleanup()
         return CellReport(self._placed.run.name, state, reason=reason)
+
+    def _out_of_memory(self, what: str) -> CellReport:
+        roomier = halved(self._placed.placement, self._placed.run.config, cluster.nodes())
+        reason = f"{what}; {_memory_advice(self._placed, roomier)}"
+        return replace(self._interrupted("out_of_memory", reason), roomier=roomier)
 
     def _close_session(self) -> None:
         if self._session:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,33 +135,44 @@ def test_the_peak_is_the_fastest_product_on_the_cores_that_are_named(
     assert torch.get_num_threads() == before
 
 
-def test_only_what_a_device_itself_did_makes_it_busy(round_benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the profiler tells of a GPU, with what the CPU did for it."""
-
-    class Profiler:
-        def __enter__(self) -> Profiler:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def events(self) -> list[SimpleNamespace]:
-            spans = ((DeviceType.CPU, 0, 1e6), (DeviceType.CUDA, 0, 3e5), (DeviceType.CUDA, 2e5, 5e5))
-            return [
-                SimpleNamespace(device_type=kind, time_range=SimpleNamespace(start=start, end=end))
-                for kind, start, end in spans
-            ]
-
-    clock = iter([10.0, 12.0])
-    monkeypatch.setattr(sys.modules["busy"], "profile", lambda **_: Profiler())
-    monkeypatch.setattr(sys.modules["busy"].time, "perf_counter", lambda: next(clock))
+def test_only_what_a_device_itself_did_in_that_time_makes_it_busy(
+    round_benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the profiler tells of a GPU, with what the CPU did for it, and what came before and went on after."""
+    spans = (
+        (DeviceType.CPU, 1_000, 2_000),
+        (DeviceType.CUDA, 500, 900),
+        (DeviceType.CUDA, 900, 1_200),
+        (DeviceType.CUDA, 1_100, 1_400),
+        (DeviceType.CUDA, 1_900, 2_500),
+    )
+    events = [
+        SimpleNamespace(device_type=lambda kind=kind: kind, start_ns=lambda at=start: at, end_ns=lambda at=end: at)
+        for kind, start, end in spans
+    ]
+    results = SimpleNamespace(events=lambda: events)
+    busy, clock, ones = sys.modules["busy"], iter([1_000, 2_000]), torch.ones
+    profiler = SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))
+    monkeypatch.setattr(busy, "profile", lambda **_: nullcontext(profiler))
+    monkeypatch.setattr(busy.time, "time_ns", lambda: next(clock))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    assert round_benchmark.device_share(torch.device("cuda"), lambda: None) == 0.25
+    assert busy.device_use(torch.device("cuda"), lambda: None) == busy.DeviceUse(share=0.5, kernels=3)
 
 
 def test_a_profiler_that_sees_nothing_is_an_error_and_not_an_idle_device(round_benchmark: Any) -> None:
     with pytest.raises(RuntimeError, match="saw nothing on cpu"):
-        round_benchmark.device_share(torch.device("cpu"), lambda: None)
+        round_benchmark.device_use(torch.device("cpu"), lambda: None)
+
+
+def test_what_goes_wrong_after_minutes_of_measuring_does_not_lose_what_was_measured(
+    round_benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(round_benchmark, "_in_one_process", fails)
+    assert round_benchmark.in_one_process(None, 1) == {"error": "CUDA out of memory"}
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), max_size=8))
@@ -171,11 +183,12 @@ def test_spans_that_overlap_count_once(round_benchmark: Any, spans: list[tuple[i
 
 def test_the_part_in_which_a_device_works_is_seen(round_benchmark: Any) -> None:
     one = torch.rand(400, 400)
-    busy = round_benchmark.device_share(torch.device("cpu"), lambda: [one @ one for _ in range(20)])
-    half_idle = round_benchmark.device_share(
+    busy = round_benchmark.device_use(torch.device("cpu"), lambda: [one @ one for _ in range(20)])
+    half_idle = round_benchmark.device_use(
         torch.device("cpu"), lambda: [(one @ one, threading.Event().wait(0.05)) for _ in range(4)]
     )
-    assert 0 < half_idle < 0.5 < busy <= 1
+    assert 0 < half_idle.share < 0.5 < busy.share <= 1
+    assert (busy.kernels, half_idle.kernels) == (5 * half_idle.kernels, half_idle.kernels)
 
 
 def test_the_baselines_mean_is_the_plans(round_benchmark: Any) -> None:

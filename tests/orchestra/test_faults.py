@@ -86,6 +86,7 @@ class BrittleHosts:
 
     failing: ClassVar[list[tuple[str, int, Exception]]] = []
     alive: ClassVar[int] = 0
+    exchange = "in process"
 
     def __init__(self, group: object) -> None:
         BrittleHosts.alive += 1
@@ -227,14 +228,23 @@ def test_a_cell_stops_after_its_round_and_none_begins(
     assert_equal(run, undisturbed)
 
 
-def test_a_cell_out_of_memory_says_where_there_is_more(tmp_path: Path, trial: Callable[[CellRun], CellTrial]) -> None:
-    BrittleHosts.failing = [("play_round", 2, DeviceMemoryError("client 3, round 1, training: out of memory"))]
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (DeviceMemoryError("client 3, round 1, training: out of memory"), "client 3, round 1, training: out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "averaging: CUDA out of memory"),
+    ],
+)
+def test_a_cell_out_of_memory_says_where_there_is_more(
+    tmp_path: Path, trial: Callable[[CellRun], CellTrial], error: Exception, said: str
+) -> None:
+    BrittleHosts.failing = [("play_round", 2, error)]
     run = cell(tmp_path / "full")
     report = steps(trial(run))[-1]
     assert report.state == "out_of_memory"
     assert report.roomier == CellPlacement(clients=((0, 1, 2, 3),), cpus_per_actor=1, gpus_per_actor=1.0)
     assert report.reason == (
-        "client 3, round 1, training: out of memory; a GPU had up to 4 clients of this cell, in 2 processes; "
+        f"{said}; a GPU had up to 4 clients of this cell, in 2 processes; "
         "ask for --gpus-per-client 0.25 --clients-per-actor 4, or let --retry-out-of-memory do so"
     )
     assert report.reason in log(run)
