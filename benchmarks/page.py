@@ -35,8 +35,8 @@ What a round takes, and against what. Every figure on this page was printed by a
 what is compared was measured in the same run, in turn. All machines had 2 CPU cores.
 
 **None of them is from a GPU**: what the project does on one (TF32 and bf16, fused optimizer steps, steps recorded as
-CUDA graphs, clients that overlap on streams, fractions of a GPU, tensors that stay there between processes) is tested on
-CPUs, the graphs against a stand-in and the tensors in shared memory, and has been neither seen nor timed.
+CUDA graphs, clients that overlap on streams, fractions of a GPU, tensors that processes leave there for each other) is
+tested on CPUs, the graphs against a stand-in and the tensors in shared memory, and has been neither seen nor timed.
 """
 
 GPU = """## On a GPU
@@ -45,14 +45,15 @@ What there is to try, and to time with `python benchmarks/round.py --device cuda
 
 | setting | what it does |
 | --- | --- |
-| default | each client has a process of its own and an eighth of a GPU; where there is no room, they take turns; tensors stay on it |
-| `--no-cuda-ipc` | tensors travel through the CPU and Ray's object store instead, as between several GPUs |
+| default | each client has a process of its own and an eighth of a GPU; where there is no room, they take turns |
+| `--no-cuda-ipc` | processes on one GPU send tensors through the CPU all the same, instead of leaving them there |
 | `--streams 8` | eight clients live in one process and overlap on its GPU; what only they share stays there |
 | `--cuda-graph` (of experiments: `--cuda-graph True`) | a training step is recorded once and replayed in one launch |
 | `--precision tf32`, `bf16` | products on tensor cores; PyTorch's own default is TF32 for convolutions alone |
 
-`--streams` changes no number. The others are part of a run's id, since they can. A GPU that is too full gives way to
-fewer streams first, then to fewer processes (`--retry-out-of-memory`).
+How clients share a GPU, `--streams` and `--no-cuda-ipc` are placement: they change no number. `--cuda-graph` and
+`--precision` can, and are part of a run's id. A GPU that is too full gives way to fewer streams first, then to fewer
+processes (`--retry-out-of-memory`).
 """
 
 ROUND = """## A round, against one client after another

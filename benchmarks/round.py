@@ -28,7 +28,8 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -75,15 +76,29 @@ def _high_water(process: psutil.Process) -> float:
     return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
 
 
-def take_turns(
-    run: CellRun, placement: CellPlacement, rounds: int
-) -> tuple[str, list[RoundResult], list[float], list[float]]:
-    """Play rounds of both in turn.
+@dataclass(frozen=True)
+class Turns:
+    """What was measured while rounds of both were played in turn.
 
-    Returns:
-        How tensors got from process to process, what ours measured, the seconds of each of ours, and of each of the
-        baseline's.
+    Attributes:
+        exchange: how tensors of ours got from process to process.
+        played: what our clients measured.
+        round_s: seconds of each round of ours.
+        baseline_s: likewise of the baseline.
+        peak_memory_mib: of each process, at the end.
+        device_memory_mib: of the GPU, at the end.
     """
+
+    exchange: str
+    played: Sequence[RoundResult]
+    round_s: Sequence[float]
+    baseline_s: Sequence[float]
+    peak_memory_mib: dict[str, float]
+    device_memory_mib: int | None
+
+
+def take_turns(run: CellRun, placement: CellPlacement, rounds: int, warm_up: int) -> Turns:
+    """Play so many rounds of both in turn, of which the first, which warm up, don't count."""
     session = CellSession(run, str(placement))
     baseline = SequentialLoop(run.config, open_dataset(run.info), session.shards)
     group = ray.util.placement_group([bundle for bundle in placement.bundles if bundle])
@@ -101,7 +116,10 @@ def take_turns(
         round_s.append(between - started)
         baseline_s.append(finished - between)
         print(f"round {index}: {round_s[-1]:.2f} s, baseline {baseline_s[-1]:.2f} s", file=sys.stderr)
-    return hosts.exchange, played, round_s, baseline_s
+    memory = peak_memory(), device_memory_mib(torch.device(run.config.device))
+    session.close()
+    hosts.shut_down()
+    return Turns(hosts.exchange, played[warm_up:], round_s[warm_up:], baseline_s[warm_up:], *memory)
 
 
 def in_one_process(run: CellRun, streams: int) -> dict[str, object]:
@@ -182,9 +200,8 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         nodes = cluster.nodes()
         placement = place_cell(config, PlacementOptions(streams=options.streams, cuda_ipc=options.cuda_ipc), nodes)
         rate = peak_rate(device, int(sum(node["CPU"] for node in nodes)))
-        exchange, *measured = take_turns(run, placement, rounds)
-        played, round_s, baseline_s = (values[warm_up:] for values in measured)
-        memory, device_memory = peak_memory(), device_memory_mib(device)
+        turns = take_turns(run, placement, rounds, warm_up)
+    played, round_s, baseline_s = turns.played, turns.round_s, turns.baseline_s
     window = [len(one.train) // config.partition.windows_per_shard for one in make_shards(config, info)]
     work = [max(work_of(result).values(), key=lambda one: one.either_s) for result in played]
     at_a_time = len(placement.clients) * placement.streams
@@ -205,7 +222,7 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
             "cuda_graph": options.cuda_graph,
             "winograd": options.winograd,
             "placement": str(placement),
-            "exchange": exchange,
+            "exchange": turns.exchange,
         },
         "round_s": spread(round_s),
         "baseline_s": spread(baseline_s),
@@ -217,8 +234,8 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         "peak_rate": rate,
         "share_of_peak": share_of_peak(config, info.num_classes, window, played, rate, at_a_time),
         "in_one_process": in_one_process(run, options.streams) if device.type == "cuda" else None,
-        "peak_memory_mib": memory,
-        "device_memory_mib": device_memory,
+        "peak_memory_mib": turns.peak_memory_mib,
+        "device_memory_mib": turns.device_memory_mib,
     }
 
 

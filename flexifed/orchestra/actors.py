@@ -1,11 +1,9 @@
-"""Client actors, and the driver's hold on them."""
+"""The driver's hold on its client actors."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +15,18 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import GroupState
 from flexifed.data import DatasetInfo
-from flexifed.errors import ClientError, DeviceMemoryError, FlexifedError, ResourceError
+from flexifed.errors import FlexifedError
 from flexifed.federation.assignment import name_clients
 from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.client import ClientShards
-from flexifed.federation.host import ClientHost, HostRound, cell_plan
-from flexifed.orchestra.lending import Borrower, Gpu, Lender
+from flexifed.federation.host import HostRound, cell_plan
+from flexifed.orchestra.client_actor import ClientActor, is_sample, sample
+from flexifed.orchestra.lending import Lending, collect, give_back
 from flexifed.orchestra.placement import CellPlacement
-from flexifed.orchestra.wire import (
-    Pack,
-    PackedGroups,
-    PackedHostRound,
-    PackedTensors,
-    Unpack,
-    pack_groups,
-    pack_host_round,
-    pack_tensors,
-    unpack_groups,
-    unpack_host_round,
-    unpack_tensors,
-)
-from flexifed.training.memory import keep_freed_memory
+from flexifed.orchestra.wire import pack_groups, unpack_host_round, unpack_tensors
 from flexifed.training.numerics import device_name
 
 _LOOK_EVERY_S = 5.0
-_SAMPLE = "sample"
-# In what PyTorch says, and cuBLAS and cuDNN through it; the last, of a convolution none of whose plans got its memory.
-_DEVICE_IS_FULL = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
 
 
 class LostError(Exception):
@@ -52,88 +35,6 @@ class LostError(Exception):
 
 class GroupLostError(LostError):
     """Part of a cell's place in the cluster is gone, so that new processes have nowhere to start."""
-
-
-class ClientActor:
-    """A process that plays host to clients of one cell after another, so that torch is imported once."""
-
-    def __init__(self) -> None:
-        keep_freed_memory()
-        self._host: ClientHost | None = None
-        self._clients: Sequence[int] = ()
-        self._lender: Lender | None = None
-        self._unpack: Unpack = unpack_tensors
-
-    def begin(
-        self,
-        config: CellConfig,
-        info: DatasetInfo,
-        clients: Sequence[int],
-        shards: Sequence[ClientShards],
-        streams: int,
-    ) -> None:
-        """Forget the cell before, and hold these clients of this one; see `ClientHost`."""
-        self._host = None
-        self._clients = clients
-        self.lend_on(None)
-        if config.device == "cuda":
-            if not torch.cuda.is_available():
-                raise ResourceError(f"{name_clients(clients)} were to run on a GPU, but their process sees none")
-            torch.cuda.empty_cache()  # the memory of the cell before belongs to its streams
-        with _device_memory_explained(clients):
-            self._host = ClientHost(config, info, clients, shards, streams)
-
-    def play_round(self, round_index: int, train: bool, aggregated: bool, *parts: PackedGroups) -> PackedHostRound:
-        """See `ClientHost.play_round`; the global state comes in parts, which Ray hands over by reference."""
-        with _device_memory_explained(self._clients):
-            shared = _joined(aggregated, parts, self._unpack)
-            return pack_host_round(self._hosted.play_round(round_index, shared, train=train), self._pack)
-
-    def _pack(self, block: int) -> Pack:
-        return partial(self._lender.pack, block) if self._lender else pack_tensors
-
-    def gpu(self) -> Gpu:
-        """The GPU that the clients compute on."""
-        return Gpu.here(ray.get_runtime_context().get_node_id())
-
-    def lend_on(self, device: str | None) -> PackedTensors | None:
-        """From now on leave tensors on a device that the driver shares, and get them there; None: through Ray.
-
-        Returns:
-            A sample, for the driver to try.
-        """
-        if device is None:
-            self._lender, self._unpack = None, unpack_tensors
-            return None
-        self._lender, self._unpack = Lender(torch.device(device)), Borrower().unpack
-        return self._lender.pack(_SAMPLE, [_sample()])
-
-    def can_read(self, packed: PackedTensors) -> bool:
-        """Whether a sample of the driver's arrives."""
-        return _is_sample(self._unpack(packed))
-
-    def state_sha256(self, aggregated: bool, *parts: PackedGroups) -> dict[int, str]:
-        """See `ClientHost.state_sha256`."""
-        return self._hosted.state_sha256(_joined(aggregated, parts, self._unpack))
-
-    def device_name(self) -> str:
-        """See `ClientHost.device_name`; with the machine that it is in."""
-        return f"{self._hosted.device_name()} in {platform.node()}"
-
-    def save(self, folder: Path) -> dict[str, str]:
-        """See `ClientHost.save`."""
-        return self._hosted.save(folder)
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """See `ClientHost.restore`."""
-        with _device_memory_explained(self._clients):
-            self._hosted.restore(checkpoint)
-
-    @property
-    def _hosted(self) -> ClientHost:
-        if self._host is None:
-            raise RuntimeError("this actor holds no clients; call begin first")
-        return self._host
 
 
 class ActorHosts:
@@ -154,8 +55,7 @@ class ActorHosts:
 
     def __init__(self, group: PlacementGroup) -> None:
         self._group = group
-        self._lender: Lender | None = None
-        self._unpack: Unpack = unpack_tensors
+        self._lending: Lending | None = None
         self._actors: list[Any] = [  # Ray's handles are not typed by method
             ray.remote(ClientActor)
             .options(
@@ -176,6 +76,8 @@ class ActorHosts:
         Raises:
             GroupLostError: actors that were not started yet have lost their node.
         """
+        self._lending = None
+        collect()  # of the cell before, so that the new one finds the GPU empty
         self.clients = placement.clients
         self._plan = cell_plan(config, info)
         self._architectures = [
@@ -193,42 +95,47 @@ class ActorHosts:
 
     def _choose_exchange(self, config: CellConfig, placement: CellPlacement) -> None:
         """Leave tensors on the GPU if it is the same for all, and if that works. It changes no number."""
-        self._lender, self._unpack = None, unpack_tensors
         self.exchange = "tensors travel through Ray's object store"
-        if len(self._actors) == 1 or not self._plan.groups or not placement.cuda_ipc:
-            return
-        device = self._common_device(config)
-        if device is None:
+        if config.device == "cpu" or len(self._actors) == 1 or not self._plan.groups or not placement.cuda_ipc:
             return
         try:
+            device = self._common_gpu()
             self._lend_on(device)
+            self.exchange = f"tensors stay on {device_name(device)}"
         except LostError:
             raise
         except Exception as error:  # whatever a system has against it
-            self._lender, self._unpack = None, unpack_tensors
-            self._get([actor.lend_on.remote(None) for actor in self._actors])
-            self.exchange += f", as they can't stay on {device_name(device)}: {str(error).strip().splitlines()[-1]}"
-        else:
-            self.exchange = f"tensors stay on {device_name(device)}"
+            cause = getattr(error, "cause", None) or error  # without Ray's traceback
+            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+            self.exchange += f", and don't stay on a GPU: {reason}"
+            self._get([actor.stop_lending.remote() for actor in self._actors])
+            give_back()
 
-    def _common_device(self, config: CellConfig) -> torch.device | None:
-        """The GPU of all actors, opened by this process; None where they have several, or it is another node's."""
-        if config.device != "cuda":
-            return None
+    def _common_gpu(self) -> torch.device:
+        """The GPU of all actors, opened by this process.
+
+        Raises:
+            RuntimeError: they have several, or it is another node's, or can't be opened.
+        """
         gpus = set(self._get([actor.gpu.remote() for actor in self._actors]))
-        return gpus.pop().opened(ray.get_runtime_context().get_node_id()) if len(gpus) == 1 else None
+        if len(gpus) > 1:
+            raise RuntimeError(f"the clients are on {len(gpus)} of them")
+        gpu = gpus.pop()
+        if gpu.node != ray.get_runtime_context().get_node_id():
+            raise RuntimeError("the clients are on another node than the driver")
+        return gpu.opened()
 
     def _lend_on(self, device: torch.device) -> None:
-        """Begin to lend and borrow, and try it both ways."""
-        lender, borrower = Lender(device), Borrower()
+        """Begin to lend and to borrow, and try it both ways."""
+        lending = Lending(device)
         samples = self._get([actor.lend_on.remote(str(device)) for actor in self._actors])
-        lender.write(_SAMPLE, [_sample()])
+        mine = lending.write([sample()])
         arrived = self._get(
-            [actor.can_read.remote(lender.lend(_SAMPLE, reader)) for reader, actor in enumerate(self._actors)]
+            [actor.can_read.remote(lending.lend(mine, reader)) for reader, actor in enumerate(self._actors)]
         )
-        if not all(arrived) or not all(_is_sample(borrower.unpack(packed)) for packed in samples):
+        if not all(arrived) or not all(is_sample(lending.unpack(packed)) for packed in samples):
             raise RuntimeError("other values arrived than were sent")
-        self._lender, self._unpack = lender, borrower.unpack
+        self._lending = lending
 
     def has_place(self) -> bool:
         """Whether the placement group is whole. One that lost a node may wait for a new one without end."""
@@ -243,7 +150,7 @@ class ActorHosts:
                 for actor, parts in zip(self._actors, self._parts(shared), strict=True)
             ]
         )
-        return [unpack_host_round(one, self._unpack) for one in played]
+        return [unpack_host_round(one, self._lending.unpack if self._lending else unpack_tensors) for one in played]
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
         """The digest of what each client holds, by client."""
@@ -270,27 +177,26 @@ class ActorHosts:
         self._get([actor.restore.remote(checkpoint) for actor in self._actors])
 
     def _parts(self, shared: GroupState | None) -> list[list[Any]]:
-        """For each actor, the groups of its clients and no others.
+        """For each actor, the groups of its clients and no others, or leave to read all of them on the GPU.
 
-        Groups over the same architectures are sent as one: an object, shared by all actors of a node, or a buffer.
+        Groups over the same architectures travel as one object, put once and shared by all actors of a node.
         """
+        if shared is None:
+            return [[] for _ in self._actors]
+        if self._lending:
+            written = pack_groups(shared, self._lending.write)
+            return [
+                [replace(written, tensors=self._lending.lend(written.tensors, reader))]
+                for reader in range(len(self._actors))
+            ]
         by_members: dict[tuple[int, ...], GroupState] = {}
-        for index, tensors in (shared or {}).items():
+        for index, tensors in shared.items():
             by_members.setdefault(self._plan.groups[index].architectures, {})[index] = tensors
-        sendable = {members: self._sendable(members, part) for members, part in by_members.items()}
+        stored = {members: ray.put(pack_groups(part)) for members, part in by_members.items()}
         return [
-            [part(actor) for members, part in sendable.items() if not held.isdisjoint(members)]
-            for actor, held in enumerate(self._architectures)
+            [reference for members, reference in stored.items() if not held.isdisjoint(members)]
+            for held in self._architectures
         ]
-
-    def _sendable(self, members: tuple[int, ...], groups: GroupState) -> Callable[[int], Any]:
-        """What to send of some groups, by actor: a reference to one object, or leave to read them on the GPU."""
-        lender = self._lender
-        if lender is None:
-            reference = ray.put(pack_groups(groups))
-            return lambda actor: reference
-        lender.write(members, (tensor for tensors in groups.values() for tensor in tensors))
-        return lambda actor: pack_groups(groups, lambda _: lender.lend(members, actor))
 
     def _get(self, references: list[Any]) -> list[Any]:
         """Wait for all, or for the first that fails. An error of ours comes out as it was raised."""
@@ -316,53 +222,12 @@ class ActorHosts:
         return GroupLostError(reason) if unsure or not self.has_place() else LostError(reason)
 
     def shut_down(self) -> None:
-        """End the actors' processes."""
+        """End the actors' processes. Those that still answer give back first what they have lent, and been lent."""
+        if self._lending:
+            self._lending = None
+            stopping = [actor.stop_lending.remote() for actor in self._actors]
+            ray.wait(stopping, num_returns=len(stopping), timeout=_LOOK_EVERY_S)
+            give_back()
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
-
-
-def _joined(aggregated: bool, parts: Sequence[PackedGroups], unpack: Unpack) -> GroupState | None:
-    """The global state, from its parts; None before the first aggregation."""
-    if not aggregated:
-        return None
-    return {index: tensors for part in parts for index, tensors in unpack_groups(part, unpack).items()}
-
-
-def _sample() -> torch.Tensor:
-    """What is sent to try whether it arrives."""
-    return torch.arange(1000)
-
-
-def _is_sample(tensors: Sequence[torch.Tensor]) -> bool:
-    return torch.equal(tensors[0].cpu(), _sample())
-
-
-@contextmanager
-def _device_memory_explained(clients: Sequence[int]) -> Iterator[None]:
-    """Tell a device that is full from whatever else goes wrong in a process with these clients."""
-    try:
-        yield
-    except Exception as error:
-        cause = next((one for one in _with_causes(error) if _is_device_full(one)), None)
-        if cause is None:
-            raise
-        reason = str(cause).splitlines()[0].split(". ")[0]
-        if isinstance(error, ClientError):
-            raise DeviceMemoryError(
-                f"client {error.client}, round {error.round_index}, {error.stage}: {reason}"
-            ) from error
-        raise DeviceMemoryError(f"{name_clients(clients)}, starting: {reason}") from error
-
-
-def _with_causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and all that it came of: the end of a recording can fail because of what went wrong within it."""
-    while True:
-        yield error
-        if (before := error.__cause__ or error.__context__) is None:
-            return
-        error = before
-
-
-def _is_device_full(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _DEVICE_IS_FULL)

@@ -1,34 +1,31 @@
 """Tensors that the processes of a cell leave on the GPU that they share, for each other to read.
 
 CUDA lets a process open another's memory on the same GPU, and PyTorch hands out the leave to do so (CUDA IPC). Opening
-takes longer than copying, so a buffer is made and lent once for a cell, and written anew in each round. No lock is
-needed: a client's process writes while it plays, when the driver only waits, and the driver writes between rounds, when
-no client plays. On CPUs the same works through shared memory; only tests ask for it.
+takes longer than copying, so each process has one buffer, lends it once for a cell, and writes it anew in each round.
+No lock is needed: a client's process writes while it plays, when the driver only waits, and the driver writes between
+rounds, when no client plays. On CPUs the same works through shared memory; only tests ask for it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
 from uuid import uuid4
 
 import torch
 import torch.multiprocessing  # teaches that pickler about tensors
 
-from flexifed.orchestra.wire import Layout, LentBuffer, PackedTensors, layout_of, num_bytes, views
+from flexifed.orchestra.wire import LentBuffer, PackedTensors, layout_of, num_bytes, views
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_buffers: dict[torch.device, torch.Tensor] = {}
+"""Of this process; see `_buffer`."""
 
 
-@dataclass(frozen=True)
-class _Lent:
-    name: str
-    buffer: torch.Tensor
-    layout: Layout
-
-
-class Lender:
-    """The buffers that a process lends.
+class Lending:
+    """One process's end: the buffer that it lends, and those that it has been lent.
 
     Args:
         device: they lie on.
@@ -36,53 +33,72 @@ class Lender:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._lent: dict[Hashable, _Lent] = {}
-        self._has_handle: set[tuple[str, int]] = set()
+        self._name = ""
+        self._lent: torch.Tensor | None = None
+        self._readers: set[int] = set()
+        self._opened: dict[str, torch.Tensor] = {}
         if device.type == "cpu":
-            torch.multiprocessing.set_sharing_strategy("file_system")  # the other needs a common parent
+            torch.multiprocessing.set_sharing_strategy("file_system")  # the other one needs a common parent
 
-    def pack(self, slot: Hashable, tensors: Iterable[torch.Tensor], reader: int = 0) -> PackedTensors:
-        """`write` and `lend`."""
-        self.write(slot, tensors)
-        return self.lend(slot, reader)
+    def pack(self, tensors: Iterable[torch.Tensor]) -> PackedTensors:
+        """`write` and `lend`, where there is one reader."""
+        return self.lend(self.write(tensors), reader=0)
 
-    def write(self, slot: Hashable, tensors: Iterable[torch.Tensor]) -> None:
-        """Copy tensors, from whatever device, into the buffer of a slot, and wait until they are there."""
+    def write(self, tensors: Iterable[torch.Tensor]) -> PackedTensors:
+        """Copy tensors, from whatever device, into this process's buffer, and wait until they are there."""
         tensors = list(tensors)
         layout = layout_of(tensors)
-        lent = self._lent.get(slot)
-        if lent is None or lent.layout != layout:
-            buffer = torch.empty(num_bytes(layout), dtype=torch.uint8, device=self._device)
-            lent = self._lent[slot] = _Lent(uuid4().hex, buffer, layout)
-        for tensor, view in zip(tensors, views(lent.buffer, layout), strict=True):
+        buffer = _buffer(self._device, num_bytes(layout))
+        if buffer is not self._lent:
+            self._name, self._lent, self._readers = uuid4().hex, buffer, set()
+        for tensor, view in zip(tensors, views(buffer, layout), strict=True):
             view.copy_(tensor)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the reader's work does not wait for ours
+        return PackedTensors(LentBuffer(self._name, None), layout)
 
-    def lend(self, slot: Hashable, reader: int = 0) -> PackedTensors:
-        """What a reader needs to know of a slot that was written. Each reader opens a buffer by a handle of its own."""
-        lent = self._lent[slot]
-        handle = None
-        if (lent.name, reader) not in self._has_handle:
-            self._has_handle.add((lent.name, reader))
-            handle = bytes(ForkingPickler.dumps(lent.buffer))
-        return PackedTensors(LentBuffer(lent.name, handle), lent.layout)
-
-
-class Borrower:
-    """The buffers that a process has been lent by others."""
-
-    def __init__(self) -> None:
-        self._opened: dict[str, torch.Tensor] = {}
+    def lend(self, written: PackedTensors, reader: int) -> PackedTensors:
+        """What to send to a reader, who opens the buffer once, by a handle of its own: PyTorch counts them."""
+        if reader in self._readers:
+            return written
+        self._readers.add(reader)
+        return replace(written, buffer=LentBuffer(self._name, bytes(ForkingPickler.dumps(self._lent))))
 
     def unpack(self, packed: PackedTensors) -> list[torch.Tensor]:
         """The tensors, as views into the other's buffer. They change with its next round; never write to them."""
         lent = packed.buffer
         assert isinstance(lent, LentBuffer)
         if lent.name not in self._opened:
-            assert lent.handle is not None
+            assert lent.handle is not None, "its reader has never had the handle"
             self._opened[lent.name] = ForkingPickler.loads(lent.handle)
         return list(views(self._opened[lent.name], packed.layout))
+
+
+def _buffer(device: torch.device, size: int) -> torch.Tensor:
+    """This process's buffer, a larger one if need be. It goes from cell to cell.
+
+    PyTorch gives no memory back that a reader still has open, and a reader that was killed has it open for ever. One
+    for each cell would fill the GPU, cell by lost cell.
+    """
+    held = _buffers.get(device)
+    if held is None or held.numel() < size:
+        _buffers.pop(device, None)
+        del held
+        held = _buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
+    return held
+
+
+def give_back() -> None:
+    """Free what this process has lent, once its readers have closed it, and what it keeps on a GPU for later."""
+    _buffers.clear()
+    collect()
+
+
+def collect() -> None:
+    """Let others have the GPU's memory that nothing here needs any more."""
+    if torch.cuda.is_initialized():
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -92,25 +108,38 @@ class Gpu:
     Attributes:
         node: that it is in.
         uuid: of the GPU.
-        visible: `CUDA_VISIBLE_DEVICES` there, by which another process of the node gets to see the same.
+        visible: `CUDA_VISIBLE_DEVICES` there, if it is set, by which another process of the node gets to see the same.
     """
 
     node: str
     uuid: str
-    visible: str
+    visible: str | None
 
     @classmethod
     def here(cls, node: str) -> Gpu:
         """This process's."""
-        uuid = str(torch.cuda.get_device_properties(0).uuid)
-        return cls(node, uuid, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        return cls(node, str(torch.cuda.get_device_properties(0).uuid), os.environ.get(_VISIBLE))
 
-    def opened(self, node: str) -> torch.device | None:
-        """The same GPU, as this process's first; None if it is elsewhere, or this process has others already."""
-        if node != self.node:
-            return None
+    def opened(self) -> torch.device:
+        """The same GPU, as the first of this process, to which Ray may have given none.
+
+        Raises:
+            RuntimeError: this process computes on another already, or can't open it.
+        """
+        before = os.environ.get(_VISIBLE)
         if not torch.cuda.is_initialized():
-            os.environ["CUDA_VISIBLE_DEVICES"] = self.visible
-        if not torch.cuda.is_available() or Gpu.here(node).uuid != self.uuid:
-            return None
+            _set_visible(self.visible)
+        try:
+            if (here := Gpu.here(self.node).uuid) != self.uuid:
+                raise RuntimeError(f"the driver's process has GPU {here}, its clients {self.uuid}")
+        except BaseException:
+            _set_visible(before)
+            raise
         return torch.device("cuda", 0)
+
+
+def _set_visible(devices: str | None) -> None:
+    if devices is None:
+        os.environ.pop(_VISIBLE, None)
+    else:
+        os.environ[_VISIBLE] = devices

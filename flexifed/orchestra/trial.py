@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 
 from flexifed.errors import DeviceMemoryError, FlexifedError
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts, GroupLostError, LostError
 from flexifed.orchestra.cell import CellRun, CellSession, accuracy_by_version
+from flexifed.orchestra.client_actor import device_shortage
 from flexifed.orchestra.ledger import CellReport, CellState
 from flexifed.orchestra.placement import CellPlacement, halved
 from flexifed.results.store import ResultsFolder
@@ -58,12 +58,14 @@ class CellTrial(tune.Trainable):
             report = self._interrupted("lost", str(error))
         except DeviceMemoryError as error:
             report = self._out_of_memory(str(error))
-        except torch.OutOfMemoryError as error:  # of this process, which takes the means on its clients' GPU
-            report = self._out_of_memory(f"averaging: {str(error).split('. ')[0]}")
         except FlexifedError as error:
             report = self._interrupted("failed", str(error))
-        except Exception:
-            report = self._interrupted("failed", traceback.format_exc())
+        except Exception as error:
+            shortage = device_shortage(error)  # of this process, which averages on its clients' GPU
+            if shortage:
+                report = self._out_of_memory(f"averaging: {shortage}")
+            else:
+                report = self._interrupted("failed", traceback.format_exc())
         return {"report": report, "done": report.ends}
 
     def cleanup(self) -> None:

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -25,10 +26,10 @@ Layout = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class LentBuffer:
-    """A buffer in another process, which stays and is written anew from round to round.
+    """A buffer in another process, which stays there and is written anew from round to round.
 
     Attributes:
-        name: of this buffer and no other.
+        name: under which its reader keeps it open.
         handle: how to open it; None once its reader has had it.
     """
 
@@ -57,19 +58,19 @@ class PackedGroups:
 
 
 @dataclass(frozen=True)
-class PackedBlock:
-    """A `BlockSums`: its tensors by group, and each group's weight and whether it is applied already."""
-
-    groups: PackedGroups
-    weights: tuple[tuple[float, bool], ...]
-
-
-@dataclass(frozen=True)
 class PackedHostRound:
-    """A `HostRound`."""
+    """A `HostRound`.
+
+    Attributes:
+        clients: as there.
+        blocks: for each block its number, and for each of its groups the index, the number of tensors, the weight, and
+            whether it is applied already.
+        tensors: of all blocks, in that order.
+    """
 
     clients: tuple[ClientRound, ...]
-    blocks: dict[int, PackedBlock]
+    blocks: tuple[tuple[int, tuple[tuple[int, int, float, bool], ...]], ...]
+    tensors: PackedTensors
 
 
 def pack_tensors(tensors: Iterable[torch.Tensor]) -> PackedTensors:
@@ -101,33 +102,30 @@ def pack_groups(state: GroupState, pack: Pack = pack_tensors) -> PackedGroups:
 def unpack_groups(packed: PackedGroups, unpack: Unpack = unpack_tensors) -> GroupState:
     """Unpack a global state, as views."""
     tensors = iter(unpack(packed.tensors))
-    return {index: tuple(next(tensors) for _ in range(count)) for index, count in packed.groups}
+    return {index: tuple(islice(tensors, count)) for index, count in packed.groups}
 
 
-def pack_host_round(played: HostRound, pack: Callable[[int], Pack] = lambda block: pack_tensors) -> PackedHostRound:
-    """Pack what a host hands back, each block by what `pack` says."""
-    blocks = {
-        number: PackedBlock(
-            pack_groups({index: one.tensors for index, one in block.items()}, pack(number)),
-            tuple((one.weight, one.weighted) for one in block.values()),
-        )
+def pack_host_round(played: HostRound, pack: Pack = pack_tensors) -> PackedHostRound:
+    """Pack what a host hands back."""
+    blocks = tuple(
+        (number, tuple((index, len(one.tensors), one.weight, one.weighted) for index, one in block.items()))
         for number, block in played.blocks.items()
-    }
-    return PackedHostRound(played.clients, blocks)
+    )
+    sums = (one for block in played.blocks.values() for one in block.values())
+    return PackedHostRound(played.clients, blocks, pack(tensor for one in sums for tensor in one.tensors))
 
 
 def unpack_host_round(packed: PackedHostRound, unpack: Unpack = unpack_tensors) -> HostRound:
     """Unpack what a host handed back; tensors are views."""
-    blocks = {number: _unpack_block(block, unpack) for number, block in packed.blocks.items()}
-    return HostRound(packed.clients, blocks)
-
-
-def _unpack_block(packed: PackedBlock, unpack: Unpack) -> BlockSums:
-    groups = unpack_groups(packed.groups, unpack)
-    return {
-        index: BlockSum(tensors, weight, weighted)
-        for (index, tensors), (weight, weighted) in zip(groups.items(), packed.weights, strict=True)
+    tensors = iter(unpack(packed.tensors))
+    blocks: dict[int, BlockSums] = {
+        number: {
+            index: BlockSum(tuple(islice(tensors, count)), weight, weighted)
+            for index, count, weight, weighted in groups
+        }
+        for number, groups in packed.blocks
     }
+    return HostRound(packed.clients, blocks)
 
 
 def layout_of(tensors: Sequence[torch.Tensor]) -> Layout:

@@ -27,8 +27,9 @@ from flexifed.data import DatasetInfo
 from flexifed.errors import ClientError, DeviceMemoryError
 from flexifed.federation.rounds import LocalHosts
 from flexifed.orchestra import cluster
-from flexifed.orchestra.actors import ClientActor, GroupLostError, LostError, _device_memory_explained
+from flexifed.orchestra.actors import GroupLostError, LostError
 from flexifed.orchestra.cell import CellRun
+from flexifed.orchestra.client_actor import ClientActor, device_memory_explained
 from flexifed.orchestra.ledger import CellReport
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
 from flexifed.orchestra.sweep import _make_scratch, _stop_files, run_grid
@@ -123,9 +124,9 @@ def test_a_full_gpu_is_found_behind_the_error_that_it_led_to() -> None:
             raise RuntimeError("operation failed due to a previous error during capture")
 
     with pytest.raises(DeviceMemoryError, match="client 3, starting: CUDA out of memory"):  # noqa: SIM117
-        with _device_memory_explained([3]):
+        with device_memory_explained([3], "starting"):
             recording()
-    with pytest.raises(RuntimeError, match=r"^something else$"), _device_memory_explained([3]):
+    with pytest.raises(RuntimeError, match=r"^something else$"), device_memory_explained([3], "starting"):
         raise RuntimeError("something else")
 
 
