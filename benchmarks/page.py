@@ -48,7 +48,7 @@ What there is to try, and to time with `python benchmarks/round.py --device cuda
 | default | each client has a process of its own and an eighth of a GPU; where there is no room, they take turns |
 | `--no-cuda-ipc` | processes on one GPU send tensors through the CPU all the same, instead of leaving them there |
 | `--streams 8` | eight clients live in one process and overlap on its GPU; what only they share stays there |
-| `--cuda-graph` (of experiments: `--cuda-graph True`) | a training step is recorded once and replayed in one launch |
+| `--cuda-graph` | a training step is recorded once and replayed in one launch |
 | `--precision tf32`, `bf16` | products on tensor cores; PyTorch's own default is TF32 for convolutions alone |
 
 How clients share a GPU, `--streams` and `--no-cuda-ipc` are placement: they change no number. `--cuda-graph` and

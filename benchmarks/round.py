@@ -170,7 +170,7 @@ def cell_of(options: argparse.Namespace) -> CellConfig:
         numerics=NumericsConfig(
             precision=options.precision,
             fused=options.fused or None,
-            cuda_graph=options.cuda_graph or None,
+            cuda_graph=options.cuda_graph,
             winograd=options.winograd,
         ),
     )

@@ -3,7 +3,7 @@
 python clusters/compare_runs.py results-here/table1 results-there/table1
 
 Compares all columns of the rows but those that tell of time and process, and the SHA-256 of what every client holds in
-the end. Exit status 0 if all is the same, 1 if not, 2 if there is nothing to compare.
+the end. Exit status 0 if all is the same, 1 if not, 2 if there is nothing to compare, or a file can't be read.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
+from flexifed.errors import FlexifedError
 from flexifed.results.store import ResultsFolder, read_metadata
 
 OF_THE_RUN = ("train_s", "train_started", "eval_s", "round_s", "actor")
@@ -26,8 +25,11 @@ def differences(one: Path, other: Path, cell: str) -> list[str]:
     if missing := [str(file) for file in files if not file.exists()]:
         return [f"missing: {', '.join(missing)}"]
     first, second = (
-        pd.read_parquet(file).drop(columns=list(OF_THE_RUN)).sort_values(["round", "client"], ignore_index=True)
-        for file in files
+        ResultsFolder(root)
+        .read([cell])
+        .drop(columns=list(OF_THE_RUN))
+        .sort_values(["round", "client"], ignore_index=True)
+        for root in (one, other)
     )
     found = [f"column {name}" for name in first if not first[name].equals(second[name])]
     if len(first) != len(second):
@@ -48,6 +50,14 @@ def main(argv: Sequence[str]) -> int:
     if not cells:
         print(f"error: no results in {one / 'rounds'} and {other / 'rounds'}", file=sys.stderr)
         return 2
+    try:
+        return _compare(one, other, cells)
+    except FlexifedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _compare(one: Path, other: Path, cells: Sequence[str]) -> int:
     status = 0
     for cell in cells:
         if found := differences(one, other, cell):
@@ -55,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{cell}: DIFFERENT: {'; '.join(found)}")
             continue
         metadata = [read_metadata(ResultsFolder(root).rounds_file(cell)) for root in (one, other)]
-        rows = len(pd.read_parquet(ResultsFolder(one).rounds_file(cell), columns=["round"]))
+        rows = len(ResultsFolder(one).read([cell], ["round"]))
         print(f"{cell}: the same {rows} rows, the same {len(_strings(metadata[0]['state_sha256']))} final states")
         for run in metadata:
             print(f"    {run['placement']}; {'; '.join(_strings(run.get('computed_on', [run['machine']])))}")

@@ -49,6 +49,7 @@ _STATES = {
     "real-other": "whole, of another release than the paper's; results say real-other",
 }
 """What `flexifed data` says of data, by their source."""
+_IMAGE_CHANNELS = 3  # as the models of images have by default
 _NUM_CLASSES: Mapping[InputKind, int] = MappingProxyType({"image": 10, "text": 4})
 """Classes of CIFAR-10 and of AG News."""
 _MOST_CLIENTS = 1_000_000
@@ -88,7 +89,7 @@ class Plan:
         summary = self.summary()
         if self.json:
             settings: dict[str, object] = {"family": self.family, "width": self.width}
-            settings |= {"num_classes": self._classes, "in_channels": self.in_channels}
+            settings |= {"num_classes": self._classes, "in_channels": self._channels}
             text = json.dumps(settings | as_json(summary), indent=2)
             console.print(text, highlight=False, markup=False, soft_wrap=True)
             return
@@ -99,6 +100,13 @@ class Plan:
     @property
     def _classes(self) -> int:
         return _NUM_CLASSES[FAMILY_INPUTS[self.family]] if self.num_classes is None else self.num_classes
+
+    @property
+    def _channels(self) -> int | None:
+        """None for texts, which have none."""
+        if FAMILY_INPUTS[self.family] == "image" and self.in_channels is None:
+            return _IMAGE_CHANNELS
+        return self.in_channels
 
     def summary(self) -> PlanSummary:
         """Work the plan out."""
@@ -263,11 +271,11 @@ class Report:
             ConfigError: a target that is no accuracy.
             ResultsError: no results, or damaged ones.
         """
-        if self.target is not None and not 0 < self.target <= 100:
-            raise ConfigError(f"target is {self.target:g}; it must be an accuracy in percent, above 0 and at most 100")
+        from flexifed.report.curves import check_target
         from flexifed.report.study import load_results, report, report_text
         from flexifed.results.attempts import experiment_folders, newest_folder
 
+        check_target(self.target)
         if self.figures is not None:
             from flexifed.report.figures import drawings  # refuses before anything is read or printed
         results_dir = self.results_dir.expanduser().absolute()

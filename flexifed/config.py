@@ -27,7 +27,7 @@ BatchNormBuffers = Literal["average", "local"]
 ClassifierSharing = Literal["prefix", "never", "always"]
 Precision = Literal["tf32", "bf16"]
 
-_LARGEST = sys.float_info.max
+_LARGEST_FLOAT = sys.float_info.max
 _LARGEST_INTEGER = 2**63 - 1  # of a Parquet column
 _WIDEST = 64.0
 _MOST_THREADS = 1024
@@ -171,8 +171,8 @@ class NumericsConfig:
     """Store images and the weights of convolutions with channels last in memory."""
     fused: bool | None = None
     """Fused optimizer steps, in one pass through memory. Default: on GPUs only, because CPUs round differently then."""
-    cuda_graph: bool | None = None
-    """On GPUs, record a training step once and replay it in one launch instead of hundreds. Default: no."""
+    cuda_graph: bool = False
+    """On GPUs, record a training step once and replay it in one launch instead of hundreds."""
     precision: Precision | None = None
     """Precision of products: `tf32` (GPUs) or `bf16` (autocast). Default: PyTorch's; on GPUs TF32 for convolutions."""
     winograd: bool = True
@@ -182,9 +182,9 @@ class NumericsConfig:
         _check_integer(self, "threads", 1, _MOST_THREADS)
         _check_bool(self, "channels_last")
         _check_bool(self, "winograd")
-        for name in ("fused", "cuda_graph"):
-            if getattr(self, name) is not None:
-                _check_bool(self, name)
+        _check_bool(self, "cuda_graph")
+        if self.fused is not None:
+            _check_bool(self, "fused")
         if self.precision is not None:
             _check_literal(self, "precision", get_args(Precision))
 
@@ -195,7 +195,7 @@ class NumericsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CellConfig:
-    """One cell of Table 1 under one seed: all that decides its numbers but the data themselves."""
+    """A data set, a family and a scheme under one seed: all that decides a cell's numbers but the data themselves."""
 
     dataset: DatasetName
     family: FamilyName
@@ -243,8 +243,8 @@ class CellConfig:
     def run_id(self, data_fingerprint: str) -> str:
         """Sixteen hexadecimal digits for all that decides the numbers: this config and the data.
 
-        A setting that is None is left out, so that a run keeps its id when a further such setting is thought of; so is
-        Winograd's algorithm where it is not used.
+        A setting that is None is left out, so that a run keeps its id when a further such setting is thought of; so are
+        recorded steps and Winograd's algorithm where they are not used.
 
         Args:
             data_fingerprint: source and checksum of the data set.
@@ -256,6 +256,8 @@ class CellConfig:
         config: dict[str, Any] = asdict(self, dict_factory=_without_none)
         if not self.numerics.by_winograd(self.device):
             del config["numerics"]["winograd"]
+        if not self.numerics.cuda_graph:
+            del config["numerics"]["cuda_graph"]
         content = json.dumps({"config": config, "data": data_fingerprint}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -278,14 +280,14 @@ def _check_integer(config: object, name: str, minimum: int, maximum: int = _LARG
 
 
 def _check_number(
-    config: object, name: str, *, minimum: float = -math.inf, above: float = -math.inf, below: float = _LARGEST
+    config: object, name: str, *, minimum: float = -math.inf, above: float = -math.inf, below: float = _LARGEST_FLOAT
 ) -> None:
     """Check a real number, and store it as a float, so that 1 and 1.0 are one config."""
     value = getattr(config, name)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (is_number and minimum <= value and above < value < below):
         limits = {"at least": minimum, "above": above, "below": below}
-        bounds = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if abs(limit) < _LARGEST)
+        bounds = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if abs(limit) < _LARGEST_FLOAT)
         raise ConfigError(f"{name} is {value!r}; it must be a finite number {bounds}")
     object.__setattr__(config, name, float(value))
 

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.filesize import decimal
 
+from flexifed.federation.checkpoint import KEPT
 from flexifed.federation.host import state_bytes
-from flexifed.orchestra.estimate import START_S, cell_seconds, concurrent_cells, this_machine
+from flexifed.orchestra import estimate
 from flexifed.orchestra.placement import Resources
-from flexifed.progress import duration
 from flexifed.request import GridRequest
+from flexifed.wording import duration
+
+CHECKPOINTS_AT_ONCE = KEPT + 1
+"""Of a cell: the one that is being written, too."""
 
 
 def show_forecast(request: GridRequest, nodes: Sequence[Resources], where: str, console: Console) -> None:
@@ -33,15 +37,18 @@ def show_forecast(request: GridRequest, nodes: Sequence[Resources], where: str, 
             f"  {run.label:<44} {state}, {run.rounds} rounds, run {run.run_id}", highlight=False, soft_wrap=True
         )
     device = runs[0].config.device
-    at_once = min(concurrent_cells(placement, nodes), options.max_concurrent or len(runs))
+    at_once = min(estimate.concurrent_cells(placement, nodes), options.max_concurrent or len(runs))
     console.print(f"resources: a cell is {placement}, on {device}; {at_once} at a time on {where}", soft_wrap=True)
-    if device == "cuda" and not this_machine()["GPU"]:
+    sizes = [state_bytes(run.config, run.info) for run in runs]
+    kept = f"{decimal(sum(sizes))} of final states stay (none with --no-keep-final); " if options.keep_final else ""
+    meanwhile = decimal(CHECKPOINTS_AT_ONCE * at_once * max(sizes))
+    console.print(f"disk: {kept}up to {meanwhile} of checkpoints while cells run", highlight=False, soft_wrap=True)
+    if device == "cuda" and not estimate.this_machine()["GPU"]:
         console.print("time: not estimated, because steps are timed in this process and it sees no GPU", soft_wrap=True)
         return
-    seconds = sum(cell_seconds(run, placement, nodes, at_once) for run in unfinished) / at_once + START_S
-    if options.keep_final:
-        kept = decimal(sum(state_bytes(run.config, run.info) for run in runs))
-        console.print(f"disk: {kept} of final states stay (none with --no-keep-final)", highlight=False)
+    seconds = (
+        sum(estimate.cell_seconds(run, placement, nodes, at_once) for run in unfinished) / at_once + estimate.START_S
+    )
     console.print(
         f"time: about {duration(seconds)}, from a few steps timed here and now; nothing was started",
         soft_wrap=True,

@@ -28,7 +28,7 @@ from flexifed.config import (
 from flexifed.errors import ConfigError, invalid_choice
 from flexifed.profiles import PROFILES, ProfileName
 
-_LARGEST = 2**31
+_INT32_BOUND = 2**31  # rounds and clients are such columns
 _FLAT: Any = tyro.conf.OmitArgPrefixes
 
 
@@ -51,7 +51,7 @@ class GridOptions:
     profile: ProfileName = "quick"
     """smoke: seconds. quick: minutes. thin: half an hour a row and seed. authors: as published. paper: 40 clients."""
     only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DATASET/FAMILY/SCHEME")] = ()
-    """Run only these cells; wildcards allowed, as in 'cifar10/*/max_common'. Repeatable."""
+    """Run only these cells, as --dry-run lists them; wildcards in quotes: 'cifar10/*/max_common'. Repeatable."""
     seeds: tuple[int, ...] = (0,)
     """Run every cell once under each of these seeds."""
     rounds: int = PROFILES["quick"].rounds
@@ -71,7 +71,7 @@ class GridOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where clients compute. auto: cuda if the cluster has a GPU."""
     gpus_per_client: float | None = None
-    """Fraction of a GPU for each client. Default: 0.125 on a GPU, or less where clients take turns."""
+    """Fraction of a GPU for each client that computes on one. Default: 0.125, or less where clients take turns."""
     clients_per_actor: int | None = None
     """Clients in one process, which take turns. Default: on CPUs, as many as give each CPU one process.
     On GPUs, those of --streams, or more if they don't fit otherwise and --gpus-per-client is not given."""
@@ -100,7 +100,7 @@ class GridOptions:
     def __post_init__(self) -> None:
         for name in ("rounds", "clients_per_actor", "streams", "max_concurrent", "checkpoint_every", "min_nodes"):
             value = getattr(self, name)
-            if value is not None and not 1 <= value < _LARGEST:
+            if value is not None and not 1 <= value < _INT32_BOUND:
                 raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1 and below 2**31")
         if self.min_nodes > 1 and self.address is None:
             raise ConfigError(

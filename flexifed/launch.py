@@ -161,28 +161,33 @@ def _run_cells(request: GridRequest, console: Console) -> tuple[list[CellRun], d
     from flexifed.orchestra import cluster
     from flexifed.orchestra.estimate import this_machine
 
-    runs: list[CellRun] = []
     address = request.options.address
     if address is None:
         here = [this_machine()]
         runs = request.runs_on(here)
         for run in {run.config.device: run for run in runs}.values():
             request.place(run, here)  # what can't fit is refused before anything starts
-        if all(run.is_finished for run in runs):
-            console.print(f"{len(runs)} of {counted(len(runs), 'cell')} finished already", highlight=False)
-            return runs, {}
+        unfinished = _unfinished(runs, console)
+        if unfinished:
+            with cluster.connected(None):
+                return runs, _run_unfinished(unfinished, _wait_for_nodes(request.options, console), request, console)
+        return runs, {}
     with cluster.connected(address):
         nodes = _wait_for_nodes(request.options, console)
-        runs = runs or request.runs_on(nodes)
-        unfinished = [run for run in runs if not run.is_finished]
-        if skipped := len(runs) - len(unfinished):
-            console.print(f"{skipped} of {counted(len(runs), 'cell')} finished already", highlight=False)
-        if not unfinished:
-            return runs, {}
-        _say_what_differs(request.folder, unfinished, console)
-        if address is not None:
+        runs = request.runs_on(nodes)
+        unfinished = _unfinished(runs, console)
+        if unfinished:
             _check_nodes(request.folder, {run.info for run in unfinished})
-        return runs, _run_unfinished(unfinished, nodes, request, console)
+            return runs, _run_unfinished(unfinished, nodes, request, console)
+        return runs, {}
+
+
+def _unfinished(runs: Sequence[CellRun], console: Console) -> list[CellRun]:
+    """Those that have rounds to play; says how many others there are."""
+    left = [run for run in runs if not run.is_finished]
+    if len(left) < len(runs):
+        console.print(f"{len(runs) - len(left)} of {counted(len(runs), 'cell')} finished already", highlight=False)
+    return left
 
 
 def _run_unfinished(
@@ -194,6 +199,7 @@ def _run_unfinished(
     from flexifed.progress import GridProgress
 
     options, folder = request.options, request.folder
+    _say_what_differs(folder, runs, console)
     placed = [PlacedRun(run, request.place(run, nodes)) for run in runs]
     console.print(
         f"running {counted(len(placed), 'cell')} of {counted(options.rounds, 'round')}; "

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from flexifed.orchestra.ledger import CellReport
+from flexifed.wording import accuracy_text, duration
 
 _LINE_EVERY_S = 10.0
 
@@ -27,8 +28,9 @@ class GridProgress:
         self._console = console
         self._rounds = rounds
         self._labels = cells
+        self._left = dict.fromkeys(cells, rounds + 1)  # rounds to play
         self._first_round: float | None = None
-        self._played = 0
+        self._heard = 0  # of rounds
         self._ended = 0
         self._last_line: dict[str, float] = {}
         self._bars: dict[str, TaskID] = {}
@@ -61,15 +63,16 @@ class GridProgress:
     def round_played(self, report: CellReport) -> None:
         """A round has ended, or a cell has."""
         self.cell_started(report.name)
-        played = report.round_index + 1 if report.state != "failed" else self._rounds + 1
         bar = self._bars[report.name]
-        self._played += played - int(self._live.tasks[self._live.task_ids.index(bar)].completed)
+        self._left[report.name] = 0 if report.state == "failed" else self._rounds - report.round_index
+        self._heard += report.round_index >= 0
         self._ended += report.state in ("finished", "failed")
         if self._first_round is None:
             self._first_round = time.monotonic()
         note = accuracy_text(report.accuracies or {})
-        self._live.update(bar, completed=played, note=note)
-        self._live.update(self._whole, completed=self._played, note=f"left: {self._time_left()}")
+        whole = len(self._left) * (self._rounds + 1) - sum(self._left.values())
+        self._live.update(bar, completed=self._rounds + 1 - self._left[report.name], note=note)
+        self._live.update(self._whole, completed=whole, note=f"left: {self._time_left()}")
         if report.ends:
             self._live.update(bar, visible=False)
         self._print_line(report, note)
@@ -94,34 +97,8 @@ class GridProgress:
             self._last_line[report.name] = now
 
     def _time_left(self) -> str:
-        """From the rounds after the first, whose time is mostly that of starting processes."""
-        if self._first_round is None or self._played < 2:
+        """From the rounds heard of after the first, whose time is mostly that of starting processes."""
+        if self._first_round is None or self._heard < 2:
             return "?"
-        total = len(self._labels) * (self._rounds + 1)
-        each = (time.monotonic() - self._first_round) / (self._played - 1)
-        return duration(each * (total - self._played))
-
-
-def accuracy_text(accuracies: Mapping[str, float]) -> str:
-    """Accuracies by version, in percent.
-
-    >>> accuracy_text({"v1": 0.5, "v2": 0.625})
-    'V1 50.0 V2 62.5 %'
-    """
-    if not accuracies:
-        return ""
-    return " ".join(f"{version.upper()} {100 * value:.1f}" for version, value in accuracies.items()) + " %"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them.
-
-    >>> [duration(seconds) for seconds in (4.2, 75, 8000)]
-    ['4 s', '1 min 15 s', '2 h 13 min']
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+        each = (time.monotonic() - self._first_round) / (self._heard - 1)
+        return duration(each * sum(self._left.values()))

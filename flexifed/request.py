@@ -90,7 +90,12 @@ class GridRequest:
         return self.folder.rounds_file(run.name).exists()
 
     def place(self, run: CellRun, nodes: Sequence[Resources]) -> CellPlacement:
-        """How the clients of a run share these nodes. See `place_cell`."""
+        """How the clients of a run share these nodes.
+
+        Raises:
+            ConfigError: a share of a GPU for clients that use none.
+            ResourceError: as `place_cell`.
+        """
         options = self.options
         wanted = PlacementOptions(
             gpus_per_client=options.gpus_per_client,
@@ -98,6 +103,11 @@ class GridRequest:
             streams=options.streams,
             cuda_ipc=options.cuda_ipc,
         )
+        if options.gpus_per_client and run.config.device == "cpu":
+            raise ConfigError(
+                f"gpus_per_client is {options.gpus_per_client:g}, but device is 'cpu', which uses none; leave "
+                "--gpus-per-client out, or use --device cuda"
+            )
         return place_cell(run.config, wanted, nodes)
 
 

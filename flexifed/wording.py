@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 def counted(count: int, noun: str) -> str:
     """A number of things.
@@ -11,3 +13,28 @@ def counted(count: int, noun: str) -> str:
     """
     plural = noun + ("es" if noun.endswith("s") else "s")
     return f"{count} {noun if count == 1 else plural}"
+
+
+def accuracy_text(accuracies: Mapping[str, float]) -> str:
+    """Accuracies by version, in percent.
+
+    >>> accuracy_text({"v1": 0.5, "v2": 0.625})
+    'V1 50.0 V2 62.5 %'
+    """
+    if not accuracies:
+        return ""
+    return " ".join(f"{version.upper()} {100 * value:.1f}" for version, value in accuracies.items()) + " %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them.
+
+    >>> [duration(seconds) for seconds in (4.2, 75, 8000)]
+    ['4 s', '1 min 15 s', '2 h 13 min']
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,10 @@ def test_experiments_leave_ray_to_the_package() -> None:
         assert not {"ray", "torch"} & imported_packages(script), script
 
 
-def test_every_folder_is_on_a_floor() -> None:
-    """A folder without `__init__.py` would be invisible to the contracts."""
+def test_every_folder_and_module_has_to_be_on_a_floor() -> None:
+    """A folder without `__init__.py` would be invisible to the contracts; what no floor names, `exhaustive` refuses."""
+    contracts = tomllib.loads(PYPROJECT.read_text())["tool"]["importlinter"]["contracts"]
+    assert [one["exhaustive"] for one in contracts if one["type"] == "layers"] == [True]
     for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
         assert (folder / "__init__.py").exists(), folder
 

@@ -255,6 +255,14 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "here", tmp_path / "there"
 
 
+def test_a_file_that_can_not_be_read_is_no_difference(
+    compare: Compare, runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file_in(runs[1]).write_bytes(b"no Parquet")
+    assert compare([str(root) for root in runs]) == 2
+    assert f"error: can't read {file_in(runs[1])}" in capsys.readouterr().err
+
+
 def file_in(root: Path) -> Path:
     return ResultsFolder(root).rounds_file("cell")
 

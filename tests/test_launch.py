@@ -196,7 +196,7 @@ def test_settings_of_gpus_are_accepted_with_gpus_and_with_auto(tmp_path: Path) -
         options = parse_options([*line, "--device", device], prog="", description="")
         GridRequest(options, cells, infos, ResultsFolder(tmp_path)).check_settings()
 
-    for line in (["--precision", "tf32"], ["--cuda-graph", "True"]):
+    for line in (["--precision", "tf32"], ["--cuda-graph"]):
         for device in ("cuda", "auto"):
             check(line, device)
         with pytest.raises(ConfigError, match="which CPUs do not have"):

@@ -24,6 +24,8 @@ from flexifed.core.trie import Node, PrefixTrie, build_trie
 from flexifed.errors import ConfigError, invalid_choice
 
 Cut = Callable[[Node, int, int], tuple[int, ...]]
+"""A scheme: of a layer's node in the trie, the architecture that asks, and how many architectures there are, it makes
+the indices of the architectures that average the layer together, ascending; () where it is personal."""
 
 
 def standalone(node: Node, architecture: int, num_architectures: int) -> tuple[int, ...]:
@@ -108,9 +110,15 @@ class SharingPlan:
     """For each layer of each architecture, the group it is averaged over, or None where it is personal.
 
     Attributes:
+        scheme: its name.
+        weighting: whether clients count alike, or by their number of training samples.
+        batch_norm_buffers: whether running statistics are averaged with their layer, or stay with the client.
+        classifier: whether classifier layers are averaged as the others, never, or always.
         signatures: one for each client; clients with equal models share one object.
         architectures: the distinct ones, in the order of their first client.
         architecture_of: for each client, the index of its architecture.
+        trie: the prefix tree over the architectures, whose cut the plan is.
+        groups: what is averaged with whom.
         group_of: for each architecture and layer, an index into `groups`, or None.
     """
 

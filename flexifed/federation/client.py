@@ -40,6 +40,7 @@ class ClientShards:
 class ClientRound:
     """What one client measured in one round; None where it did not train.
 
+    Accuracy is 0 to 1, losses are mean cross-entropies in nats, `bytes_*` what the scheme makes a client send and get.
     Seconds of wall time, in which clients that overlap have their turns too; `train_started` is Unix time. Those of
     training include the copies of what was trained.
     """
@@ -187,9 +188,8 @@ class Client:
     def _load(self, state: State) -> None:
         tensors = self._workspace.model.state_dict()
         with torch.no_grad():
-            for dtype in {
-                tensor.dtype for tensor in tensors.values()
-            }:  # a GPU copies those laid out alike in one launch
+            # A GPU copies those of one type in one launch, if they are laid out alike.
+            for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
                 names = [name for name, tensor in tensors.items() if tensor.dtype == dtype]
                 torch._foreach_copy_([tensors[name] for name in names], [state[name] for name in names])
 

@@ -98,7 +98,8 @@ class LocalHosts:
 class RoundResult:
     """One round of a cell: what its clients measured, in client order, and the number of each one's host.
 
-    `round_s` is its wall time, training of all clients and aggregation included.
+    `round_s` is its wall time in seconds, training of all clients and aggregation included; `aggregate_s` is the part
+    of it in which the driver averages.
     """
 
     round_index: int

@@ -16,7 +16,7 @@ from flexifed.errors import ConfigError, invalid_choice
 from flexifed.models import charcnn, resnet, vdcnn, vgg
 from flexifed.models.base import FamilyModel
 
-_LARGEST = 2**24
+_MOST_CHANNELS = 2**24
 """Of classes, channels and characters; beyond it sizes of tensors overflow."""
 
 MODELS: Mapping[str, Callable[..., FamilyModel]] = MappingProxyType(
@@ -82,8 +82,8 @@ def build_model(
     for option, value in {"num_classes": num_classes, **input_options}.items():
         if isinstance(value, bool) or not (isinstance(value, int) and value >= 1):
             raise ConfigError(f"{option} is {value!r}; it must be a whole number of at least 1")
-        if value > _LARGEST:
-            raise ConfigError(f"{option} is {value}; it must be at most {_LARGEST}")
+        if value > _MOST_CHANNELS:
+            raise ConfigError(f"{option} is {value}; it must be at most {_MOST_CHANNELS}")
     kind = input_kind(name)
     for option, value in input_options.items():
         if option not in INPUT_OPTIONS[kind]:

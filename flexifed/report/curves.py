@@ -66,6 +66,18 @@ def bands(curves: pd.DataFrame) -> pd.DataFrame:
     return over.assign(low=over["accuracy"] - spread, high=over["accuracy"] + spread).reset_index()
 
 
+def check_target(target: Target) -> None:
+    """Refuse what is no percentage, and what is one of 1 where one of 100 is meant.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if target is None or 1 <= target <= 100:
+        return
+    meant = f"; for {100 * target:g} % give {100 * target:g}" if 0 < target < 1 else ""
+    raise ConfigError(f"target is {target:g}; it must be an accuracy in percent, from 1 to 100{meant}")
+
+
 def rounds_to_target(rows: pd.DataFrame, rounds: int, target: Target = None, pick: Pick = "last") -> pd.DataFrame:
     """How many rounds of training each cell and seed needed until the mean over its versions reached a target.
 
@@ -83,8 +95,7 @@ def rounds_to_target(rows: pd.DataFrame, rounds: int, target: Target = None, pic
     Raises:
         ConfigError: a target that is no percentage.
     """
-    if target is not None and not 0 < target <= 100:
-        raise ConfigError(f"target is {target:g}; it must be an accuracy in percent, above 0 and at most 100")
+    check_target(target)
     curves = scheme_curves(version_curves(rows[rows["round"] <= rounds]))
     where = ["dataset", "family", "data_source", "seed"]
     if target is None:

@@ -7,7 +7,6 @@ into editions, by what their files say about themselves; each edition gets its o
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -187,12 +186,15 @@ def stored_cell(path: Path) -> StoredCell | None:
 def _settings(config: Mapping[str, object]) -> dict[str, object]:
     """A config, flat, without what names the cell.
 
-    As in a run's id, Winograd's algorithm counts where it is used, and files from before it was there did not use it.
+    As in a run's id, recorded steps and Winograd's algorithm count where they are used. Files from before these were
+    there did not use them.
     """
     settings = _flat({name: value for name, value in config.items() if name not in _OF_THE_CELL})
     by_winograd = settings.pop("numerics.winograd", None)
     if settings.get("device") == "cpu" and settings.get("numerics.precision") is None:
         settings["numerics.winograd"] = bool(by_winograd)
+    if not settings.get("numerics.cuda_graph"):
+        settings.pop("numerics.cuda_graph", None)
     return settings
 
 
@@ -217,8 +219,7 @@ def nothing_there(folder: ResultsFolder) -> str:
     others = sorted(one.parent.name for one in above.glob("*/rounds") if any(one.glob("*.parquet")))
     if others:
         return f"no results in {folder.rounds}; {above} has results of: {', '.join(others)} (choose with --experiment)"
-    experiment = re.sub(r"-\d+$", "", folder.root.name)  # without what --fresh adds
     return (
-        f"no results in {folder.rounds}; give the --results-dir of a run, or make some: python "
-        f"experiments/{experiment}.py --results-dir {above}"
+        f"no results in {folder.rounds}; give the --results-dir of a run, or run an experiment, such as uv run python "
+        f"experiments/table1.py --results-dir {above}"
     )

@@ -16,7 +16,7 @@ from flexifed.training.streams import Steps
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy in 0 to 1, and mean cross-entropy."""
+    """Accuracy in 0 to 1, and the mean cross-entropy over the samples, in nats."""
 
     accuracy: float
     loss: float

@@ -7,8 +7,8 @@ import ctypes
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST = 2**31 - 1
-_LARGEST_MAPPED = 32 * 2**20  # some versions of glibc take no more for M_MMAP_THRESHOLD, and hand larger blocks back
+_LARGEST_C_INT = 2**31 - 1
+_MOST_MAPPED = 32 * 2**20  # some versions of glibc take no more for M_MMAP_THRESHOLD, and hand larger blocks back
 
 
 def keep_freed_memory() -> bool:
@@ -25,8 +25,8 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     # Not the other way round: after a call that it takes, for either, glibc no longer adapts both by itself.
-    mapped = any(mallopt(_M_MMAP_THRESHOLD, most) == 1 for most in (_LARGEST, _LARGEST_MAPPED))
-    return mapped and mallopt(_M_TRIM_THRESHOLD, _LARGEST) == 1
+    mapped = any(mallopt(_M_MMAP_THRESHOLD, most) == 1 for most in (_LARGEST_C_INT, _MOST_MAPPED))
+    return mapped and mallopt(_M_TRIM_THRESHOLD, _LARGEST_C_INT) == 1
 
 
 def device_shortages(device: torch.device) -> int:

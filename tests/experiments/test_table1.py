@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 import sys
@@ -150,6 +151,10 @@ def test_a_results_folder_that_cannot_be_written_is_refused(
             "clients_per_actor is 3, no multiple of reduce_block (4)",
         ),
         (["--gpus-per-client", "-1"], "gpus_per_client is -1.0; it must be a number of at least 0"),
+        (
+            ["--device", "cpu", "--gpus-per-client", "0.5"],
+            "gpus_per_client is 0.5, but device is 'cpu', which uses none",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "refused",
 )
@@ -169,6 +174,12 @@ def test_a_dry_run_tells_cells_resources_and_time_and_starts_nothing(
     assert "cifar10/vgg/max_common seed 1" in told
     assert "clustered_fl" not in told
     assert "nothing was started" in " ".join(told.split())
+    disk = re.search(
+        r"disk: ([\d.]+) MB of final states stay .*; up to ([\d.]+) MB of checkpoints while cells run", told
+    )
+    assert disk
+    kept, meanwhile = map(float, disk.groups())
+    assert 0 < meanwhile <= kept < 2 * meanwhile, "three of one cell at a time, and one of each of four cells"
     assert not ray.is_initialized()
     assert not (tmp_path / "results").exists()
 
@@ -189,6 +200,7 @@ def test_a_dry_run_from_a_head_without_a_gpu_estimates_no_gpu_time(
     assert main(line) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "a cell is 8 actors of 1 client, each 1 CPU and 0.125 GPU, on cuda" in told
+    assert "of checkpoints while cells run" in told, "which needs no GPU"
     assert told.endswith("time: not estimated, because steps are timed in this process and it sees no GPU")
 
 

@@ -132,9 +132,11 @@ def test_rounds_are_those_of_a_plain_search(scores: list[int], target: int) -> N
     assert (None if math.isnan(found) else found) == expected
 
 
-@pytest.mark.parametrize("target", [0, -1, 101, math.nan])
-def test_a_target_that_is_no_percentage_is_refused(target: float) -> None:
-    with pytest.raises(ConfigError, match="it must be an accuracy in percent, above 0 and at most 100"):
+@pytest.mark.parametrize(
+    ("target", "end"), [(0, "100"), (-1, "100"), (101, "100"), (math.nan, "100"), (0.8, "for 80 % give 80")]
+)
+def test_a_target_that_is_no_percentage_is_refused(target: float, end: str) -> None:
+    with pytest.raises(ConfigError, match=rf"it must be an accuracy in percent, from 1 to .*{end}$"):
         rounds_to_target(one("max_common", [0.1]), 0, target)
 
 
