@@ -156,8 +156,8 @@ def play_flexifed(job: Job) -> tuple[Rounds, float]:
 
 def _play_cell(job: Job) -> Rounds:
     """Play the job as the command does: as a grid of one cell, with its files."""
+    from flexifed.cells.run import CellRun
     from flexifed.orchestra import cluster
-    from flexifed.orchestra.cell import CellRun
     from flexifed.orchestra.placement import PlacementOptions, place_cell
     from flexifed.orchestra.sweep import run_grid
     from flexifed.orchestra.trial import PlacedRun

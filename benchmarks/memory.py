@@ -25,10 +25,10 @@ from typing import Any
 
 import psutil
 
+from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
 from flexifed.data import find_dataset
 from flexifed.orchestra import cluster
-from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.ledger import CellReport
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
 from flexifed.orchestra.sweep import run_grid

@@ -41,12 +41,13 @@ from common import machine, spread, versions
 from peak import peak_rate, share_of_peak
 from sequential import SequentialLoop
 
+from flexifed.cells.run import CellRun
+from flexifed.cells.session import CellSession
 from flexifed.config import SCHEMES, CellConfig, ModelConfig, NumericsConfig, Precision
 from flexifed.data import find_dataset, open_dataset
 from flexifed.federation.rounds import Federation, LocalHosts, RoundResult, make_shards
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
-from flexifed.orchestra.cell import CellRun, CellSession
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, place_cell
 from flexifed.profiles import PROFILES
 from flexifed.results.store import ResultsFolder

@@ -29,10 +29,10 @@ from typing import Any
 from common import machine, spread, versions
 from memory import object_store, place, uss_by_process
 
+from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig, ModelConfig, PartitionConfig, SharingConfig, TrainingConfig
 from flexifed.data import find_dataset
 from flexifed.orchestra import cluster
-from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.ledger import CellReport
 from flexifed.orchestra.placement import PlacementOptions
 from flexifed.orchestra.sweep import run_grid

@@ -17,8 +17,8 @@ from flexifed.stopping import sigterm_as_ctrl_c, stop_requests
 from flexifed.wording import counted
 
 if TYPE_CHECKING:  # torch, Ray and pandas are imported when a line has proved readable, so that --help is quick
+    from flexifed.cells.run import CellRun
     from flexifed.data import DatasetInfo
-    from flexifed.orchestra.cell import CellRun
     from flexifed.orchestra.placement import Resources
     from flexifed.request import GridRequest
     from flexifed.results.store import ResultsFolder

@@ -15,13 +15,13 @@ import pandas as pd
 import pytest
 import ray
 
+from flexifed.cells.session import CellSession
 from flexifed.cli import main as flexifed_main
 from flexifed.data import find_dataset
 from flexifed.errors import ConfigError, ResultsError
 from flexifed.federation.rounds import LocalHosts
 from flexifed.grid import make_cells, parse_options
 from flexifed.launch import run_experiment
-from flexifed.orchestra.cell import CellSession
 from flexifed.orchestra.trial import PlacedRun
 from flexifed.request import GridRequest
 from flexifed.results.store import ResultsFolder

@@ -10,11 +10,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig
 from flexifed.data import DatasetInfo, make_pipeline, open_dataset
 from flexifed.federation.host import make_workspace
 from flexifed.federation.rounds import make_shards
-from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.cluster import usable_cpus
 from flexifed.orchestra.placement import CellPlacement, Resources
 from flexifed.seeding import torch_generator

@@ -25,11 +25,11 @@ from ray.tune import CheckpointConfig, FailureConfig, RunConfig
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
+from flexifed.cells.run import CellRun
 from flexifed.errors import ResourceError
 from flexifed.files import explained
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import GroupLostError
-from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.ledger import CellReport, Ledger, Observer
 from flexifed.orchestra.placement import CellPlacement, Resources, holds
 from flexifed.orchestra.trial import CellTrial, PlacedRun

@@ -10,10 +10,11 @@ from typing import Any
 import ray
 from ray import tune
 
+from flexifed.cells.run import CellRun
+from flexifed.cells.session import CellSession, accuracy_by_version
 from flexifed.errors import DeviceMemoryError, FlexifedError
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts, GroupLostError, LostError
-from flexifed.orchestra.cell import CellRun, CellSession, accuracy_by_version
 from flexifed.orchestra.client_actor import device_shortage
 from flexifed.orchestra.ledger import CellReport, CellState
 from flexifed.orchestra.placement import CellPlacement, halved

@@ -22,13 +22,13 @@ import torch
 from ray.cluster_utils import Cluster
 from test_resume import TIMINGS, cell, checkpoints, digests, log, play, rows
 
+from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig
 from flexifed.data import DatasetInfo
 from flexifed.errors import ClientError, DeviceMemoryError
 from flexifed.federation.rounds import LocalHosts
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import GroupLostError, LostError
-from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.client_actor import ClientActor, device_memory_explained
 from flexifed.orchestra.ledger import CellReport
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell

@@ -17,10 +17,11 @@ import pandas as pd
 import pytest
 from test_resume import TIMINGS, cell, digests, play, rows
 
+from flexifed.cells.run import CellRun
+from flexifed.cells.session import CellSession
 from flexifed.errors import ResourceError, ResultsError
 from flexifed.federation.rounds import LocalHosts
 from flexifed.orchestra import sweep
-from flexifed.orchestra.cell import CellRun, CellSession
 from flexifed.orchestra.ledger import CellReport
 from flexifed.orchestra.placement import PlacementOptions, place_cell
 from flexifed.orchestra.trial import PlacedRun

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
+from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig, Device, NumericsConfig, PartitionConfig, SharingConfig
 from flexifed.data import synthetic
 from flexifed.errors import ConfigError, ResourceError
-from flexifed.orchestra.cell import CellRun
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, halved, holds, place_cell
 from flexifed.orchestra.trial import PlacedRun, _memory_advice
 

@@ -12,13 +12,14 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from flexifed.cells.run import CellRun
+from flexifed.cells.session import CellSession
 from flexifed.config import SCHEMES, CellConfig, ModelConfig, PartitionConfig, SchemeName, TrainingConfig
 from flexifed.data import find_dataset
 from flexifed.federation.checkpoint import MANIFEST, SHARED, Checkpoints, read_tensors
 from flexifed.federation.host import state_bytes
 from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.orchestra import estimate
-from flexifed.orchestra.cell import CellRun, CellSession
 from flexifed.orchestra.placement import PlacementOptions, place_cell
 from flexifed.report.study import load_results
 from flexifed.results.store import ResultsFolder, read_metadata, write_table
@@ -185,7 +186,7 @@ def test_checkpoints_come_by_time_and_take_a_small_part_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, round_s: float, save_s: float, expected: list[int]
 ) -> None:
     clock, committed = Clock(), []
-    monkeypatch.setattr("flexifed.orchestra.cell.time", clock)
+    monkeypatch.setattr("flexifed.cells.session.time", clock)
     monkeypatch.setattr(Federation, "play_round", clock.takes(round_s, Federation.play_round))
     monkeypatch.setattr(Federation, "save", clock.takes(save_s, lambda federation, folder: {}))
     monkeypatch.setattr(Checkpoints, "commit", lambda self, next_round, files: committed.append(next_round))

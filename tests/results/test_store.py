@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig, ModelConfig
 from flexifed.data import synthetic
 from flexifed.errors import ResultsError
 from flexifed.grid import CellName, GridOptions
-from flexifed.orchestra.cell import CellRun
 from flexifed.request import GridRequest
 from flexifed.results.schema import SCHEMA
 from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, write_table

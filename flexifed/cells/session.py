@@ -1,23 +1,22 @@
-"""One cell from its first round to its last: the driver's side, with what it writes. Needs hosts, but not Ray."""
+"""The driver's side of a cell while it runs: rounds, rows, checkpoints and log."""
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from flexifed.cells.provenance import attempts, provenance
+from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig
-from flexifed.data import DatasetInfo
 from flexifed.errors import ResultsError
-from flexifed.federation.checkpoint import Checkpoint, Checkpoints
+from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.client import ClientShards
 from flexifed.federation.rounds import Federation, Hosts, RoundResult, make_shards
 from flexifed.results.runlog import RunLog
@@ -25,57 +24,6 @@ from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, w
 
 CHECKPOINT_EVERY_S = 60.0
 CHECKPOINT_SHARE = 0.03  # of the time may go into checkpoints
-_OF_AN_ATTEMPT = ("computed_on", "machine", "versions")
-_PACKAGES = ("flexifed", "torch", "torchvision", "ray", "numpy", "pyarrow")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellRun:
-    """A cell, the data it runs on, how long it runs, and where its results go.
-
-    Attributes:
-        profile: the name under which its rows are found; it decides nothing.
-        rounds: rounds of training; one more is scored.
-        results: absolute path of the experiment's results.
-        checkpoint_every: rounds between checkpoints; None: by time.
-        keep_final: keep the state after the last round of training, from which more rounds can go on.
-    """
-
-    config: CellConfig
-    info: DatasetInfo
-    profile: str
-    rounds: int
-    results: Path
-    checkpoint_every: int | None = None
-    keep_final: bool = True
-
-    @property
-    def run_id(self) -> str:
-        """See `CellConfig.run_id`."""
-        return self.config.run_id(self.info.fingerprint)
-
-    @property
-    def name(self) -> str:
-        """Under which its files are kept: words for people, and the run id."""
-        config = self.config
-        source = self.info.source
-        return f"{config.dataset}-{source}-{config.family}-{config.scheme}-seed{config.seed}-{self.run_id}"
-
-    @property
-    def label(self) -> str:
-        """What people call it."""
-        config = self.config
-        return f"{config.dataset}/{config.family}/{config.scheme} seed {config.seed}"
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether its last round has been written."""
-        last = ResultsFolder(self.results).last_round(self.name)
-        return last is not None and last >= self.rounds
-
-    def checkpoints(self) -> Checkpoints:
-        """Those of this run; there may be none."""
-        return Checkpoints(ResultsFolder(self.results).run_folder(self.name) / "checkpoints", self.run_id, self.rounds)
 
 
 class CellSession:
@@ -105,11 +53,19 @@ class CellSession:
         """Begin to play, or go on from the last checkpoint, on hosts that hold this cell's clients."""
         self._federation = Federation(self.run.config, self.run.info, hosts)
         before = self._restore(self._federation)
-        metadata = _metadata(self.run, self._placement) | {"computed_on": sorted(set(hosts.device_names()))}
-        metadata["attempts"] = self._attempts(metadata, self._federation.next_round)
-        if finished := self._finished_before():
+        path, next_round = self._folder.rounds_file(self.run.name), self._federation.next_round
+        stored: dict[str, Any] = read_metadata(path) if path.exists() else {}
+        metadata = provenance(self.run, self._placement, hosts.device_names())
+        metadata["attempts"] = computed = attempts(metadata, stored, next_round)
+        if len(computed) > 1 and computed[-1]["from_round"] == next_round:
+            self._log.write(
+                f"from round {next_round} on other hardware or under other versions than before, so an undisturbed run "
+                "may differ in the last bits; both are in the file's metadata"
+            )
+        # The last round of a shorter run that has ended; its file stays until there is more. Others are replaced.
+        finished = self._folder.last_round(self.run.name) if "state_sha256" in stored else stored.get("finished_rounds")
+        if finished:
             metadata["finished_rounds"] = finished
-        path = self._folder.rounds_file(self.run.name)
         self._writer = RoundsWriter(path, metadata, at_least=finished, before=before)
 
     def play_round(self) -> RoundResult:
@@ -168,31 +124,6 @@ class CellSession:
         federation.restore(checkpoint)
         self._log.write(f"goes on with round {checkpoint.next_round}, from {checkpoint.folder.name}")
         return rows_before(checkpoint)
-
-    def _attempts(self, metadata: Mapping[str, Any], next_round: int) -> list[dict[str, Any]]:
-        """What computed which rounds: a run that goes on elsewhere, or under other versions, says so of both parts."""
-        now = {"from_round": next_round, **{name: metadata[name] for name in _OF_AN_ATTEMPT}}
-        path = self._folder.rounds_file(self.run.name)
-        if next_round == 0 or not path.exists():
-            return [now]
-        stored: dict[str, Any] = read_metadata(path)
-        first = {"from_round": 0, **{name: stored.get(name) for name in _OF_AN_ATTEMPT}}
-        before = [one for one in stored.get("attempts", [first]) if one["from_round"] < next_round]
-        if before and _decides_bits(before[-1]) == _decides_bits(now):
-            return before
-        self._log.write(
-            f"from round {next_round} on other hardware or under other versions than before, so an undisturbed run may "
-            "differ in the last bits; both are in the file's metadata"
-        )
-        return [*before, now]
-
-    def _finished_before(self) -> int | None:
-        """The last round of a shorter run that has ended; its file stays until there is more. Others are replaced."""
-        path = self._folder.rounds_file(self.run.name)
-        if not path.exists():
-            return None
-        stored: dict[str, Any] = read_metadata(path)
-        return self._folder.last_round(self.run.name) if "state_sha256" in stored else stored.get("finished_rounds")
 
     def _is_checkpoint_due(self, next_round: int) -> bool:
         if next_round == self.run.rounds and self.run.keep_final:
@@ -258,31 +189,6 @@ def _rows(run: CellRun, shards: Sequence[ClientShards], result: RoundResult) -> 
         }
         for one, actor in zip(result.clients, result.host_of, strict=True)
     ]
-
-
-def _metadata(run: CellRun, placement: str) -> dict[str, object]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # run from a folder that is not installed
-            versions[package] = "not installed"
-    return {
-        "run_id": run.run_id,
-        "profile": run.profile,
-        "rounds": run.rounds,
-        "config": asdict(run.config),
-        "data": asdict(run.info),
-        "placement": placement,
-        "machine": f"{platform.system()} {platform.machine()} {platform.node()}",
-        "versions": versions,
-    }
-
-
-def _decides_bits(attempt: Mapping[str, Any]) -> tuple[object, ...]:
-    """What of an attempt can change the last bits: kinds of processor and of system, and versions, but no host."""
-    kinds = {name.rsplit(" in ", 1)[0] for name in attempt["computed_on"] or ()}
-    return kinds, str(attempt["machine"]).rsplit(" ", 1)[0], attempt["versions"]
 
 
 def _write_shards(path: Path, shards: Sequence[ClientShards]) -> None:
