@@ -155,7 +155,11 @@ def in_short() -> str:
     flower = [
         made["ratio"] for made in runs if made["job"].get("profile") == "authors" and not made["job"]["max_train"]
     ]
-    by_side = {side: sorted(ratio[side]["median"] for ratio in flower) for side in ("defaults", "tutorial")}
+
+    def range_of(side: str) -> str:
+        medians = [ratio[side]["median"] for ratio in flower]
+        return f"{number(min(medians))} to {number(max(medians))}"
+
     scale = load("scale")
     clients, most = max(scale["clients"].items(), key=lambda one: int(one[0]))
     return "\n".join(
@@ -163,9 +167,8 @@ def in_short() -> str:
             "In short, by medians:\n",
             "- a round of the published protocol, with one local epoch, is "
             f"{number(min(by_default))} to {number(max(by_default))} times as fast as the plain loop, by processor;",
-            f"- with thin models it is {number(by_side['defaults'][0])} to {number(by_side['defaults'][-1])} times as fast "
-            f"as Flower as it comes, and {number(by_side['tutorial'][0])} to {number(by_side['tutorial'][-1])} times\n"
-            "  where Flower is told to train as many clients at a time, by processor;",
+            f"- with thin models it is {range_of('defaults')} times as fast as Flower as it comes, and "
+            f"{range_of('tutorial')} times\n  where Flower is told to train as many clients at a time, by processor;",
             f"- {int(clients):,} clients take {number(most['round_s']['median'])} s a round and "
             f"{number(most['clients_mib'] / 1024)} GiB; the driver's memory is {scale['driver_growth']:+.1%} of that\n"
             "  for the fewest.\n",
