@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -51,31 +52,41 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 @dataclass(frozen=True)
 class DeviceUse:
-    """Which part of a time a device was busy with at least one kernel, and how many kernels there were."""
+    """How a device was used for some time.
+
+    Attributes:
+        share: of the time, in which it did at least one thing.
+        operations: kernels, copies and fills.
+        seen_until: part of the time after which the profiler saw no more.
+    """
 
     share: float
-    kernels: int
+    operations: int
+    seen_until: float
 
 
 def device_use(device: torch.device, work: Callable[[], object]) -> DeviceUse:
     """How busy some work keeps its device, as PyTorch's profiler sees it.
 
-    The profiler slows down what launches kernels, so the share is rather too small than too large. It may miss some at
-    its beginning, so something else goes first; compare the number of kernels with that of other runs all the same.
+    The profiler slows down what launches kernels, so the share is rather too small than too large. It may miss some, at
+    its beginning, so something else goes first, or at its end: compare the number of operations with other runs'.
 
     Raises:
         RuntimeError: it saw nothing, because it could not look.
     """
     activity, kind = _KINDS[device.type]
-    with profile(activities=[activity], acc_events=True) as profiler:
-        for _ in range(100):
-            torch.ones(1000, device=device).sum()
-        _wait_for(device)
-        started = time.time_ns()
-        work()
-        _wait_for(device)
-        ended = time.time_ns()
-    seen = profiler.profiler.kineto_results.events()  # as they came; the tables made of them take minutes
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning: Profiler clears events")  # there is one cycle
+        profiler = profile(activities=[activity])
+        with profiler:
+            for _ in range(100):
+                torch.ones(1000, device=device).sum()
+            _wait_for(device)
+            started = time.time_ns()
+            work()
+            _wait_for(device)
+            ended = time.time_ns()
+    seen = profiler.profiler.kineto_results.events()  # as they came; PyTorch's own tables of them take minutes
     spans = [
         (max(started, event.start_ns()), min(ended, event.end_ns()))
         for event in seen
@@ -85,7 +96,8 @@ def device_use(device: torch.device, work: Callable[[], object]) -> DeviceUse:
         raise RuntimeError(
             f"PyTorch's profiler saw nothing on {device}; for a GPU it needs CUPTI and the right to use it"
         )
-    return DeviceUse(covered(spans) / (ended - started), len(spans))
+    last = max(end for _, end in spans)
+    return DeviceUse(covered(spans) / (ended - started), len(spans), (last - started) / (ended - started))
 
 
 def _wait_for(device: torch.device) -> None:

@@ -16,7 +16,8 @@ Prints JSON:
     peak_rate               FLOP/s of a large matrix product on all cores, or on the GPU, measured in this run
     share_of_peak           of it, while training: by model, and over all of them
     in_one_process          on a GPU, of a round with all clients in this process: device_busy, the part of it in which
-                            a kernel was running, how many kernels, and device_memory_mib, the most that PyTorch held
+                            it did anything, how often, until which part of it the profiler saw that, and
+                            device_memory_mib, the most that PyTorch held
     peak_memory_mib         of each process of ours, and of this one, which plays driver and baseline
     device_memory_mib       of the GPU, in use by all processes together after the last round; PyTorch gives none back
 """
@@ -144,7 +145,8 @@ def _in_one_process(run: CellRun, streams: int) -> dict[str, object]:
     use = device_use(torch.device(run.config.device), federation.play_round)
     return {
         "device_busy": round(use.share, 3),
-        "kernels": use.kernels,
+        "operations": use.operations,
+        "seen_until": round(use.seen_until, 3),
         "device_memory_mib": round(torch.cuda.max_memory_reserved() / MIB),
     }
 

@@ -21,12 +21,13 @@ from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.client import ClientShards
 from flexifed.federation.host import HostRound, cell_plan
 from flexifed.orchestra.client_actor import ClientActor, is_sample, sample
-from flexifed.orchestra.lending import Lending, collect, give_back
+from flexifed.orchestra.lending import Lending, collect, lending_on
 from flexifed.orchestra.placement import CellPlacement
 from flexifed.orchestra.wire import pack_groups, unpack_host_round, unpack_tensors
 from flexifed.training.numerics import device_name
 
 _LOOK_EVERY_S = 5.0
+_STOP_LENDING_S = 2.0
 
 
 class LostError(Exception):
@@ -76,8 +77,7 @@ class ActorHosts:
         Raises:
             GroupLostError: actors that were not started yet have lost their node.
         """
-        self._lending = None
-        collect()  # of the cell before, so that the new one finds the GPU empty
+        collect()  # what the cell before has left on a GPU
         self.clients = placement.clients
         self._plan = cell_plan(config, info)
         self._architectures = [
@@ -95,21 +95,19 @@ class ActorHosts:
 
     def _choose_exchange(self, config: CellConfig, placement: CellPlacement) -> None:
         """Leave tensors on the GPU if it is the same for all, and if that works. It changes no number."""
-        self.exchange = "tensors travel through Ray's object store"
-        if config.device == "cpu" or len(self._actors) == 1 or not self._plan.groups or not placement.cuda_ipc:
-            return
-        try:
-            device = self._common_gpu()
-            self._lend_on(device)
-            self.exchange = f"tensors stay on {device_name(device)}"
-        except LostError:
-            raise
-        except Exception as error:  # whatever a system has against it
-            cause = getattr(error, "cause", None) or error  # without Ray's traceback
-            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-            self.exchange += f", and don't stay on a GPU: {reason}"
-            self._get([actor.stop_lending.remote() for actor in self._actors])
-            give_back()
+        why_not = ""
+        if config.device == "cuda" and len(self._actors) > 1 and self._plan.groups and placement.cuda_ipc:
+            try:
+                device = self._common_gpu()
+                self._lend_on(device)
+                self.exchange = f"tensors stay on {device_name(device)}"
+                return
+            except LostError:
+                raise
+            except Exception as error:  # whatever a system has against it
+                why_not = f", and don't stay on a GPU: {_first_line(error)}"
+        self._stop_lending()
+        self.exchange = f"tensors travel through Ray's object store{why_not}"
 
     def _common_gpu(self) -> torch.device:
         """The GPU of all actors, opened by this process.
@@ -127,15 +125,24 @@ class ActorHosts:
 
     def _lend_on(self, device: torch.device) -> None:
         """Begin to lend and to borrow, and try it both ways."""
-        lending = Lending(device)
+        self._lending = lending_on(device)
         samples = self._get([actor.lend_on.remote(str(device)) for actor in self._actors])
-        mine = lending.write([sample()])
+        mine = self._lending.write([sample()])
         arrived = self._get(
-            [actor.can_read.remote(lending.lend(mine, reader)) for reader, actor in enumerate(self._actors)]
+            [actor.can_read.remote(self._lending.lend(mine, actor._actor_id.hex())) for actor in self._actors]
         )
-        if not all(arrived) or not all(is_sample(lending.unpack(packed)) for packed in samples):
+        if not all(arrived) or not all(is_sample(self._lending.unpack(packed)) for packed in samples):
             raise RuntimeError("other values arrived than were sent")
-        self._lending = lending
+
+    def _stop_lending(self) -> None:
+        """Close what was lent, here and there. Who does not answer has it open for ever, so the buffer stays, too."""
+        if self._lending is None:
+            return
+        self._lending.close()
+        stopping = [actor.stop_lending.remote() for actor in self._actors]
+        stopped, busy = ray.wait(stopping, num_returns=len(stopping), timeout=_STOP_LENDING_S)
+        self._lending.give_back(closed=not busy and all(map(_succeeded, stopped)))
+        self._lending = None
 
     def has_place(self) -> bool:
         """Whether the placement group is whole. One that lost a node may wait for a new one without end."""
@@ -186,8 +193,8 @@ class ActorHosts:
         if self._lending:
             written = pack_groups(shared, self._lending.write)
             return [
-                [replace(written, tensors=self._lending.lend(written.tensors, reader))]
-                for reader in range(len(self._actors))
+                [replace(written, tensors=self._lending.lend(written.tensors, actor._actor_id.hex()))]
+                for actor in self._actors
             ]
         by_members: dict[tuple[int, ...], GroupState] = {}
         for index, tensors in shared.items():
@@ -222,12 +229,25 @@ class ActorHosts:
         return GroupLostError(reason) if unsure or not self.has_place() else LostError(reason)
 
     def shut_down(self) -> None:
-        """End the actors' processes. Those that still answer give back first what they have lent, and been lent."""
-        if self._lending:
-            self._lending = None
-            stopping = [actor.stop_lending.remote() for actor in self._actors]
-            ray.wait(stopping, num_returns=len(stopping), timeout=_LOOK_EVERY_S)
-            give_back()
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
+        """End the actors' processes."""
+        actors = self._actors
+        try:
+            self._stop_lending()
+        finally:
+            self._actors = []
+            for actor in actors:
+                ray.kill(actor)
+
+
+def _succeeded(reference: Any) -> bool:
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayError:
+        return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, without Ray's traceback. It leaves no reference to the error, whose frames hold tensors."""
+    said = str(getattr(error, "cause", None) or error).strip().splitlines()
+    return said[0] if said else type(error).__name__

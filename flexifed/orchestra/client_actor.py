@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from flexifed.federation.assignment import name_clients
 from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.client import ClientShards
 from flexifed.federation.host import ClientHost
-from flexifed.orchestra.lending import Gpu, Lending, collect, give_back
+from flexifed.orchestra.lending import Gpu, Lending, collect, lending_on
 from flexifed.orchestra.wire import (
     PackedGroups,
     PackedHostRound,
@@ -30,6 +30,7 @@ from flexifed.orchestra.wire import (
 )
 from flexifed.training.memory import keep_freed_memory
 
+_DRIVER = "driver"
 # In what PyTorch says, and cuBLAS and cuDNN through it; the last, of a convolution none of whose plans got its memory.
 _DEVICE_IS_FULL = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
 
@@ -52,7 +53,7 @@ class ClientActor:
         streams: int,
     ) -> None:
         """Forget the cell before, and hold these clients of this one; see `ClientHost`."""
-        self._host = self._lending = None
+        self._host = None
         self._clients = clients
         if config.device == "cuda":
             if not torch.cuda.is_available():
@@ -65,7 +66,10 @@ class ClientActor:
         """See `ClientHost.play_round`; the global state comes in parts, which Ray hands over by reference."""
         with device_memory_explained(self._clients, f"round {round_index}"):
             played = self._hosted.play_round(round_index, self._joined(aggregated, parts), train=train)
-            return pack_host_round(played, self._lending.pack if self._lending else pack_tensors)
+            return pack_host_round(played, self._pack)
+
+    def _pack(self, tensors: Iterable[torch.Tensor]) -> PackedTensors:
+        return self._lending.lend(self._lending.write(tensors), _DRIVER) if self._lending else pack_tensors(tensors)
 
     def state_sha256(self, aggregated: bool, *parts: PackedGroups) -> dict[int, str]:
         """See `ClientHost.state_sha256`."""
@@ -86,8 +90,8 @@ class ClientActor:
         Returns:
             A sample, for the driver to try.
         """
-        self._lending = Lending(torch.device(device))
-        return self._lending.pack([sample()])
+        self._lending = lending_on(torch.device(device))
+        return self._pack([sample()])
 
     def can_read(self, packed: PackedTensors) -> bool:
         """Whether a sample of the driver's arrives."""
@@ -95,9 +99,11 @@ class ClientActor:
         return is_sample(self._lending.unpack(packed))
 
     def stop_lending(self) -> None:
-        """Send tensors by Ray, and free the memory that was lent."""
+        """Send tensors by Ray from now on, and free the memory that was lent: the driver has closed it."""
+        if self._lending:
+            self._lending.close()
+            self._lending.give_back(closed=True)
         self._lending = None
-        give_back()
 
     def save(self, folder: Path) -> dict[str, str]:
         """See `ClientHost.save`."""
@@ -156,6 +162,7 @@ def device_shortage(error: BaseException) -> str | None:
 
 def _with_causes(error: BaseException) -> Iterator[BaseException]:
     """An error, and all that it came of: the end of a recording can fail because of what went wrong within it."""
+    error = getattr(error, "cause", None) or error  # without Ray's traceback
     while True:
         yield error
         if (before := error.__cause__ or error.__context__) is None:

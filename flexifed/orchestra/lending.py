@@ -1,7 +1,7 @@
 """Tensors that the processes of a cell leave on the GPU that they share, for each other to read.
 
 CUDA lets a process open another's memory on the same GPU, and PyTorch hands out the leave to do so (CUDA IPC). Opening
-takes longer than copying, so each process has one buffer, lends it once for a cell, and writes it anew in each round.
+takes longer than copying, so each process has one buffer, lends it once, and writes it anew in each round.
 No lock is needed: a client's process writes while it plays, when the driver only waits, and the driver writes between
 rounds, when no client plays. On CPUs the same works through shared memory; only tests ask for it.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing.reduction import ForkingPickler
 from uuid import uuid4
 
@@ -20,12 +21,13 @@ import torch.multiprocessing  # teaches that pickler about tensors
 from flexifed.orchestra.wire import LentBuffer, PackedTensors, layout_of, num_bytes, views
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-_buffers: dict[torch.device, torch.Tensor] = {}
-"""Of this process; see `_buffer`."""
 
 
 class Lending:
-    """One process's end: the buffer that it lends, and those that it has been lent.
+    """One process's end: the buffer that it lends, and those that it has been lent. A process has one: `lending_on`.
+
+    PyTorch counts who has a buffer open, and never frees one whose reader was killed. So the buffer goes from cell to
+    cell, and is only given back when its readers have closed it.
 
     Args:
         device: they lie on.
@@ -33,65 +35,72 @@ class Lending:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._name = ""
-        self._lent: torch.Tensor | None = None
-        self._readers: set[int] = set()
-        self._opened: dict[str, torch.Tensor] = {}
+        self._name = uuid4().hex
+        self._generation = 0
+        self._buffer: torch.Tensor | None = None
+        self._readers: set[str] = set()
+        self._opened: dict[str, tuple[int, torch.Tensor]] = {}
         if device.type == "cpu":
             torch.multiprocessing.set_sharing_strategy("file_system")  # the other one needs a common parent
-
-    def pack(self, tensors: Iterable[torch.Tensor]) -> PackedTensors:
-        """`write` and `lend`, where there is one reader."""
-        return self.lend(self.write(tensors), reader=0)
 
     def write(self, tensors: Iterable[torch.Tensor]) -> PackedTensors:
         """Copy tensors, from whatever device, into this process's buffer, and wait until they are there."""
         tensors = list(tensors)
         layout = layout_of(tensors)
-        buffer = _buffer(self._device, num_bytes(layout))
-        if buffer is not self._lent:
-            self._name, self._lent, self._readers = uuid4().hex, buffer, set()
-        for tensor, view in zip(tensors, views(buffer, layout), strict=True):
+        for tensor, view in zip(tensors, views(self._roomy(num_bytes(layout)), layout), strict=True):
             view.copy_(tensor)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the reader's work does not wait for ours
-        return PackedTensors(LentBuffer(self._name, None), layout)
+        return PackedTensors(LentBuffer(self._name, self._generation, None), layout)
 
-    def lend(self, written: PackedTensors, reader: int) -> PackedTensors:
-        """What to send to a reader, who opens the buffer once, by a handle of its own: PyTorch counts them."""
+    def lend(self, written: PackedTensors, reader: str) -> PackedTensors:
+        """What to send to a reader, a process. Each opens the buffer once, by a handle of its own."""
         if reader in self._readers:
             return written
+        assert self._buffer is not None
         self._readers.add(reader)
-        return replace(written, buffer=LentBuffer(self._name, bytes(ForkingPickler.dumps(self._lent))))
+        handle = bytes(ForkingPickler.dumps(self._buffer))
+        return replace(written, buffer=LentBuffer(self._name, self._generation, handle))
 
     def unpack(self, packed: PackedTensors) -> list[torch.Tensor]:
         """The tensors, as views into the other's buffer. They change with its next round; never write to them."""
         lent = packed.buffer
         assert isinstance(lent, LentBuffer)
-        if lent.name not in self._opened:
+        generation, buffer = self._opened.get(lent.lender, (-1, None))
+        if generation != lent.generation or buffer is None:
             assert lent.handle is not None, "its reader has never had the handle"
-            self._opened[lent.name] = ForkingPickler.loads(lent.handle)
-        return list(views(self._opened[lent.name], packed.layout))
+            self._opened.pop(lent.lender, None)
+            buffer = ForkingPickler.loads(lent.handle)
+            self._opened[lent.lender] = lent.generation, buffer
+        return list(views(buffer, packed.layout))
+
+    def close(self) -> None:
+        """Close what others have lent."""
+        self._opened.clear()
+        collect()
+
+    def give_back(self, *, closed: bool) -> None:
+        """Forget the readers; free the buffer if they have all closed it, and keep it for the next ones otherwise."""
+        self._readers.clear()
+        if closed:
+            self._buffer = None
+        collect()
+
+    def _roomy(self, size: int) -> torch.Tensor:
+        """The buffer; a new one, which its readers have to open, if this one is too small."""
+        if self._buffer is None or self._buffer.numel() < size:
+            self._buffer = None
+            collect()  # so that it does not hold on to a larger block than it needs
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+            self._generation += 1
+            self._readers.clear()
+        return self._buffer
 
 
-def _buffer(device: torch.device, size: int) -> torch.Tensor:
-    """This process's buffer, a larger one if need be. It goes from cell to cell.
-
-    PyTorch gives no memory back that a reader still has open, and a reader that was killed has it open for ever. One
-    for each cell would fill the GPU, cell by lost cell.
-    """
-    held = _buffers.get(device)
-    if held is None or held.numel() < size:
-        _buffers.pop(device, None)
-        del held
-        held = _buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
-    return held
-
-
-def give_back() -> None:
-    """Free what this process has lent, once its readers have closed it, and what it keeps on a GPU for later."""
-    _buffers.clear()
-    collect()
+@cache
+def lending_on(device: torch.device) -> Lending:
+    """This process's end on a device."""
+    return Lending(device)
 
 
 def collect() -> None:
@@ -99,6 +108,16 @@ def collect() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.ipc_collect()
         torch.cuda.empty_cache()
+
+
+def has_broken_gpu() -> bool:
+    """Whether this process can't use its GPU any more. An error of CUDA's own stays until the process ends."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,8 @@ class Gpu:
 
     def opened(self) -> torch.device:
         """The same GPU, as the first of this process, to which Ray may have given none.
+
+        Nothing here may have asked CUDA for anything before, not even whether there is a GPU: it looks around once.
 
         Raises:
             RuntimeError: this process computes on another already, or can't open it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -17,6 +17,7 @@ from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts, GroupLostError, LostError
 from flexifed.orchestra.client_actor import device_shortage
 from flexifed.orchestra.ledger import CellReport, CellState
+from flexifed.orchestra.lending import has_broken_gpu
 from flexifed.orchestra.placement import CellPlacement, halved
 from flexifed.results.store import ResultsFolder
 from flexifed.wording import counted
@@ -55,26 +56,22 @@ class CellTrial(tune.Trainable):
         except GroupLostError:
             self.cleanup()
             raise  # only Tune can get another group
-        except LostError as error:
-            report = self._interrupted("lost", str(error))
-        except DeviceMemoryError as error:
-            report = self._out_of_memory(str(error))
-        except FlexifedError as error:
-            report = self._interrupted("failed", str(error))
         except Exception as error:
-            shortage = device_shortage(error)  # of this process, which averages on its clients' GPU
-            if shortage:
-                report = self._out_of_memory(f"averaging: {shortage}")
-            else:
-                report = self._interrupted("failed", traceback.format_exc())
+            state, reason = _explained(error)
+        else:
+            return {"report": report, "done": report.ends}
+        # Past the handler, so that tensors in the error's frames are gone when this process and its actors clean up.
+        report = self._interrupted(state, reason)
+        if has_broken_gpu():
+            raise GroupLostError(f"the driver's process can't use its GPU any more: {reason.strip().splitlines()[-1]}")
         return {"report": report, "done": report.ends}
 
     def cleanup(self) -> None:
         """Leave no process behind."""
         self._close_session()
-        if self._hosts:
-            self._hosts.shut_down()
-            self._hosts = None
+        hosts, self._hosts = self._hosts, None
+        if hosts:
+            hosts.shut_down()
 
     def _play_round(self) -> CellReport:
         run = self._placed.run
@@ -104,20 +101,32 @@ class CellTrial(tune.Trainable):
 
     def _interrupted(self, state: CellState, reason: str) -> CellReport:
         """Note it, and end the actors: their state is unknown, so they are not used again."""
+        roomier = None
+        if state == "out_of_memory":
+            roomier = halved(self._placed.placement, self._placed.run.config, cluster.nodes())
+            reason = f"{reason}; {_memory_advice(self._placed, roomier)}"
         if self._session and state != "lost":  # of losses the command keeps the log, as it hears of all of them
             self._session.fail(reason)
         self.cleanup()
-        return CellReport(self._placed.run.name, state, reason=reason)
-
-    def _out_of_memory(self, what: str) -> CellReport:
-        roomier = halved(self._placed.placement, self._placed.run.config, cluster.nodes())
-        reason = f"{what}; {_memory_advice(self._placed, roomier)}"
-        return replace(self._interrupted("out_of_memory", reason), roomier=roomier)
+        return CellReport(self._placed.run.name, state, reason=reason, roomier=roomier)
 
     def _close_session(self) -> None:
         if self._session:
             self._session.close()
             self._session = None
+
+
+def _explained(error: Exception) -> tuple[CellState, str]:
+    """What an error makes of a cell, and why."""
+    if isinstance(error, LostError):
+        return "lost", str(error)
+    if isinstance(error, DeviceMemoryError):
+        return "out_of_memory", str(error)
+    if isinstance(error, FlexifedError):
+        return "failed", str(error)
+    if shortage := device_shortage(error):  # of the driver, say, which averages on its clients' GPU
+        return "out_of_memory", f"between the clients' turns: {shortage}"
+    return "failed", "".join(traceback.format_exception(error))
 
 
 def _memory_advice(placed: PlacedRun, roomier: CellPlacement | None) -> str:

@@ -29,11 +29,13 @@ class LentBuffer:
     """A buffer in another process, which stays there and is written anew from round to round.
 
     Attributes:
-        name: under which its reader keeps it open.
+        lender: the process's name for itself.
+        generation: counts its buffers; a larger one takes the place of the one before.
         handle: how to open it; None once its reader has had it.
     """
 
-    name: str
+    lender: str
+    generation: int
     handle: bytes | None
 
 

@@ -152,12 +152,17 @@ def test_only_what_a_device_itself_did_in_that_time_makes_it_busy(
     ]
     results = SimpleNamespace(events=lambda: events)
     busy, clock, ones = sys.modules["busy"], iter([1_000, 2_000]), torch.ones
-    profiler = SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))
-    monkeypatch.setattr(busy, "profile", lambda **_: nullcontext(profiler))
+
+    class Profiler(nullcontext[None]):
+        profiler = SimpleNamespace(kineto_results=results)
+
+    monkeypatch.setattr(busy, "profile", lambda **_: Profiler())
     monkeypatch.setattr(busy.time, "time_ns", lambda: next(clock))
     monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    assert busy.device_use(torch.device("cuda"), lambda: None) == busy.DeviceUse(share=0.5, kernels=3)
+    assert busy.device_use(torch.device("cuda"), lambda: None) == busy.DeviceUse(
+        share=0.5, operations=3, seen_until=1.0
+    )
 
 
 def test_a_profiler_that_sees_nothing_is_an_error_and_not_an_idle_device(round_benchmark: Any) -> None:
@@ -188,7 +193,7 @@ def test_the_part_in_which_a_device_works_is_seen(round_benchmark: Any) -> None:
         torch.device("cpu"), lambda: [(one @ one, threading.Event().wait(0.05)) for _ in range(4)]
     )
     assert 0 < half_idle.share < 0.5 < busy.share <= 1
-    assert (busy.kernels, half_idle.kernels) == (5 * half_idle.kernels, half_idle.kernels)
+    assert busy.operations == 5 * half_idle.operations
 
 
 def test_the_baselines_mean_is_the_plans(round_benchmark: Any) -> None:

@@ -31,7 +31,7 @@ from flexifed.federation.host import HostRound, cell_plan
 from flexifed.federation.rounds import Federation, Hosts, LocalHosts, RoundResult, make_shards
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
-from flexifed.orchestra.lending import Lending
+from flexifed.orchestra.lending import lending_on
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, place_cell
 from flexifed.orchestra.wire import (
     pack_groups,
@@ -59,12 +59,20 @@ def cell(scheme: str = "max_common", **changes: Any) -> CellConfig:
     return replace(config, **{"partition": partition, "training": TrainingConfig(local_epochs=1), **changes})
 
 
+def stop_lending(hosts: ActorHosts) -> None:
+    """Have actors, some of which a test may have used through `LendingActors`, forget that they lend."""
+    hosts._lending = lending_on(torch.device("cpu"))
+    hosts._stop_lending()
+
+
 class SomeActors(ActorHosts):
     """The first of another's actors, so that a test of fewer starts no further processes."""
 
     def __init__(self, whole: ActorHosts, count: int) -> None:
+        stop_lending(whole)
         self._group = whole._group
         self._actors = whole._actors[:count]
+        self._lending = None
 
 
 class LendingActors(SomeActors):
@@ -87,7 +95,7 @@ def eight_actors() -> Iterator[ActorHosts]:
         ray.get(group.ready())
         hosts = ActorHosts(group)
         yield hosts
-        hosts._lending = Lending(torch.device("cpu"))  # some of its tests have lent, and what they did is given back
+        stop_lending(hosts)
         hosts.shut_down()
 
 
@@ -645,7 +653,7 @@ def test_eight_clients_share_one_gpu_and_train_at_the_same_time(eight_actors: Ac
 def test_where_lending_does_not_work_tensors_travel_and_the_log_can_say_why(eight_actors: ActorHosts) -> None:
     class Unlucky(LendingActors):
         def _lend_on(self, device: torch.device) -> None:
-            ray.get(self._actors[0].lend_on.remote(str(device)))  # so that one has begun to
+            super()._lend_on(device)
             raise RuntimeError("CUDA error: operation not supported\nSearch for it.\nCompile with `TORCH_USE_CUDA_DSA`")
 
     config = cell()

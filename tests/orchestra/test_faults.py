@@ -233,7 +233,10 @@ def test_a_cell_stops_after_its_round_and_none_begins(
     ("error", "said"),
     [
         (DeviceMemoryError("client 3, round 1, training: out of memory"), "client 3, round 1, training: out of memory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "averaging: CUDA out of memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+            "between the clients' turns: CUDA out of memory",
+        ),
     ],
 )
 def test_a_cell_out_of_memory_says_where_there_is_more(
@@ -249,6 +252,18 @@ def test_a_cell_out_of_memory_says_where_there_is_more(
         "ask for --gpus-per-client 0.25 --clients-per-actor 4, or let --retry-out-of-memory do so"
     )
     assert report.reason in log(run)
+
+
+def test_a_driver_whose_gpu_is_broken_leaves_the_cell_to_another_process(
+    tmp_path: Path, trial: Callable[[CellRun], CellTrial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BrittleHosts.failing = [("play_round", 2, RuntimeError("CUDA error: uncorrectable ECC error encountered"))]
+    monkeypatch.setattr("flexifed.orchestra.trial.has_broken_gpu", lambda: True)
+    one = trial(cell(tmp_path / "broken"))
+    one.step()
+    with pytest.raises(GroupLostError, match="can't use its GPU any more: RuntimeError: CUDA error: unc"):
+        one.step()
+    assert BrittleHosts.alive == 0
 
 
 # ------------------------------------------------------------------------------------------------------ out of memory

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flexifed.orchestra import lending
-from flexifed.orchestra.lending import Gpu, Lending, give_back
+from flexifed.orchestra.lending import Gpu, Lending, has_broken_gpu, lending_on
 from flexifed.orchestra.wire import LentBuffer, PackedTensors
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def nothing_lent() -> Iterator[None]:
-    give_back()
-    yield
-    give_back()
+Two = tuple[Lending, Lending]
 
 
 def lent(packed: PackedTensors) -> LentBuffer:
@@ -28,39 +21,72 @@ def lent(packed: PackedTensors) -> LentBuffer:
     return packed.buffer
 
 
-def test_a_reader_opens_a_buffer_once_and_then_sees_each_new_round() -> None:
-    lender, reader = Lending(CPU), Lending(CPU)
-    first = lender.pack([torch.ones(3), torch.tensor([True, False])])
+@pytest.fixture
+def two() -> Two:
+    """The ends of two processes, one of which lends and one of which reads."""
+    return Lending(CPU), Lending(CPU)
+
+
+def sent(lender: Lending, *tensors: torch.Tensor, reader: str = "reader") -> PackedTensors:
+    return lender.lend(lender.write(tensors), reader)
+
+
+def test_a_reader_opens_a_buffer_once_and_then_sees_each_new_round(two: Two) -> None:
+    lender, reader = two
+    first = sent(lender, torch.ones(3), torch.tensor([True, False]))
     assert [one.tolist() for one in reader.unpack(first)] == [[1.0, 1.0, 1.0], [True, False]]
-    second = lender.pack([torch.full((3,), 2.0), torch.tensor([False, True])])
-    assert lent(second) == LentBuffer(lent(first).name, None)
+    second = sent(lender, torch.full((3,), 2.0), torch.tensor([False, True]))
+    assert lent(second) == replace(lent(first), handle=None)
     assert [one.tolist() for one in reader.unpack(second)] == [[2.0, 2.0, 2.0], [False, True]]
 
 
 def test_each_reader_gets_one_handle_of_its_own() -> None:
     lender = Lending(CPU)
     written = lender.write([torch.ones(3)])
-    packed = [lender.lend(written, reader) for reader in (0, 1, 2, 0, 1)]
+    packed = [lender.lend(written, reader) for reader in ("a", "b", "c", "a", "b")]
     assert [lent(one).handle is None for one in packed] == [False, False, False, True, True]
-    assert len({lent(one).name for one in packed}) == 1
+    assert len({lent(one).lender for one in packed}) == 1
     assert all(Lending(CPU).unpack(one)[0].tolist() == [1.0] * 3 for one in packed[:3])
 
 
-def test_what_needs_more_room_takes_another_buffer_and_leaves_the_first_to_its_reader() -> None:
-    lender, reader = Lending(CPU), Lending(CPU)
-    (before,) = reader.unpack(lender.pack([torch.ones(3)]))
-    (after,) = reader.unpack(lender.pack([torch.zeros(5)]))
-    assert (before.tolist(), after.tolist()) == ([1.0] * 3, [0.0] * 5)
+def test_what_needs_more_room_takes_another_buffer_in_the_place_of_the_first(two: Two) -> None:
+    lender, reader = two
+    reader.unpack(sent(lender, torch.ones(3)))
+    larger = sent(lender, torch.zeros(50))
+    assert lent(larger).handle is not None
+    assert reader.unpack(larger)[0].tolist() == [0.0] * 50
+    assert len(reader._opened) == 1
+    smaller = sent(lender, torch.ones(2))
+    assert lent(smaller) == replace(lent(larger), handle=None), "what has room goes where it is"
+    assert reader.unpack(smaller)[0].tolist() == [1.0] * 2
 
 
-def test_the_next_cell_lends_the_same_buffer_under_another_name_until_it_is_given_back() -> None:
-    first, second = (lent(Lending(CPU).pack([torch.ones(3)])) for _ in range(2))
-    assert first.name != second.name
-    assert second.handle is not None
-    (buffer,) = lending._buffers.values()
-    give_back()
-    Lending(CPU).pack([torch.ones(3)])
-    assert buffer is not lending._buffers[CPU]
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_buffer_that_a_lost_reader_has_open_serves_the_next_one(two: Two, closed: bool) -> None:
+    lender, reader = two
+    reader.unpack(sent(lender, torch.ones(3), reader="before"))
+    buffer = lender._buffer
+    reader.close()
+    lender.give_back(closed=closed)
+    again = sent(lender, torch.zeros(3), reader="after")
+    assert (lender._buffer is buffer) == (not closed)
+    assert reader.unpack(again)[0].tolist() == [0.0] * 3
+
+
+def test_a_process_has_one_end() -> None:
+    assert lending_on(CPU) is lending_on(torch.device("cpu"))
+
+
+def test_a_gpu_that_does_not_answer_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    assert not has_broken_gpu(), "nothing here has asked for one"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not has_broken_gpu()
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    assert has_broken_gpu()
 
 
 class FakeCuda:
