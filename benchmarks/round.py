@@ -107,7 +107,7 @@ def take_turns(run: CellRun, placement: CellPlacement, rounds: int, warm_up: int
     ray.get(group.ready())
     hosts = ActorHosts(group)
     hosts.begin(run.config, run.info, placement, session.shards)
-    session.start(hosts)
+    session.start(hosts, hosts.exchange)
     played, round_s, baseline_s = [], [], []
     for index in range(rounds):
         started = time.perf_counter()

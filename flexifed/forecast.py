@@ -32,24 +32,25 @@ def show_forecast(request: GridRequest, nodes: Sequence[Resources], where: str, 
     placement = request.place(runs[0], nodes)
     unfinished = [run for run in runs if not run.is_finished]
     for run in runs:
-        state = "finished" if run.is_finished else "to run"
+        state = "to run" if run in unfinished else "finished"
         console.print(
             f"  {run.label:<44} {state}, {run.rounds} rounds, run {run.run_id}", highlight=False, soft_wrap=True
         )
     device = runs[0].config.device
-    at_once = min(estimate.concurrent_cells(placement, nodes), options.max_concurrent or len(runs))
+    most = max(1, len(unfinished))
+    at_once = min(estimate.concurrent_cells(placement, nodes), options.max_concurrent or most, most)
     console.print(f"resources: a cell is {placement}, on {device}; {at_once} at a time on {where}", soft_wrap=True)
-    sizes = [state_bytes(run.config, run.info) for run in runs]
-    kept = f"{decimal(sum(sizes))} of final states stay (none with --no-keep-final); " if options.keep_final else ""
-    meanwhile = decimal(CHECKPOINTS_AT_ONCE * at_once * max(sizes))
-    console.print(f"disk: {kept}up to {meanwhile} of checkpoints while cells run", highlight=False, soft_wrap=True)
+    kept = decimal(sum(state_bytes(run.config, run.info) for run in runs))
+    disk = [f"{kept} of final states stay (none with --no-keep-final)"] if options.keep_final else []
+    if unfinished:
+        checkpoint = max(state_bytes(run.config, run.info) for run in unfinished)
+        disk.append(f"up to {decimal(CHECKPOINTS_AT_ONCE * at_once * checkpoint)} of checkpoints while cells run")
+    console.print(f"disk: {'; '.join(disk) or 'no checkpoints'}", highlight=False, soft_wrap=True)
     if device == "cuda" and not estimate.this_machine()["GPU"]:
         console.print("time: not estimated, because steps are timed in this process and it sees no GPU", soft_wrap=True)
         return
-    seconds = (
-        sum(estimate.cell_seconds(run, placement, nodes, at_once) for run in unfinished) / at_once + estimate.START_S
-    )
+    seconds = sum(estimate.cell_seconds(run, placement, nodes, at_once) for run in unfinished) / at_once
     console.print(
-        f"time: about {duration(seconds)}, from a few steps timed here and now; nothing was started",
+        f"time: about {duration(seconds + estimate.START_S)}, from a few steps timed here and now; nothing was started",
         soft_wrap=True,
     )

@@ -38,10 +38,13 @@ class GridRequest:
         """Find out before anything is started whether the settings fit the data and each other.
 
         Raises:
-            ConfigError: clients can't be dealt out to actors, or a round's part of a shard would be empty.
+            ConfigError: a share of a GPU is none, or is for clients on CPUs; clients can't be dealt out to actors; a
+                round's part of a shard would be empty.
             DataError: more shards than samples.
         """
         options = self.options
+        self._wanted()
+        self._check_share(options.device)
         if options.clients_per_actor is not None:
             assign_clients(options.partition.num_clients, options.clients_per_actor, options.sharing.reduce_block)
         device: Device = "cuda" if options.device == "auto" else options.device  # which may take more settings
@@ -49,7 +52,7 @@ class GridRequest:
             shards = make_shards(options.cell_config(cell, options.seeds[0], device), self.infos[cell.dataset])
             window(shards[0].train, 0, options.partition.windows_per_shard)
 
-    def runs(self, device: Device) -> list[CellRun]:
+    def runs_for(self, device: Device) -> list[CellRun]:
         """One run for each cell and seed."""
         options = self.options
         return [
@@ -74,8 +77,8 @@ class GridRequest:
                 now.
         """
         if self.options.device != "auto":
-            return self.runs(self.options.device)
-        runs = self.runs("cuda" if has_gpus(nodes) else "cpu")
+            return self.runs_for(self.options.device)
+        runs = self.runs_for("cuda" if has_gpus(nodes) else "cpu")
         for run in runs:
             other = _on_the_other_device(run)
             if other and self._has_rounds(other) and not self._has_rounds(run):
@@ -96,19 +99,26 @@ class GridRequest:
             ConfigError: a share of a GPU for clients that use none.
             ResourceError: as `place_cell`.
         """
+        self._check_share(run.config.device)
+        return place_cell(run.config, self._wanted(), nodes)
+
+    def _wanted(self) -> PlacementOptions:
         options = self.options
-        wanted = PlacementOptions(
+        return PlacementOptions(
             gpus_per_client=options.gpus_per_client,
             clients_per_actor=options.clients_per_actor,
             streams=options.streams,
             cuda_ipc=options.cuda_ipc,
         )
-        if options.gpus_per_client and run.config.device == "cpu":
-            raise ConfigError(
-                f"gpus_per_client is {options.gpus_per_client:g}, but device is 'cpu', which uses none; leave "
-                "--gpus-per-client out, or use --device cuda"
-            )
-        return place_cell(run.config, wanted, nodes)
+
+    def _check_share(self, device: str) -> None:
+        """Refuse a share of a GPU for clients that use none."""
+        share = self.options.gpus_per_client
+        if share and device == "cpu":
+            asked = self.options.device == "cpu"
+            why = "device is 'cpu', which uses none" if asked else "no node has a GPU"
+            remedy = "use --device cuda" if asked else "add nodes that have one"
+            raise ConfigError(f"gpus_per_client is {share:g}, but {why}; leave --gpus-per-client out, or {remedy}")
 
 
 def _on_the_other_device(run: CellRun) -> CellRun | None:

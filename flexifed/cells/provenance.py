@@ -14,12 +14,13 @@ _OF_AN_ATTEMPT = ("computed_on", "machine", "versions")
 _PACKAGES = ("flexifed", "torch", "torchvision", "ray", "numpy", "pyarrow")
 
 
-def provenance(run: CellRun, placement: str, computed_on: Iterable[str]) -> dict[str, Any]:
+def provenance(run: CellRun, placement: str, exchange: str, computed_on: Iterable[str]) -> dict[str, Any]:
     """What a run is, where it runs, on which hardware and under which versions.
 
     Args:
         run: the run.
         placement: words that say where it runs.
+        exchange: words that say how tensors get from process to process.
         computed_on: what each of its processes computes on.
     """
     versions = {"python": platform.python_version()}
@@ -35,6 +36,7 @@ def provenance(run: CellRun, placement: str, computed_on: Iterable[str]) -> dict
         "config": asdict(run.config),
         "data": asdict(run.info),
         "placement": placement,
+        "exchange": exchange,
         "machine": f"{platform.system()} {platform.machine()} {platform.node()}",
         "versions": versions,
         "computed_on": sorted(set(computed_on)),

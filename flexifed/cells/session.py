@@ -49,13 +49,19 @@ class CellSession:
         _write_shards(folder.run_folder(run.name) / "shards.parquet", self.shards)
         self._log.write(f"begin {run.name}: {run.rounds} rounds on {run.info.source} data, {placement}")
 
-    def start(self, hosts: Hosts) -> None:
-        """Begin to play, or go on from the last checkpoint, on hosts that hold this cell's clients."""
+    def start(self, hosts: Hosts, exchange: str = "all clients are in one process") -> None:
+        """Begin to play, or go on from the last checkpoint.
+
+        Args:
+            hosts: that hold this cell's clients.
+            exchange: words that say how tensors get from process to process, for its metadata.
+        """
+        self._log.write(exchange)
         self._federation = Federation(self.run.config, self.run.info, hosts)
         before = self._restore(self._federation)
         path, next_round = self._folder.rounds_file(self.run.name), self._federation.next_round
         stored: dict[str, Any] = read_metadata(path) if path.exists() else {}
-        metadata = provenance(self.run, self._placement, hosts.device_names())
+        metadata = provenance(self.run, self._placement, exchange, hosts.device_names())
         metadata["attempts"] = computed = attempts(metadata, stored, next_round)
         if len(computed) > 1 and computed[-1]["from_round"] == next_round:
             self._log.write(
@@ -93,10 +99,6 @@ class CellSession:
         if self._committed_round != self._federation.next_round:
             self._checkpoint(self._federation, self._writer)
         self._log.write(f"stopped, as asked; round {self._federation.next_round} is next")
-
-    def note(self, what: str) -> None:
-        """Write it into the cell's log."""
-        self._log.write(what)
 
     def fail(self, reason: str) -> None:
         """Note why the cell can't go on, if the log can still be written."""

@@ -24,8 +24,8 @@ from flexifed.core.trie import Node, PrefixTrie, build_trie
 from flexifed.errors import ConfigError, invalid_choice
 
 Cut = Callable[[Node, int, int], tuple[int, ...]]
-"""A scheme: of a layer's node in the trie, the architecture that asks, and how many architectures there are, it makes
-the indices of the architectures that average the layer together, ascending; () where it is personal."""
+"""A scheme: takes a layer's node in the trie, the architecture that asks, and the number of architectures; returns the
+indices of the architectures that average the layer together, ascending, or () where it is personal."""
 
 
 def standalone(node: Node, architecture: int, num_architectures: int) -> tuple[int, ...]:
@@ -163,6 +163,11 @@ class SharingPlan:
         found = Counter(self.architecture_of[client] for client in clients)
         whole = {index for index, count in found.items() if count == len(self.clients_of[index])}
         return tuple(group for group in self.groups if whole.issuperset(group.architectures))
+
+    def groups_across(self, parts: Iterable[Iterable[int]]) -> tuple[Group, ...]:
+        """The groups that have members in several of these parts of the clients."""
+        within = {group.index for clients in parts for group in self.groups_within(clients)}
+        return tuple(group for group in self.groups if group.index not in within)
 
     def shared_names(self, client: int) -> dict[int, tuple[str, ...]]:
         """For each of a client's groups (by index), the state-dict keys of the tensors that are averaged."""

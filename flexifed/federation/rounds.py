@@ -115,8 +115,7 @@ class Federation:
     def __init__(self, config: CellConfig, info: DatasetInfo, hosts: Hosts) -> None:
         self._config = config
         self.plan = cell_plan(config, info)
-        of_one_host = {group.index for clients in hosts.clients for group in self.plan.groups_within(clients)}
-        self._groups = [group for group in self.plan.groups if group.index not in of_one_host]
+        self._groups = self.plan.groups_across(hosts.clients)
         self.shared: GroupState | None = None
         self.next_round = 0
         self._hosts = hosts

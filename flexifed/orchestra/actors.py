@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from flexifed.federation.assignment import name_clients
 from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.client import ClientShards
 from flexifed.federation.host import HostRound, cell_plan
-from flexifed.orchestra.client_actor import ClientActor, is_sample, sample
-from flexifed.orchestra.lending import Lending, collect, lending_on
+from flexifed.orchestra.client_actor import ClientActor, first_line
+from flexifed.orchestra.lending import Lending, collect, is_sample, lending_on, sample
 from flexifed.orchestra.placement import CellPlacement
 from flexifed.orchestra.wire import pack_groups, unpack_host_round, unpack_tensors
 from flexifed.training.numerics import device_name
@@ -57,6 +58,7 @@ class ActorHosts:
     def __init__(self, group: PlacementGroup) -> None:
         self._group = group
         self._lending: Lending | None = None
+        self.exchange = "no cell has begun"
         self._actors: list[Any] = [  # Ray's handles are not typed by method
             ray.remote(ClientActor)
             .options(
@@ -77,6 +79,7 @@ class ActorHosts:
         Raises:
             GroupLostError: actors that were not started yet have lost their node.
         """
+        self._stop_lending()
         collect()  # what the cell before has left on a GPU
         self.clients = placement.clients
         self._plan = cell_plan(config, info)
@@ -96,7 +99,7 @@ class ActorHosts:
     def _choose_exchange(self, config: CellConfig, placement: CellPlacement) -> None:
         """Leave tensors on the GPU if it is the same for all, and if that works. It changes no number."""
         why_not = ""
-        if config.device == "cuda" and len(self._actors) > 1 and self._plan.groups and placement.cuda_ipc:
+        if config.device == "cuda" and placement.cuda_ipc and self._plan.groups_across(placement.clients):
             try:
                 device = self._common_gpu()
                 self._lend_on(device)
@@ -105,7 +108,7 @@ class ActorHosts:
             except LostError:
                 raise
             except Exception as error:  # whatever a system has against it
-                why_not = f", and don't stay on a GPU: {_first_line(error)}"
+                why_not = f", and don't stay on a GPU: {first_line(error)}"
         self._stop_lending()
         self.exchange = f"tensors travel through Ray's object store{why_not}"
 
@@ -230,13 +233,11 @@ class ActorHosts:
 
     def shut_down(self) -> None:
         """End the actors' processes."""
-        actors = self._actors
-        try:
+        with suppress(RuntimeError):  # of a GPU that is broken
             self._stop_lending()
-        finally:
-            self._actors = []
-            for actor in actors:
-                ray.kill(actor)
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
 
 
 def _succeeded(reference: Any) -> bool:
@@ -245,9 +246,3 @@ def _succeeded(reference: Any) -> bool:
     except ray.exceptions.RayError:
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, without Ray's traceback. It leaves no reference to the error, whose frames hold tensors."""
-    said = str(getattr(error, "cause", None) or error).strip().splitlines()
-    return said[0] if said else type(error).__name__

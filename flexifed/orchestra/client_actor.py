@@ -18,7 +18,7 @@ from flexifed.federation.assignment import name_clients
 from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.client import ClientShards
 from flexifed.federation.host import ClientHost
-from flexifed.orchestra.lending import Gpu, Lending, collect, lending_on
+from flexifed.orchestra.lending import Gpu, Lending, collect, is_sample, lending_on, sample
 from flexifed.orchestra.wire import (
     PackedGroups,
     PackedHostRound,
@@ -107,7 +107,8 @@ class ClientActor:
 
     def save(self, folder: Path) -> dict[str, str]:
         """See `ClientHost.save`."""
-        return self._hosted.save(folder)
+        with device_memory_explained(self._clients, "writing a checkpoint"):
+            return self._hosted.save(folder)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """See `ClientHost.restore`."""
@@ -128,23 +129,13 @@ class ClientActor:
         return {index: tensors for part in parts for index, tensors in unpack_groups(part, unpack).items()}
 
 
-def sample() -> torch.Tensor:
-    """What is lent to try whether it arrives."""
-    return torch.arange(1000)
-
-
-def is_sample(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether it did."""
-    return torch.equal(tensors[0].cpu(), sample())
-
-
 @contextmanager
 def device_memory_explained(clients: Sequence[int], doing: str) -> Iterator[None]:
     """Tell a device that is full from whatever else goes wrong in a process with these clients."""
     try:
         yield
     except Exception as error:
-        reason = device_shortage(error)
+        reason = full_device(error)
         if reason is None:
             raise
         if isinstance(error, ClientError):
@@ -154,10 +145,16 @@ def device_memory_explained(clients: Sequence[int], doing: str) -> Iterator[None
         raise DeviceMemoryError(f"{name_clients(clients)}, {doing}: {reason}") from error
 
 
-def device_shortage(error: BaseException) -> str | None:
+def full_device(error: BaseException) -> str | None:
     """What an error says of a device that is full; None if it came of something else."""
     full = next((one for one in _with_causes(error) if _is_device_full(one)), None)
     return str(full).splitlines()[0].split(". ")[0] if full else None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without Ray's traceback and CUDA's advice."""
+    said = str(getattr(error, "cause", None) or error).strip().splitlines()
+    return said[0] if said else type(error).__name__
 
 
 def _with_causes(error: BaseException) -> Iterator[BaseException]:

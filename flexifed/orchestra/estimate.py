@@ -76,13 +76,13 @@ def _seconds_per_sample(name: str, config: CellConfig, info: DatasetInfo) -> tup
     data = open_dataset(info)
     pipeline = make_pipeline(data, config.family, device=where, channels_last=config.numerics.channels_last)
     batch = min(config.training.batch_size, _MOST_SAMPLES)
-    timed = batch * (_STEPS_ON_A_GPU if on_gpu else 1)
+    timed = _STEPS_ON_A_GPU * config.training.batch_size if on_gpu else batch
     workspace = make_workspace(name, config, info)
     streams = {"batches": torch_generator(0, "batches"), "augmentation": torch_generator(0, "augmentation")}
     train_s = eval_s = 0.0
     with numeric_settings(config.numerics):
-        # First a step that warms up. On a GPU kernels are chosen, and steps recorded, for each size of batch.
-        for count in (batch if on_gpu else min(2, batch), timed):
+        # First to warm up: on a GPU with all sizes of batches, for each of which kernels are chosen and steps recorded.
+        for count in (timed if on_gpu else min(2, batch), timed):
             samples, labels = (part.to(where) for part in data.train.take(np.arange(count) % info.num_train))
             started = time.perf_counter()
             run_steps(train(workspace, samples, labels, pipeline=pipeline, **streams)).item()  # when it is done

@@ -1,7 +1,7 @@
 """Tensors that the processes of a cell leave on the GPU that they share, for each other to read.
 
 CUDA lets a process open another's memory on the same GPU, and PyTorch hands out the leave to do so (CUDA IPC). Opening
-takes longer than copying, so each process has one buffer, lends it once, and writes it anew in each round.
+takes longer than copying, so each process has one buffer, lends it once for a cell, and writes it anew in each round.
 No lock is needed: a client's process writes while it plays, when the driver only waits, and the driver writes between
 rounds, when no client plays. On CPUs the same works through shared memory; only tests ask for it.
 """
@@ -9,7 +9,7 @@ rounds, when no client plays. On CPUs the same works through shared memory; only
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.reduction import ForkingPickler
@@ -26,8 +26,9 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 class Lending:
     """One process's end: the buffer that it lends, and those that it has been lent. A process has one: `lending_on`.
 
-    PyTorch counts who has a buffer open, and never frees one whose reader was killed. So the buffer goes from cell to
-    cell, and is only given back when its readers have closed it.
+    PyTorch counts who has a buffer open, and never frees one whose reader was killed. So it is only given back when its
+    readers have closed it, and serves the next ones otherwise. Should those need more room, it is lost until the
+    process ends.
 
     Args:
         device: they lie on.
@@ -101,6 +102,16 @@ class Lending:
 def lending_on(device: torch.device) -> Lending:
     """This process's end on a device."""
     return Lending(device)
+
+
+def sample() -> torch.Tensor:
+    """What is lent to try whether it arrives."""
+    return torch.arange(1000)
+
+
+def is_sample(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether it did."""
+    return torch.equal(tensors[0].cpu(), sample())
 
 
 def collect() -> None:

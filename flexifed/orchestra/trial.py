@@ -15,7 +15,7 @@ from flexifed.cells.session import CellSession, accuracy_by_version
 from flexifed.errors import DeviceMemoryError, FlexifedError
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts, GroupLostError, LostError
-from flexifed.orchestra.client_actor import device_shortage
+from flexifed.orchestra.client_actor import first_line, full_device
 from flexifed.orchestra.ledger import CellReport, CellState
 from flexifed.orchestra.lending import has_broken_gpu
 from flexifed.orchestra.placement import CellPlacement, halved
@@ -57,13 +57,14 @@ class CellTrial(tune.Trainable):
             self.cleanup()
             raise  # only Tune can get another group
         except Exception as error:
-            state, reason = _explained(error)
+            said, (state, reason) = first_line(error), _explained(error)
         else:
             return {"report": report, "done": report.ends}
         # Past the handler, so that tensors in the error's frames are gone when this process and its actors clean up.
-        report = self._interrupted(state, reason)
         if has_broken_gpu():
-            raise GroupLostError(f"the driver's process can't use its GPU any more: {reason.strip().splitlines()[-1]}")
+            self.cleanup()
+            raise GroupLostError(f"the driver's process can't use its GPU any more: {said}")  # but another one may
+        report = self._interrupted(state, reason)
         return {"report": report, "done": report.ends}
 
     def cleanup(self) -> None:
@@ -96,8 +97,7 @@ class CellTrial(tune.Trainable):
             assert group is not None
             self._hosts = ActorHosts(group)
         self._hosts.begin(run.config, run.info, self._placed.placement, self._session.shards)
-        self._session.note(self._hosts.exchange)
-        self._session.start(self._hosts)
+        self._session.start(self._hosts, self._hosts.exchange)
 
     def _interrupted(self, state: CellState, reason: str) -> CellReport:
         """Note it, and end the actors: their state is unknown, so they are not used again."""
@@ -124,8 +124,8 @@ def _explained(error: Exception) -> tuple[CellState, str]:
         return "out_of_memory", str(error)
     if isinstance(error, FlexifedError):
         return "failed", str(error)
-    if shortage := device_shortage(error):  # of the driver, say, which averages on its clients' GPU
-        return "out_of_memory", f"between the clients' turns: {shortage}"
+    if shortage := full_device(error):  # averaging on its clients' GPU
+        return "out_of_memory", f"the driver: {shortage}"
     return "failed", "".join(traceback.format_exception(error))
 
 

@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ class LentBuffer:
 
     Attributes:
         lender: the process's name for itself.
-        generation: counts its buffers; a larger one takes the place of the one before.
+        generation: counts its buffers, each of which takes the place of the one before.
         handle: how to open it; None once its reader has had it.
     """
 
@@ -104,7 +103,7 @@ def pack_groups(state: GroupState, pack: Pack = pack_tensors) -> PackedGroups:
 def unpack_groups(packed: PackedGroups, unpack: Unpack = unpack_tensors) -> GroupState:
     """Unpack a global state, as views."""
     tensors = iter(unpack(packed.tensors))
-    return {index: tuple(islice(tensors, count)) for index, count in packed.groups}
+    return {index: _take(tensors, count) for index, count in packed.groups}
 
 
 def pack_host_round(played: HostRound, pack: Pack = pack_tensors) -> PackedHostRound:
@@ -121,13 +120,14 @@ def unpack_host_round(packed: PackedHostRound, unpack: Unpack = unpack_tensors) 
     """Unpack what a host handed back; tensors are views."""
     tensors = iter(unpack(packed.tensors))
     blocks: dict[int, BlockSums] = {
-        number: {
-            index: BlockSum(tuple(islice(tensors, count)), weight, weighted)
-            for index, count, weight, weighted in groups
-        }
+        number: {index: BlockSum(_take(tensors, count), weight, weighted) for index, count, weight, weighted in groups}
         for number, groups in packed.blocks
     }
     return HostRound(packed.clients, blocks)
+
+
+def _take(tensors: Iterator[torch.Tensor], count: int) -> tuple[torch.Tensor, ...]:
+    return tuple(next(tensors) for _ in range(count))
 
 
 def layout_of(tensors: Sequence[torch.Tensor]) -> Layout:
@@ -137,8 +137,7 @@ def layout_of(tensors: Sequence[torch.Tensor]) -> Layout:
 
 def num_bytes(layout: Layout) -> int:
     """The size of a buffer for such tensors; at least 1, as torch refuses views into a buffer of no bytes."""
-    *_, (start, size) = [(0, 1), *_places(layout)]
-    return max(start + size, 1)
+    return max(1, max((start + size for start, size in _places(layout)), default=0))
 
 
 def views(buffer: torch.Tensor, layout: Layout) -> Iterator[torch.Tensor]:

@@ -100,6 +100,7 @@ def test_a_bad_setting_is_refused_with_value_choices_and_remedy(
     main: Main, line: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refused(main, ["--data", "synthetic", *line], tmp_path / "results", capsys)
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.usefixtures("no_ray")
@@ -162,6 +163,7 @@ def test_settings_that_do_not_fit_each_other_or_the_data_are_refused_before_ray_
     main: Main, line: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refused(main, ["--data", "synthetic", *line], tmp_path / "results", capsys)
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.usefixtures("no_ray")

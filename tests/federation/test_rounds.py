@@ -113,7 +113,7 @@ def on_ray(
     clients = tuple(assign_clients(NUM_CLIENTS, clients_per_actor, config.sharing.reduce_block))
     hosts = kind(actors, len(clients))
     hosts.begin(config, INFO, CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0), shards)
-    lends = kind is LendingActors and len(clients) > 1 and config.scheme != "standalone"
+    lends = kind is LendingActors and bool(cell_plan(config, INFO).groups_across(clients))
     assert hosts.exchange.startswith("tensors stay on" if lends else "tensors travel"), hosts.exchange
     return hosts
 
@@ -667,6 +667,22 @@ def test_where_lending_does_not_work_tensors_travel_and_the_log_can_say_why(eigh
     federation = Federation(config, INFO, hosts)
     results = [federation.play_round(train=index < 2) for index in range(3)]
     assert (measured(results), federation.state_sha256()) == (measured(reference(config)[0]), reference(config)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_processes_lend_anew_in_each_cell_whatever_came_before(eight_actors: ActorHosts) -> None:
+    """Cells follow one another in the same processes: a larger one, one that shares nothing, and the first again."""
+    hosts = LendingActors(eight_actors, 4)
+    clients = tuple(assign_clients(NUM_CLIENTS, 2, 1))
+    placement = CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0)
+    small, large = cell(), cell(model=ModelConfig(width=0.06))
+    for config in (small, large, cell("standalone"), small, small):
+        hosts.begin(config, INFO, placement, make_shards(config, INFO))
+        assert ("stay" in hosts.exchange) == (config.scheme != "standalone")
+        federation = Federation(config, INFO, hosts)
+        results = [federation.play_round(train=index < 2) for index in range(3)]
+        assert (measured(results), federation.state_sha256()) == (measured(reference(config)[0]), reference(config)[1])
 
 
 @pytest.mark.slow

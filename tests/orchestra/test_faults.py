@@ -28,9 +28,10 @@ from flexifed.data import DatasetInfo
 from flexifed.errors import ClientError, DeviceMemoryError
 from flexifed.federation.rounds import LocalHosts
 from flexifed.orchestra import cluster
-from flexifed.orchestra.actors import GroupLostError, LostError
+from flexifed.orchestra.actors import ActorHosts, GroupLostError, LostError
 from flexifed.orchestra.client_actor import ClientActor, device_memory_explained
 from flexifed.orchestra.ledger import CellReport
+from flexifed.orchestra.lending import Lending
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
 from flexifed.orchestra.sweep import _make_scratch, _stop_files, run_grid
 from flexifed.orchestra.trial import CellTrial, PlacedRun
@@ -235,7 +236,7 @@ def test_a_cell_stops_after_its_round_and_none_begins(
         (DeviceMemoryError("client 3, round 1, training: out of memory"), "client 3, round 1, training: out of memory"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
-            "between the clients' turns: CUDA out of memory",
+            "the driver: CUDA out of memory",
         ),
     ],
 )
@@ -257,13 +258,31 @@ def test_a_cell_out_of_memory_says_where_there_is_more(
 def test_a_driver_whose_gpu_is_broken_leaves_the_cell_to_another_process(
     tmp_path: Path, trial: Callable[[CellRun], CellTrial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    BrittleHosts.failing = [("play_round", 2, RuntimeError("CUDA error: uncorrectable ECC error encountered"))]
+    error = RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA`\n")
+    BrittleHosts.failing = [("play_round", 2, error)]
     monkeypatch.setattr("flexifed.orchestra.trial.has_broken_gpu", lambda: True)
-    one = trial(cell(tmp_path / "broken"))
+    run = cell(tmp_path / "broken")
+    one = trial(run)
     one.step()
-    with pytest.raises(GroupLostError, match="can't use its GPU any more: RuntimeError: CUDA error: unc"):
+    with pytest.raises(
+        GroupLostError, match=r"can't use its GPU any more: CUDA error: unc[a-z]+ ECC error encountered$"
+    ):
         one.step()
     assert BrittleHosts.alive == 0
+    assert "failed" not in log(run), "it goes on"
+
+
+def test_actors_are_ended_even_if_the_drivers_gpu_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    killed: list[str] = []
+    hosts = ActorHosts.__new__(ActorHosts)
+    hosts._actors, hosts._lending = ["one", "other"], Lending(torch.device("cpu"))
+    monkeypatch.setattr("flexifed.orchestra.lending.collect", broken)
+    monkeypatch.setattr(ray, "kill", killed.append)
+    hosts.shut_down()
+    assert killed == ["one", "other"]
 
 
 # ------------------------------------------------------------------------------------------------------ out of memory

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -40,11 +42,21 @@ def test_a_reader_opens_a_buffer_once_and_then_sees_each_new_round(two: Two) -> 
     assert [one.tolist() for one in reader.unpack(second)] == [[2.0, 2.0, 2.0], [False, True]]
 
 
-def test_each_reader_gets_one_handle_of_its_own() -> None:
+def test_each_reader_gets_one_handle_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bytes] = []
+
+    class Pickler(ForkingPickler):
+        @classmethod
+        def dumps(cls, *arguments: Any) -> memoryview:
+            made.append(bytes(ForkingPickler.dumps(*arguments)))
+            return memoryview(made[-1])
+
+    monkeypatch.setattr("flexifed.orchestra.lending.ForkingPickler", Pickler)
     lender = Lending(CPU)
     written = lender.write([torch.ones(3)])
     packed = [lender.lend(written, reader) for reader in ("a", "b", "c", "a", "b")]
-    assert [lent(one).handle is None for one in packed] == [False, False, False, True, True]
+    assert [lent(one).handle for one in packed] == [*made, None, None], "CUDA counts each of them"
+    assert len(made) == 3
     assert len({lent(one).lender for one in packed}) == 1
     assert all(Lending(CPU).unpack(one)[0].tolist() == [1.0] * 3 for one in packed[:3])
 

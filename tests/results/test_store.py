@@ -348,6 +348,8 @@ def test_whole_numbers_and_floats_of_one_value_are_one_run() -> None:
         {"address": "auto"},
         {"gpus_per_client": 0.5},
         {"clients_per_actor": 4},
+        {"streams": 2},
+        {"cuda_ipc": False},
         {"max_concurrent": 1},
         {"only": ("*/*/standalone",)},
         {"seeds": (0, 1)},
@@ -356,12 +358,12 @@ def test_whole_numbers_and_floats_of_one_value_are_one_run() -> None:
 )
 def test_what_decides_no_number_is_not_in_the_run_id(option: dict[str, Any]) -> None:
     name = CellName("cifar10", "vgg", "standalone")
-    plain, other = (
-        GridRequest(options, [name], {"cifar10": synthetic.info()}, ResultsFolder(options.results_dir.absolute())).runs(
-            "cpu"
-        )[0]
+    infos = {"cifar10": synthetic.info()}
+    requests = [
+        GridRequest(options, [name], infos, ResultsFolder(options.results_dir.absolute()))
         for options in (GridOptions(), GridOptions(**option))
-    )
+    ]
+    plain, other = (request.runs_for("cpu")[0] for request in requests)
     assert (plain.run_id, plain.name) == (other.run_id, other.name)
     assert plain.run_id in plain.name
 
