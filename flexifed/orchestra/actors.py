@@ -98,19 +98,22 @@ class ActorHosts:
 
     def _choose_exchange(self, config: CellConfig, placement: CellPlacement) -> None:
         """Leave tensors on the GPU if it is the same for all, and if that works. It changes no number."""
-        why_not = ""
-        if config.device == "cuda" and placement.cuda_ipc and self._plan.groups_across(placement.clients):
-            try:
-                device = self._common_gpu()
-                self._lend_on(device)
-                self.exchange = f"tensors stay on {device_name(device)}"
-                return
-            except LostError:
-                raise
-            except Exception as error:  # whatever a system has against it
-                why_not = f", and don't stay on a GPU: {first_line(error)}"
-        self._stop_lending()
-        self.exchange = f"tensors travel through Ray's object store{why_not}"
+        if not self._plan.groups_across(placement.clients):
+            self.exchange = "no tensors pass between processes"
+            return
+        self.exchange = "tensors travel through Ray's object store"
+        if config.device != "cuda" or not placement.cuda_ipc:
+            return
+        try:
+            device = self._common_gpu()
+            self._lend_on(device)
+            self.exchange = f"tensors stay on {device_name(device)}"
+            return
+        except LostError:
+            raise
+        except Exception as error:  # whatever a system has against it
+            self.exchange += f", and don't stay on a GPU: {first_line(error)}"
+        self._stop_lending()  # past the handler, as the error's frames hold tensors
 
     def _common_gpu(self) -> torch.device:
         """The GPU of all actors, opened by this process.
