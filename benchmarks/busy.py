@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import statistics
+import subprocess
+import tempfile
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +103,45 @@ def device_use(device: torch.device, work: Callable[[], object]) -> DeviceUse:
         )
     last = max(end for _, end in spans)
     return DeviceUse(covered(spans) / (ended - started), len(spans), (last - started) / (ended - started))
+
+
+@contextmanager
+def utilization(device: torch.device) -> Iterator[dict[str, object]]:
+    """Sample what a GPU's driver says of it for the length of a `with` block, of all processes together.
+
+    Yields:
+        A dictionary that is filled when the block ends. samples: how many were taken; utilization: percent of the time
+        in which a kernel ran, their median; least_utilization; memory_mib: the most in use. Or error, if nvidia-smi
+        can't be asked.
+    """
+    result: dict[str, object] = {}
+    query = ["--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", "--loop-ms=200"]
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            identity = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+            sampler = subprocess.Popen(["nvidia-smi", identity, *query], stdout=output, stderr=subprocess.STDOUT)
+        except OSError as error:
+            yield result
+            result["error"] = str(error)
+            return
+        try:
+            yield result
+        finally:
+            sampler.terminate()
+            sampler.wait()
+        output.seek(0)
+        text = output.read()
+    samples = re.findall(r"^(\d+), (\d+)$", text, re.MULTILINE)
+    if samples:
+        busy, memory = ([int(number) for number in column] for column in zip(*samples, strict=True))
+        result |= {
+            "samples": len(samples),
+            "utilization": statistics.median(busy),
+            "least_utilization": min(busy),
+            "memory_mib": max(memory),
+        }
+    else:
+        result["error"] = text.strip() or "nvidia-smi took no sample"
 
 
 def _wait_for(device: torch.device) -> None:

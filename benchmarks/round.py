@@ -15,9 +15,12 @@ Prints JSON:
     overhead                part of a round in which the busiest process does neither
     peak_rate               FLOP/s of a large matrix product on all cores, or on the GPU, measured in this run
     share_of_peak           of it, while training: by model, and over all of them
-    in_one_process          on a GPU, of a round with all clients in this process: device_busy, the part of it in which
-                            it did anything, how often, until which part of it the profiler saw that, and
-                            device_memory_mib, the most that PyTorch held
+    undisturbed             on a GPU, rounds of ours one after another, without the baseline between them: round_s, and
+                            utilization, percent of the time in which the GPU ran a kernel of any process, as its driver
+                            samples it; memory_mib, in use by all processes
+    in_one_process          on a GPU, a round with all clients in one process, under PyTorch's profiler: device_busy,
+                            the part of it in which the GPU did anything, operations, seen_until, the part of it after
+                            which the profiler saw none, and device_memory_mib, the most that PyTorch held
     peak_memory_mib         of each process of ours, and of this one, which plays driver and baseline
     device_memory_mib       of the GPU, in use by all processes together after the last round; PyTorch gives none back
 """
@@ -26,18 +29,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, get_args
 
 import psutil
 import ray
 import torch
-from busy import device_use, work_of
+from busy import device_use, utilization, work_of
 from common import machine, spread, versions
 from peak import peak_rate, share_of_peak
 from sequential import SequentialLoop
@@ -56,6 +62,7 @@ from flexifed.training.numerics import device_name
 
 MIB = 2**20
 WARM_UP = {"cpu": 1, "cuda": 2}  # rounds
+PROFILE_TIMEOUT_S = 180.0
 
 
 def peak_memory() -> dict[str, float]:
@@ -87,6 +94,7 @@ class Turns:
         played: what our clients measured.
         round_s: seconds of each round of ours.
         baseline_s: likewise of the baseline.
+        undisturbed: rounds of ours alone, on a GPU.
         peak_memory_mib: of each process, at the end.
         device_memory_mib: of the GPU, at the end.
     """
@@ -95,12 +103,13 @@ class Turns:
     played: Sequence[RoundResult]
     round_s: Sequence[float]
     baseline_s: Sequence[float]
+    undisturbed: dict[str, object] | None
     peak_memory_mib: dict[str, float]
     device_memory_mib: int | None
 
 
-def take_turns(run: CellRun, placement: CellPlacement, rounds: int, warm_up: int) -> Turns:
-    """Play so many rounds of both in turn, of which the first, which warm up, don't count."""
+def take_turns(run: CellRun, placement: CellPlacement, repeat: int, undisturbed: int) -> Turns:
+    """Play rounds of both in turn, after some that warm up and don't count; then rounds of ours alone."""
     session = CellSession(run, str(placement))
     baseline = SequentialLoop(run.config, open_dataset(run.info), session.shards)
     group = ray.util.placement_group([bundle for bundle in placement.bundles if bundle])
@@ -108,8 +117,9 @@ def take_turns(run: CellRun, placement: CellPlacement, rounds: int, warm_up: int
     hosts = ActorHosts(group)
     hosts.begin(run.config, run.info, placement, session.shards)
     session.start(hosts, hosts.exchange)
+    warm_up = WARM_UP[run.config.device]
     played, round_s, baseline_s = [], [], []
-    for index in range(rounds):
+    for index in range(warm_up + repeat):
         started = time.perf_counter()
         played.append(session.play_round())
         between = time.perf_counter()
@@ -118,26 +128,71 @@ def take_turns(run: CellRun, placement: CellPlacement, rounds: int, warm_up: int
         round_s.append(between - started)
         baseline_s.append(finished - between)
         print(f"round {index}: {round_s[-1]:.2f} s, baseline {baseline_s[-1]:.2f} s", file=sys.stderr)
-    memory = peak_memory(), device_memory_mib(torch.device(run.config.device))
+    device = torch.device(run.config.device)
+    alone = play_undisturbed(session, device, undisturbed) if undisturbed else None
+    memory = peak_memory(), device_memory_mib(device)
     session.close()
     hosts.shut_down()
-    return Turns(hosts.exchange, played[warm_up:], round_s[warm_up:], baseline_s[warm_up:], *memory)
+    return Turns(hosts.exchange, played[warm_up:], round_s[warm_up:], baseline_s[warm_up:], alone, *memory)
+
+
+def play_undisturbed(session: CellSession, device: torch.device, rounds: int) -> dict[str, object]:
+    """Play rounds of ours one after another, and sample how busy the GPU is meanwhile.
+
+    A sample is of up to a second before it, so a quarter of the rounds go first.
+    """
+    for _ in range(rounds // 4):
+        session.play_round()
+    round_s = []
+    with utilization(device) as samples:
+        for _ in range(rounds - rounds // 4):
+            started = time.perf_counter()
+            session.play_round()
+            round_s.append(time.perf_counter() - started)
+    print(f"undisturbed: {statistics.median(round_s):.3f} s a round", file=sys.stderr)
+    return {"round_s": spread(round_s), **samples}
 
 
 def in_one_process(run: CellRun, streams: int) -> dict[str, object]:
-    """How busy a GPU is, and how full, with all clients in this process: a profiler sees no other.
+    """How busy a GPU is, and how full, with all clients in one process: a profiler sees no other.
 
-    What goes wrong here is said instead of raised, as minutes of measuring have gone before it.
+    It is a process of its own, with a limit, because minutes of measuring have gone before it, and a profiler can fail
+    or hang: what goes wrong is returned as `error`.
     """
+    return in_new_process(_in_one_process, run, streams, timeout_s=PROFILE_TIMEOUT_S)
+
+
+def in_new_process(
+    function: Callable[..., dict[str, object]], *arguments: object, timeout_s: float
+) -> dict[str, object]:
+    """What a function returns in a new process, or why there is nothing as `error`."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, arguments))
+    process.start()
+    sender.close()  # so that the end of the process is the end of what can be received
     try:
-        return _in_one_process(run, streams)
+        if not receiver.poll(timeout_s):
+            return {"error": f"no answer within {timeout_s:g} s"}
+        result: dict[str, object] = receiver.recv()
+        return result
+    except EOFError:
+        process.join()
+        return {"error": f"the process ended with status {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(sender: Connection, function: Callable[..., dict[str, object]], arguments: tuple[object, ...]) -> None:
+    try:
+        result = function(*arguments)
     except RuntimeError as error:
-        return {"error": str(error)}
+        result = {"error": str(error)}
+    sender.send(result)
 
 
 def _in_one_process(run: CellRun, streams: int) -> dict[str, object]:
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     hosts = LocalHosts(run.config, run.info, make_shards(run.config, run.info), streams=streams)
     federation = Federation(run.config, run.info, hosts)
     for _ in range(WARM_UP["cuda"]):
@@ -186,8 +241,8 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     info = find_dataset(
         "cifar10", data="real" if options.data_dir else "synthetic", data_dir=options.data_dir or Path("data")
     )
-    warm_up = WARM_UP[options.device]
-    rounds = warm_up + options.repeat
+    undisturbed = options.undisturbed if options.device == "cuda" else 0
+    rounds = WARM_UP[options.device] + options.repeat + undisturbed
     run = CellRun(
         config=config,
         info=info,
@@ -203,7 +258,7 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         nodes = cluster.nodes()
         placement = place_cell(config, PlacementOptions(streams=options.streams, cuda_ipc=options.cuda_ipc), nodes)
         rate = peak_rate(device, int(sum(node["CPU"] for node in nodes)))
-        turns = take_turns(run, placement, rounds, warm_up)
+        turns = take_turns(run, placement, options.repeat, undisturbed)
     played, round_s, baseline_s = turns.played, turns.round_s, turns.baseline_s
     window = [len(one.train) // config.partition.windows_per_shard for one in make_shards(config, info)]
     work = [max(work_of(result).values(), key=lambda one: one.either_s) for result in played]
@@ -236,6 +291,7 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         "overhead": spread([1 - one.either_s / wall for one, wall in zip(work, round_s, strict=True)]),
         "peak_rate": rate,
         "share_of_peak": share_of_peak(config, info.num_classes, window, played, rate, at_a_time),
+        "undisturbed": turns.undisturbed,
         "in_one_process": in_one_process(run, options.streams) if device.type == "cuda" else None,
         "peak_memory_mib": turns.peak_memory_mib,
         "device_memory_mib": turns.device_memory_mib,
@@ -247,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local-epochs", type=int, default=10, help="the published program's 10, or 1 for CPUs")
     parser.add_argument("--repeat", type=int, default=3, help="rounds of each that count")
+    parser.add_argument("--undisturbed", type=int, default=20, help="rounds of ours alone on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--streams", type=int, default=1, help="clients of an actor that overlap on a GPU")
     parser.add_argument(

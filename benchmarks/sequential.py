@@ -20,7 +20,7 @@ import flexifed
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import State
 from flexifed.core.schemes import SharingPlan
-from flexifed.data import Dataset, Samples
+from flexifed.data import Dataset, Split
 from flexifed.data.partition import window
 from flexifed.federation.client import ClientShards
 from flexifed.federation.host import cell_plan
@@ -35,7 +35,7 @@ class Images(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
         transform: from a PIL image to a model's input.
     """
 
-    def __init__(self, samples: Samples, indices: np.ndarray, transform: transforms.Compose) -> None:
+    def __init__(self, samples: Split, indices: np.ndarray, transform: transforms.Compose) -> None:
         images, labels = samples.take(indices)
         self._images = images.permute(0, 2, 3, 1).numpy()
         self._labels = labels.tolist()

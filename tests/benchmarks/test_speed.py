@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,23 +34,23 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def aggregate_benchmark() -> Any:
+def aggregate_benchmark() -> Iterator[Any]:
     """benchmarks/aggregate.py as a module; what stands beside it is found there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
         import aggregate
 
-        return aggregate
+        yield aggregate
 
 
 @pytest.fixture(scope="module")
-def round_benchmark() -> Any:
+def round_benchmark() -> Iterator[Any]:
     """benchmarks/round.py as a module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
         import round
 
-        return round
+        yield round  # while its folder is on the path, where new processes look for it
 
 
 def run(script: str, *arguments: str, status: int = 0) -> dict[str, Any]:
@@ -170,14 +172,75 @@ def test_a_profiler_that_sees_nothing_is_an_error_and_not_an_idle_device(round_b
         round_benchmark.device_use(torch.device("cpu"), lambda: None)
 
 
-def test_what_goes_wrong_after_minutes_of_measuring_does_not_lose_what_was_measured(
-    round_benchmark: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def fails() -> dict[str, object]:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(round_benchmark, "_in_one_process", fails)
-    assert round_benchmark.in_one_process(None, 1) == {"error": "CUDA out of memory"}
+
+def dies() -> dict[str, object]:
+    os._exit(7)
+
+
+def hangs() -> dict[str, object]:
+    threading.Event().wait()
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("function", "timeout_s", "error"),
+    [
+        (fails, 100.0, "CUDA out of memory"),
+        (dies, 100.0, "the process ended with status 7"),
+        (hangs, 0.1, "no answer within 0.1 s"),
+    ],
+)
+def test_what_goes_wrong_after_minutes_of_measuring_does_not_lose_what_was_measured(
+    round_benchmark: Any, function: Callable[[], dict[str, object]], timeout_s: float, error: str
+) -> None:
+    assert round_benchmark.in_new_process(function, timeout_s=timeout_s) == {"error": error}
+    assert not multiprocessing.active_children()
+
+
+def test_a_new_process_gives_back_what_its_function_returns(round_benchmark: Any) -> None:
+    assert round_benchmark.in_new_process(dict, [("a", 1)], timeout_s=100.0) == {"a": 1}
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a command of that name on the path, which prints some lines and goes on until it is ended."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="0123"))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    os.mkfifo(tmp_path / "asked")
+
+    def install(lines: str) -> None:
+        command = tmp_path / "nvidia-smi"
+        command.write_text(f"#!/bin/sh\nprintf '{lines}'\necho \"$@\" > {tmp_path}/asked\nexec tail -f /dev/null\n")
+        command.chmod(0o755)
+
+    return install
+
+
+def test_a_gpus_utilization_is_what_its_driver_samples(
+    round_benchmark: Any, nvidia_smi: Callable[[str], None], tmp_path: Path
+) -> None:
+    nvidia_smi("80, 1000\\n91, 3000\\n95, 2000\\n9")
+    with sys.modules["busy"].utilization(torch.device("cuda")) as result:
+        asked = (tmp_path / "asked").read_text()  # which waits for it
+    assert result == {"samples": 3, "utilization": 91, "least_utilization": 80, "memory_mib": 3000}
+    assert "--id=GPU-0123" in asked
+
+
+def test_a_driver_that_does_not_answer_is_named_and_loses_nothing(
+    round_benchmark: Any, nvidia_smi: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi("No devices were found\\n")
+    with sys.modules["busy"].utilization(torch.device("cuda")) as result:
+        (tmp_path / "asked").read_text()
+    assert result == {"error": "No devices were found"}
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with sys.modules["busy"].utilization(torch.device("cuda")) as result:
+        pass
+    assert "nvidia-smi" in result["error"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), max_size=8))
