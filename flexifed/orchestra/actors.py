@@ -1,12 +1,11 @@
-"""The driver's hold on its client actors."""
+"""The client actors of a cell, as its driver sees them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -24,40 +23,42 @@ from flexifed.federation.host import HostRound, cell_plan
 from flexifed.orchestra.client_actor import ClientActor, first_line
 from flexifed.orchestra.lending import Lending, collect, is_sample, lending_on, sample
 from flexifed.orchestra.placement import CellPlacement
-from flexifed.orchestra.wire import pack_groups, unpack_host_round, unpack_tensors
+from flexifed.orchestra.wire import ObjectStore, Packed, Transport, pack, unpack
 from flexifed.training.numerics import device_name
+
+T = TypeVar("T")
 
 _LOOK_EVERY_S = 5.0
 _STOP_LENDING_S = 2.0
 
 
 class LostError(Exception):
-    """A process of a cell, or its node, is gone, and what it held with it."""
+    """A process of a cell, or its node, is gone, and with it the state that it held."""
 
 
 class GroupLostError(LostError):
-    """Part of a cell's place in the cluster is gone, so that new processes have nowhere to start."""
+    """Part of a cell's placement group is gone, so that new processes have nowhere to start."""
 
 
 class ActorHosts:
     """The client actors of a placement group, which play rounds at the same time.
 
-    Nothing is tried again here: Ray would give the call to a new process, which knows nothing of its clients.
+    Failed calls are not retried here: Ray would give the call to a new process, which knows nothing of its clients.
 
     Args:
         group: each of its bundles gets one actor.
 
     Attributes:
-        exchange: how tensors get from process to process, in words.
+        exchange: how tensors pass between processes, in words.
 
     Raises:
-        LostError: from every method, when a process is gone: GroupLostError, if its node is gone with it. The others
-            can't be told where it was, so they are ended too.
+        LostError: from every method, when a process is gone; GroupLostError, if its node is gone too. The remaining
+            processes can't be told how far the lost one got, so they have to be ended as well.
     """
 
     def __init__(self, group: PlacementGroup) -> None:
         self._group = group
-        self._lending: Lending | None = None
+        self._transport: Transport = ObjectStore()
         self.exchange = "no cell has begun"
         self._actors: list[Any] = [  # Ray's handles are not typed by method
             ray.remote(ClientActor)
@@ -77,10 +78,10 @@ class ActorHosts:
         """Give the actors a cell's clients.
 
         Raises:
-            GroupLostError: actors that were not started yet have lost their node.
+            GroupLostError: the node of actors that had not started yet is gone.
         """
         self._stop_lending()
-        collect()  # what the cell before has left on a GPU
+        collect()  # what the previous cell has left on a GPU
         self.clients = placement.clients
         self._plan = cell_plan(config, info)
         self._architectures = [
@@ -92,12 +93,12 @@ class ActorHosts:
         ]
         while len(ray.wait(begun, num_returns=len(begun), timeout=_LOOK_EVERY_S)[0]) < len(begun):
             if not self.has_place():
-                raise GroupLostError("a node is gone before all processes were started")
+                raise GroupLostError("a node was lost before all processes had started")
         self._get(begun)
         self._choose_exchange(config, placement)
 
     def _choose_exchange(self, config: CellConfig, placement: CellPlacement) -> None:
-        """Leave tensors on the GPU if it is the same for all, and if that works. It changes no number."""
+        """Leave tensors on the GPU if all actors share one and a test succeeds. It changes no number."""
         if not self._plan.groups_across(placement.clients):
             self.exchange = "no tensors pass between processes"
             return
@@ -111,51 +112,55 @@ class ActorHosts:
             return
         except LostError:
             raise
-        except Exception as error:  # whatever a system has against it
+        except Exception as error:  # systems refuse in many ways
             self.exchange += f", and don't stay on a GPU: {first_line(error)}"
-        self._stop_lending()  # past the handler, as the error's frames hold tensors
+        self._stop_lending()  # after the handler, because the error's frames hold tensors
 
     def _common_gpu(self) -> torch.device:
-        """The GPU of all actors, opened by this process.
+        """Open the GPU that all actors compute on in this process.
 
         Raises:
-            RuntimeError: they have several, or it is another node's, or can't be opened.
+            RuntimeError: there are several, or it belongs to another node, or it can't be opened.
         """
         gpus = set(self._get([actor.gpu.remote() for actor in self._actors]))
         if len(gpus) > 1:
-            raise RuntimeError(f"the clients are on {len(gpus)} of them")
+            raise RuntimeError(f"the clients are on {len(gpus)} GPUs")
         gpu = gpus.pop()
         if gpu.node != ray.get_runtime_context().get_node_id():
             raise RuntimeError("the clients are on another node than the driver")
         return gpu.opened()
 
     def _lend_on(self, device: torch.device) -> None:
-        """Begin to lend and to borrow, and try it both ways."""
-        self._lending = lending_on(device)
+        """Begin to lend and to borrow, and test both directions."""
+        self._transport = lending_on(device)
         samples = self._get([actor.lend_on.remote(str(device)) for actor in self._actors])
-        mine = self._lending.write([sample()])
         arrived = self._get(
-            [actor.can_read.remote(self._lending.lend(mine, actor._actor_id.hex())) for actor in self._actors]
+            [actor.can_read.remote(packed) for actor, packed in zip(self._actors, self._lent(sample()), strict=True)]
         )
-        if not all(arrived) or not all(is_sample(self._lending.unpack(packed)) for packed in samples):
-            raise RuntimeError("other values arrived than were sent")
+        if not all(arrived) or not all(is_sample(unpack(packed, self._transport)) for packed in samples):
+            raise RuntimeError("the values that arrived are not those that were sent")
+
+    def _lent(self, message: T) -> list[Packed[T]]:
+        """Pack a message into the buffer that this process lends; returns what to send to each actor."""
+        packed = pack(message, self._transport)
+        return [packed.for_reader(self._transport, actor._actor_id.hex()) for actor in self._actors]
 
     def _stop_lending(self) -> None:
-        """Close what was lent, here and there. Who does not answer has it open for ever, so the buffer stays, too."""
-        if self._lending is None:
+        """Close the lent buffers on both sides. An actor that does not answer keeps ours open, so it is not freed."""
+        if not isinstance(self._transport, Lending):
             return
-        self._lending.close()
+        self._transport.close()
         stopping = [actor.stop_lending.remote() for actor in self._actors]
         stopped, busy = ray.wait(stopping, num_returns=len(stopping), timeout=_STOP_LENDING_S)
-        self._lending.give_back(closed=not busy and all(map(_succeeded, stopped)))
-        self._lending = None
+        self._transport.give_back(closed=not busy and all(map(_succeeded, stopped)))
+        self._transport = ObjectStore()
 
     def has_place(self) -> bool:
-        """Whether the placement group is whole. One that lost a node may wait for a new one without end."""
+        """Return whether the placement group is whole. One that lost a node may wait for a new one for ever."""
         return bool(placement_group_table(self._group)["state"] == "CREATED")
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
-        """Let all clients play a round; results in the order of the actors, whoever finishes first."""
+        """Let all clients play a round; results come in the order of the actors, whichever finishes first."""
         aggregated = shared is not None
         played = self._get(
             [
@@ -163,10 +168,10 @@ class ActorHosts:
                 for actor, parts in zip(self._actors, self._parts(shared), strict=True)
             ]
         )
-        return [unpack_host_round(one, self._lending.unpack if self._lending else unpack_tensors) for one in played]
+        return [unpack(packed, self._transport) for packed in played]
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
-        """The digest of what each client holds, by client."""
+        """Return the digest of each client's state, by client."""
         aggregated = shared is not None
         digests = self._get(
             [
@@ -177,42 +182,38 @@ class ActorHosts:
         return {client: digest for part in digests for client, digest in part.items()}
 
     def device_names(self) -> list[str]:
-        """What each process computes on."""
+        """Return the device that each process computes on."""
         return self._get([actor.device_name.remote() for actor in self._actors])
 
     def save(self, folder: Path) -> dict[str, str]:
-        """Let each process write what its clients keep; returns the files' names and digests."""
+        """Let each process write its clients' personal state; returns the files' names and digests."""
         written = self._get([actor.save.remote(folder) for actor in self._actors])
         return {name: digest for part in written for name, digest in part.items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Let all clients go on from a checkpoint."""
+        """Let all clients resume from a checkpoint."""
         self._get([actor.restore.remote(checkpoint) for actor in self._actors])
 
     def _parts(self, shared: GroupState | None) -> list[list[Any]]:
-        """For each actor, the groups of its clients and no others, or leave to read all of them on the GPU.
+        """Pack the global state for each actor: only its clients' groups, or, on a common GPU, all groups.
 
         Groups over the same architectures travel as one object, put once and shared by all actors of a node.
         """
         if shared is None:
             return [[] for _ in self._actors]
-        if self._lending:
-            written = pack_groups(shared, self._lending.write)
-            return [
-                [replace(written, tensors=self._lending.lend(written.tensors, actor._actor_id.hex()))]
-                for actor in self._actors
-            ]
+        if isinstance(self._transport, Lending):
+            return [[packed] for packed in self._lent(shared)]
         by_members: dict[tuple[int, ...], GroupState] = {}
         for index, tensors in shared.items():
             by_members.setdefault(self._plan.groups[index].architectures, {})[index] = tensors
-        stored = {members: ray.put(pack_groups(part)) for members, part in by_members.items()}
+        stored = {members: ray.put(pack(part, self._transport)) for members, part in by_members.items()}
         return [
-            [reference for members, reference in stored.items() if not held.isdisjoint(members)]
-            for held in self._architectures
+            [reference for members, reference in stored.items() if not architectures.isdisjoint(members)]
+            for architectures in self._architectures
         ]
 
     def _get(self, references: list[Any]) -> list[Any]:
-        """Wait for all, or for the first that fails. An error of ours comes out as it was raised."""
+        """Wait for all results, or for the first failure. A `FlexifedError` is raised as it was in the actor."""
         try:
             return ray.get(references)
         except ray.exceptions.RayTaskError as error:
@@ -225,18 +226,18 @@ class ActorHosts:
             raise self._loss(error) from error
 
     def _loss(self, error: ray.exceptions.RayError) -> LostError:
-        """Which clients' process is lost, where Ray says so, and its reason."""
-        names = {actor._actor_id.hex(): clients for actor, clients in zip(self._actors, self.clients, strict=True)}
-        clients = names.get(getattr(error, "actor_id", None))
+        """Return the error to raise: which clients' process is lost, if Ray says so, and Ray's reason."""
+        by_actor = {actor._actor_id.hex(): clients for actor, clients in zip(self._actors, self.clients, strict=True)}
+        clients = by_actor.get(getattr(error, "actor_id", None))
         process = f"the process of {name_clients(clients)}" if clients else "a process"
         reason = f"{process} is gone: {str(error).strip().splitlines()[-1]}"
-        # A node whose death is not confirmed yet makes its actors unavailable; a process alone that dies is known dead.
-        unsure = isinstance(error, ray.exceptions.ActorUnavailableError)
-        return GroupLostError(reason) if unsure or not self.has_place() else LostError(reason)
+        # Actors are unavailable while the death of their node is unconfirmed; the death of a process alone is known.
+        is_node_suspect = isinstance(error, ray.exceptions.ActorUnavailableError)
+        return GroupLostError(reason) if is_node_suspect or not self.has_place() else LostError(reason)
 
     def shut_down(self) -> None:
         """End the actors' processes."""
-        with suppress(RuntimeError):  # of a GPU that is broken
+        with suppress(RuntimeError):  # from a broken GPU
             self._stop_lending()
         for actor in self._actors:
             ray.kill(actor)

@@ -1,11 +1,12 @@
-"""A Ray actor that plays host to clients, and what it says when its GPU is full."""
+"""The Ray actor that hosts clients, and the error that it raises when its GPU is full."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import ray
 import torch
@@ -17,32 +18,26 @@ from flexifed.errors import ClientError, DeviceMemoryError, ResourceError
 from flexifed.federation.assignment import name_clients
 from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.client import ClientShards
-from flexifed.federation.host import ClientHost
+from flexifed.federation.host import ClientHost, HostRound
 from flexifed.orchestra.lending import Gpu, Lending, collect, is_sample, lending_on, sample
-from flexifed.orchestra.wire import (
-    PackedGroups,
-    PackedHostRound,
-    PackedTensors,
-    pack_host_round,
-    pack_tensors,
-    unpack_groups,
-    unpack_tensors,
-)
+from flexifed.orchestra.wire import ObjectStore, Packed, Transport, pack, unpack
 from flexifed.training.memory import keep_freed_memory
 
+T = TypeVar("T")
+
 _DRIVER = "driver"
-# In what PyTorch says, and cuBLAS and cuDNN through it; the last, of a convolution none of whose plans got its memory.
+# In the errors of PyTorch, cuBLAS and cuDNN; the last means that no plan of a convolution got the memory that it needs.
 _DEVICE_IS_FULL = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
 
 
 class ClientActor:
-    """A process that plays host to clients of one cell after another, so that torch is imported once."""
+    """A process that hosts clients of one cell after another, so that torch is imported once."""
 
     def __init__(self) -> None:
         keep_freed_memory()
         self._host: ClientHost | None = None
         self._clients: Sequence[int] = ()
-        self._lending: Lending | None = None
+        self._transport: Transport = ObjectStore()
 
     def begin(
         self,
@@ -52,58 +47,56 @@ class ClientActor:
         shards: Sequence[ClientShards],
         streams: int,
     ) -> None:
-        """Forget the cell before, and hold these clients of this one; see `ClientHost`."""
+        """Forget the previous cell, and host these clients of a new one; see `ClientHost`."""
         self._host = None
         self._clients = clients
         if config.device == "cuda":
             if not torch.cuda.is_available():
-                raise ResourceError(f"{name_clients(clients)} were to run on a GPU, but their process sees none")
-            collect()  # the memory of the cell before belongs to its streams
+                raise ResourceError(f"{name_clients(clients)} should run on a GPU, but their process sees none")
+            collect()  # the previous cell's memory belongs to its streams
         with device_memory_explained(clients, "starting"):
             self._host = ClientHost(config, info, clients, shards, streams)
 
-    def play_round(self, round_index: int, train: bool, aggregated: bool, *parts: PackedGroups) -> PackedHostRound:
-        """See `ClientHost.play_round`; the global state comes in parts, which Ray hands over by reference."""
+    def play_round(
+        self, round_index: int, train: bool, aggregated: bool, *parts: Packed[GroupState]
+    ) -> Packed[HostRound]:
+        """See `ClientHost.play_round`. The global state comes in parts, which Ray passes by reference."""
         with device_memory_explained(self._clients, f"round {round_index}"):
             played = self._hosted.play_round(round_index, self._joined(aggregated, parts), train=train)
-            return pack_host_round(played, self._pack)
+            return self._packed(played)
 
-    def _pack(self, tensors: Iterable[torch.Tensor]) -> PackedTensors:
-        return self._lending.lend(self._lending.write(tensors), _DRIVER) if self._lending else pack_tensors(tensors)
-
-    def state_sha256(self, aggregated: bool, *parts: PackedGroups) -> dict[int, str]:
+    def state_sha256(self, aggregated: bool, *parts: Packed[GroupState]) -> dict[int, str]:
         """See `ClientHost.state_sha256`."""
         with device_memory_explained(self._clients, "the digests of their states"):
             return self._hosted.state_sha256(self._joined(aggregated, parts))
 
     def device_name(self) -> str:
-        """See `ClientHost.device_name`; with the machine that it is in."""
+        """See `ClientHost.device_name`; the machine's name is added."""
         return f"{self._hosted.device_name()} in {platform.node()}"
 
     def gpu(self) -> Gpu:
-        """The GPU that the clients compute on."""
+        """Return the GPU that the clients compute on."""
         return Gpu.here(ray.get_runtime_context().get_node_id())
 
-    def lend_on(self, device: str) -> PackedTensors:
-        """From now on leave tensors on a device that the driver shares, and find the driver's there.
+    def lend_on(self, device: str) -> Packed[torch.Tensor]:
+        """From now on leave tensors on a device that the driver shares, and read the driver's tensors there.
 
         Returns:
-            A sample, for the driver to try.
+            A sample for the driver to read.
         """
-        self._lending = lending_on(torch.device(device))
-        return self._pack([sample()])
+        self._transport = lending_on(torch.device(device))
+        return self._packed(sample())
 
-    def can_read(self, packed: PackedTensors) -> bool:
-        """Whether a sample of the driver's arrives."""
-        assert self._lending is not None
-        return is_sample(self._lending.unpack(packed))
+    def can_read(self, packed: Packed[torch.Tensor]) -> bool:
+        """Return whether the driver's sample arrives intact."""
+        return is_sample(unpack(packed, self._transport))
 
     def stop_lending(self) -> None:
-        """Send tensors by Ray from now on, and free the memory that was lent: the driver has closed it."""
-        if self._lending:
-            self._lending.close()
-            self._lending.give_back(closed=True)
-        self._lending = None
+        """Send tensors through Ray from now on, and free the memory that was lent. The driver has closed it already."""
+        if isinstance(self._transport, Lending):
+            self._transport.close()
+            self._transport.give_back(closed=True)
+        self._transport = ObjectStore()
 
     def save(self, folder: Path) -> dict[str, str]:
         """See `ClientHost.save`."""
@@ -112,7 +105,7 @@ class ClientActor:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """See `ClientHost.restore`."""
-        with device_memory_explained(self._clients, "going on from a checkpoint"):
+        with device_memory_explained(self._clients, "restoring a checkpoint"):
             self._hosted.restore(checkpoint)
 
     @property
@@ -121,17 +114,19 @@ class ClientActor:
             raise RuntimeError("this actor holds no clients; call begin first")
         return self._host
 
-    def _joined(self, aggregated: bool, parts: Sequence[PackedGroups]) -> GroupState | None:
-        """The global state, from its parts; None before the first aggregation."""
+    def _packed(self, message: T) -> Packed[T]:
+        return pack(message, self._transport).for_reader(self._transport, _DRIVER)
+
+    def _joined(self, aggregated: bool, parts: Sequence[Packed[GroupState]]) -> GroupState | None:
+        """Join the parts of the global state; None before the first aggregation."""
         if not aggregated:
             return None
-        unpack = self._lending.unpack if self._lending else unpack_tensors
-        return {index: tensors for part in parts for index, tensors in unpack_groups(part, unpack).items()}
+        return {index: tensors for part in parts for index, tensors in unpack(part, self._transport).items()}
 
 
 @contextmanager
 def device_memory_explained(clients: Sequence[int], doing: str) -> Iterator[None]:
-    """Tell a device that is full from whatever else goes wrong in a process with these clients."""
+    """Turn errors that a full device caused in a process with these clients into `DeviceMemoryError`."""
     try:
         yield
     except Exception as error:
@@ -146,19 +141,19 @@ def device_memory_explained(clients: Sequence[int], doing: str) -> Iterator[None
 
 
 def full_device(error: BaseException) -> str | None:
-    """What an error says of a device that is full; None if it came of something else."""
-    full = next((one for one in _with_causes(error) if _is_device_full(one)), None)
-    return str(full).splitlines()[0].split(". ")[0] if full else None
+    """Return what an error says about a full device; None if it had another cause."""
+    shortage = next((cause for cause in _with_causes(error) if _is_device_full(cause)), None)
+    return str(shortage).splitlines()[0].split(". ")[0] if shortage else None
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without Ray's traceback and CUDA's advice."""
-    said = str(getattr(error, "cause", None) or error).strip().splitlines()
-    return said[0] if said else type(error).__name__
+    """Return an error's message, without Ray's traceback and CUDA's advice."""
+    lines = str(getattr(error, "cause", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _with_causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and all that it came of: the end of a recording can fail because of what went wrong within it."""
+    """Yield an error and its causes: a CUDA graph's recording can fail because of an error within it."""
     error = getattr(error, "cause", None) or error  # without Ray's traceback
     while True:
         yield error

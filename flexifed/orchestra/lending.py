@@ -1,22 +1,22 @@
 """Tensors that the processes of a cell leave on the GPU that they share, for each other to read.
 
-CUDA lets a process open another's memory on the same GPU, and PyTorch hands out the leave to do so (CUDA IPC). Opening
-takes longer than copying, so each process has one buffer, lends it once for a cell, and writes it anew in each round.
-No lock is needed: a client's process writes while it plays, when the driver only waits, and the driver writes between
-rounds, when no client plays. On CPUs the same works through shared memory; only tests ask for it.
+CUDA lets a process open another's memory on the same GPU by a handle, which PyTorch makes (CUDA IPC). Opening takes
+longer than copying, so each process has one buffer, lends it once per cell, and overwrites it in every round. No lock
+is needed: a client's process writes while it plays a round, when the driver only waits, and the driver writes between
+rounds, when no client plays. On CPUs the same works through shared memory, which only tests use.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.reduction import ForkingPickler
 from uuid import uuid4
 
 import torch
-import torch.multiprocessing  # teaches that pickler about tensors
+import torch.multiprocessing  # registers tensors with ForkingPickler
 
 from flexifed.orchestra.wire import LentBuffer, PackedTensors, layout_of, num_bytes, views
 
@@ -24,14 +24,14 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class Lending:
-    """One process's end: the buffer that it lends, and those that it has been lent. A process has one: `lending_on`.
+    """One process's end of a `Transport`: the buffer that it lends, and those that it borrows. See `lending_on`.
 
-    PyTorch counts who has a buffer open, and never frees one whose reader was killed. So it is only given back when its
-    readers have closed it, and serves the next ones otherwise. Should those need more room, it is lost until the
-    process ends.
+    PyTorch counts the processes that have a buffer open, and never frees one whose reader was killed. So the buffer is
+    freed only once its readers have closed it, and is lent to the next ones otherwise. If those need a larger buffer,
+    the memory of this one stays lost until the process ends.
 
     Args:
-        device: they lie on.
+        device: where the buffers are.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,20 +42,19 @@ class Lending:
         self._readers: set[str] = set()
         self._opened: dict[str, tuple[int, torch.Tensor]] = {}
         if device.type == "cpu":
-            torch.multiprocessing.set_sharing_strategy("file_system")  # the other one needs a common parent
+            torch.multiprocessing.set_sharing_strategy("file_system")  # the default one needs a common parent process
 
-    def write(self, tensors: Iterable[torch.Tensor]) -> PackedTensors:
+    def write(self, tensors: Sequence[torch.Tensor]) -> PackedTensors:
         """Copy tensors, from whatever device, into this process's buffer, and wait until they are there."""
-        tensors = list(tensors)
         layout = layout_of(tensors)
-        for tensor, view in zip(tensors, views(self._roomy(num_bytes(layout)), layout), strict=True):
+        for tensor, view in zip(tensors, views(self._buffer_of(num_bytes(layout)), layout), strict=True):
             view.copy_(tensor)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the reader's work does not wait for ours
         return PackedTensors(LentBuffer(self._name, self._generation, None), layout)
 
-    def lend(self, written: PackedTensors, reader: str) -> PackedTensors:
-        """What to send to a reader, a process. Each opens the buffer once, by a handle of its own."""
+    def for_reader(self, written: PackedTensors, reader: str) -> PackedTensors:
+        """Return what to send to a reader, a process. Each opens the buffer once, by a handle of its own."""
         if reader in self._readers:
             return written
         assert self._buffer is not None
@@ -63,35 +62,35 @@ class Lending:
         handle = bytes(ForkingPickler.dumps(self._buffer))
         return replace(written, buffer=LentBuffer(self._name, self._generation, handle))
 
-    def unpack(self, packed: PackedTensors) -> list[torch.Tensor]:
-        """The tensors, as views into the other's buffer. They change with its next round; never write to them."""
+    def read(self, packed: PackedTensors) -> list[torch.Tensor]:
+        """Return the tensors as views into the lender's buffer, which it overwrites each round. Never write to them."""
         lent = packed.buffer
         assert isinstance(lent, LentBuffer)
         generation, buffer = self._opened.get(lent.lender, (-1, None))
         if generation != lent.generation or buffer is None:
-            assert lent.handle is not None, "its reader has never had the handle"
+            assert lent.handle is not None, "the reader has never received the handle"
             self._opened.pop(lent.lender, None)
             buffer = ForkingPickler.loads(lent.handle)
             self._opened[lent.lender] = lent.generation, buffer
         return list(views(buffer, packed.layout))
 
     def close(self) -> None:
-        """Close what others have lent."""
+        """Close the buffers that other processes have lent."""
         self._opened.clear()
         collect()
 
     def give_back(self, *, closed: bool) -> None:
-        """Forget the readers; free the buffer if they have all closed it, and keep it for the next ones otherwise."""
+        """Forget the readers. Free the buffer if they have all closed it; otherwise keep it for the next ones."""
         self._readers.clear()
         if closed:
             self._buffer = None
         collect()
 
-    def _roomy(self, size: int) -> torch.Tensor:
-        """The buffer; a new one, which its readers have to open, if this one is too small."""
+    def _buffer_of(self, size: int) -> torch.Tensor:
+        """Return a buffer of at least `size` bytes: the present one, or a new one, which readers have to open."""
         if self._buffer is None or self._buffer.numel() < size:
             self._buffer = None
-            collect()  # so that it does not hold on to a larger block than it needs
+            collect()  # so that PyTorch does not reuse a larger block than needed
             self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
             self._generation += 1
             self._readers.clear()
@@ -100,29 +99,29 @@ class Lending:
 
 @cache
 def lending_on(device: torch.device) -> Lending:
-    """This process's end on a device."""
+    """Return this process's only end on a device."""
     return Lending(device)
 
 
 def sample() -> torch.Tensor:
-    """What is lent to try whether it arrives."""
+    """Return a tensor that is sent to test whether lending works."""
     return torch.arange(1000)
 
 
-def is_sample(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether it did."""
-    return torch.equal(tensors[0].cpu(), sample())
+def is_sample(tensor: torch.Tensor) -> bool:
+    """Return whether the sample arrived intact."""
+    return torch.equal(tensor.cpu(), sample())
 
 
 def collect() -> None:
-    """Let others have the GPU's memory that nothing here needs any more."""
+    """Release the GPU memory that this process no longer needs, so that others can have it."""
     if torch.cuda.is_initialized():
         torch.cuda.ipc_collect()
         torch.cuda.empty_cache()
 
 
 def has_broken_gpu() -> bool:
-    """Whether this process can't use its GPU any more. An error of CUDA's own stays until the process ends."""
+    """Return whether this process can no longer use its GPU. CUDA's own errors persist until the process ends."""
     if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
@@ -136,9 +135,10 @@ class Gpu:
     """The GPU that a process computes on.
 
     Attributes:
-        node: that it is in.
-        uuid: of the GPU.
-        visible: `CUDA_VISIBLE_DEVICES` there, if it is set, by which another process of the node gets to see the same.
+        node: the Ray node that the GPU is in.
+        uuid: the GPU's own name.
+        visible: `CUDA_VISIBLE_DEVICES` of the process, if it is set, with which another process of the node sees the
+            same GPU.
     """
 
     node: str
@@ -147,16 +147,17 @@ class Gpu:
 
     @classmethod
     def here(cls, node: str) -> Gpu:
-        """This process's."""
+        """Return the GPU of this process."""
         return cls(node, str(torch.cuda.get_device_properties(0).uuid), os.environ.get(_VISIBLE))
 
     def opened(self) -> torch.device:
-        """The same GPU, as the first of this process, to which Ray may have given none.
+        """Make this GPU the first of the current process, to which Ray may have given none.
 
-        Nothing here may have asked CUDA for anything before, not even whether there is a GPU: it looks around once.
+        The process must not have called CUDA before, not even to ask whether there is a GPU: CUDA reads
+        `CUDA_VISIBLE_DEVICES` only once.
 
         Raises:
-            RuntimeError: this process computes on another already, or can't open it.
+            RuntimeError: this process already computes on another GPU, or can't open this one.
         """
         before = os.environ.get(_VISIBLE)
         if not torch.cuda.is_initialized():

@@ -33,14 +33,7 @@ from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
 from flexifed.orchestra.lending import lending_on
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, place_cell
-from flexifed.orchestra.wire import (
-    pack_groups,
-    pack_host_round,
-    pack_tensors,
-    unpack_groups,
-    unpack_host_round,
-    unpack_tensors,
-)
+from flexifed.orchestra.wire import ObjectStore, pack, unpack
 from flexifed.training.streams import Steps
 from flexifed.training.workspace import Workspace
 
@@ -61,7 +54,7 @@ def cell(scheme: str = "max_common", **changes: Any) -> CellConfig:
 
 def stop_lending(hosts: ActorHosts) -> None:
     """Have actors, some of which a test may have used through `LendingActors`, forget that they lend."""
-    hosts._lending = lending_on(torch.device("cpu"))
+    hosts._transport = lending_on(torch.device("cpu"))
     hosts._stop_lending()
 
 
@@ -72,7 +65,7 @@ class SomeActors(ActorHosts):
         stop_lending(whole)
         self._group = whole._group
         self._actors = whole._actors[:count]
-        self._lending = None
+        self._transport = ObjectStore()
 
 
 class LendingActors(SomeActors):
@@ -757,14 +750,14 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 @settings(max_examples=200, deadline=None)
 def test_packing_keeps_type_shape_and_every_bit(sent: list[torch.Tensor]) -> None:
     assume(not sent or any(one.numel() for one in sent))
-    packed = pack_tensors(sent)
+    packed = ObjectStore().write(sent)
     packed.buffer.flags.writeable = False  # as it is when it comes out of Ray's shared memory
-    arrived = unpack_tensors(packed)
+    arrived = ObjectStore().read(packed)
     assert [(one.dtype, one.shape, bits(one)) for one in arrived] == [(one.dtype, one.shape, bits(one)) for one in sent]
 
 
 def test_packing_takes_a_message_of_empty_tensors_alone() -> None:
-    (arrived,) = unpack_tensors(pack_tensors([torch.empty(3, 0)]))
+    (arrived,) = ObjectStore().read(ObjectStore().write([torch.empty(3, 0)]))
     assert (arrived.dtype, arrived.shape) == (torch.float32, (3, 0))
 
 
@@ -774,14 +767,14 @@ def test_groups_and_block_sums_arrive_as_they_were_sent(
     state: dict[int, tuple[torch.Tensor, ...]], data: st.DataObject
 ) -> None:
     assume(not any(state.values()) or any(one.numel() for group in state.values() for one in group))
-    arrived = unpack_groups(pack_groups(state))
+    arrived = unpack(pack(state, ObjectStore()), ObjectStore())
     assert list(arrived) == list(state)
     assert [[bits(one) for one in group] for group in arrived.values()] == [
         [bits(one) for one in group] for group in state.values()
     ]
     weights, flags = st.floats(0, 1e6), st.booleans()
     block = {index: BlockSum(group, data.draw(weights), data.draw(flags)) for index, group in state.items()}
-    played = unpack_host_round(pack_host_round(HostRound((), {4: {}, 7: block})))
+    played = unpack(pack(HostRound((), {4: {}, 7: block}), ObjectStore()), ObjectStore())
     empty, same = played.blocks[4], played.blocks[7]
     assert (empty, list(same)) == ({}, list(block))
     assert [(one.weight, one.weighted) for one in same.values()] == [

@@ -278,7 +278,7 @@ def test_actors_are_ended_even_if_the_drivers_gpu_is_broken(monkeypatch: pytest.
 
     killed: list[str] = []
     hosts = ActorHosts.__new__(ActorHosts)
-    hosts._actors, hosts._lending = ["one", "other"], Lending(torch.device("cpu"))
+    hosts._actors, hosts._transport = ["one", "other"], Lending(torch.device("cpu"))
     monkeypatch.setattr("flexifed.orchestra.lending.collect", broken)
     monkeypatch.setattr(ray, "kill", killed.append)
     hosts.shut_down()

@@ -30,16 +30,16 @@ def two() -> Two:
 
 
 def sent(lender: Lending, *tensors: torch.Tensor, reader: str = "reader") -> PackedTensors:
-    return lender.lend(lender.write(tensors), reader)
+    return lender.for_reader(lender.write(tensors), reader)
 
 
 def test_a_reader_opens_a_buffer_once_and_then_sees_each_new_round(two: Two) -> None:
     lender, reader = two
     first = sent(lender, torch.ones(3), torch.tensor([True, False]))
-    assert [one.tolist() for one in reader.unpack(first)] == [[1.0, 1.0, 1.0], [True, False]]
+    assert [one.tolist() for one in reader.read(first)] == [[1.0, 1.0, 1.0], [True, False]]
     second = sent(lender, torch.full((3,), 2.0), torch.tensor([False, True]))
     assert lent(second) == replace(lent(first), handle=None)
-    assert [one.tolist() for one in reader.unpack(second)] == [[2.0, 2.0, 2.0], [False, True]]
+    assert [one.tolist() for one in reader.read(second)] == [[2.0, 2.0, 2.0], [False, True]]
 
 
 def test_each_reader_gets_one_handle_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,35 +54,35 @@ def test_each_reader_gets_one_handle_of_its_own(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("flexifed.orchestra.lending.ForkingPickler", Pickler)
     lender = Lending(CPU)
     written = lender.write([torch.ones(3)])
-    packed = [lender.lend(written, reader) for reader in ("a", "b", "c", "a", "b")]
+    packed = [lender.for_reader(written, reader) for reader in ("a", "b", "c", "a", "b")]
     assert [lent(one).handle for one in packed] == [*made, None, None], "CUDA counts each of them"
     assert len(made) == 3
     assert len({lent(one).lender for one in packed}) == 1
-    assert all(Lending(CPU).unpack(one)[0].tolist() == [1.0] * 3 for one in packed[:3])
+    assert all(Lending(CPU).read(one)[0].tolist() == [1.0] * 3 for one in packed[:3])
 
 
 def test_what_needs_more_room_takes_another_buffer_in_the_place_of_the_first(two: Two) -> None:
     lender, reader = two
-    reader.unpack(sent(lender, torch.ones(3)))
+    reader.read(sent(lender, torch.ones(3)))
     larger = sent(lender, torch.zeros(50))
     assert lent(larger).handle is not None
-    assert reader.unpack(larger)[0].tolist() == [0.0] * 50
+    assert reader.read(larger)[0].tolist() == [0.0] * 50
     assert len(reader._opened) == 1
     smaller = sent(lender, torch.ones(2))
     assert lent(smaller) == replace(lent(larger), handle=None), "what has room goes where it is"
-    assert reader.unpack(smaller)[0].tolist() == [1.0] * 2
+    assert reader.read(smaller)[0].tolist() == [1.0] * 2
 
 
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_buffer_that_a_lost_reader_has_open_serves_the_next_one(two: Two, closed: bool) -> None:
     lender, reader = two
-    reader.unpack(sent(lender, torch.ones(3), reader="before"))
+    reader.read(sent(lender, torch.ones(3), reader="before"))
     buffer = lender._buffer
     reader.close()
     lender.give_back(closed=closed)
     again = sent(lender, torch.zeros(3), reader="after")
     assert (lender._buffer is buffer) == (not closed)
-    assert reader.unpack(again)[0].tolist() == [0.0] * 3
+    assert reader.read(again)[0].tolist() == [0.0] * 3
 
 
 def test_a_process_has_one_end() -> None:
