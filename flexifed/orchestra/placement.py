@@ -1,4 +1,4 @@
-"""How many clients go into an actor, what an actor asks for, and whether the cluster could ever hold that."""
+"""How many clients an actor hosts, which resources it asks for, and whether the cluster could ever hold it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from flexifed.federation.assignment import assign_clients
 from flexifed.wording import counted
 
 DEFAULT_GPUS_PER_CLIENT = 0.125
-_LEAST_SHARE = 0.0001
-"""Of a GPU; Ray counts no smaller ones."""
+_SHARES_OF_A_GPU = 10_000
+"""Ray counts GPUs in ten-thousandths."""
+_LEAST_SHARE = 1 / _SHARES_OF_A_GPU
 Resources = Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementOptions:
-    """Where clients run. None of it can change a number.
+    """Where clients run. No option can change a result.
 
     Attributes:
-        gpus_per_client: fraction of a GPU for each client; None: an eighth on a GPU, 0 without one, and less where
-            clients take turns.
-        clients_per_actor: clients that live in one process; None: on GPUs as many as have a stream, and more where the
-            GPUs could not hold them so; on CPUs as many as it takes to give every CPU one actor.
-        streams: so many of an actor's clients compute on its GPU at the same time.
-        cuda_ipc: processes on one GPU leave tensors there for each other.
+        gpus_per_client: the fraction of a GPU for each client. None: an eighth if the device is a GPU, less where
+            clients take turns, and 0 otherwise.
+        clients_per_actor: the number of clients in one process. None: on GPUs one for each stream, and more if the GPUs
+            could not hold that many processes; on CPUs as many as it takes to give every CPU one actor.
+        streams: how many of an actor's clients compute on its GPU at the same time.
+        cuda_ipc: whether processes on one GPU leave tensors there for each other.
     """
 
     gpus_per_client: float | None = None
@@ -47,7 +48,7 @@ class PlacementOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CellPlacement:
-    """The actors of one cell: which clients each holds, how many of them overlap, and what each actor asks for."""
+    """The actors of one cell: the clients of each, how many of them overlap, and the resources that each asks for."""
 
     clients: tuple[tuple[int, ...], ...]
     cpus_per_actor: float
@@ -57,7 +58,7 @@ class CellPlacement:
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """The placement group's bundles: an empty one for the driver, which only adds up, then one for each actor."""
+        """The placement group's bundles: an empty one for the driver, which only aggregates, then one per actor."""
         actor = {"CPU": self.cpus_per_actor}
         if self.gpus_per_actor:
             actor["GPU"] = self.gpus_per_actor
@@ -82,7 +83,7 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
 
     Raises:
         ResourceError: the nodes could not hold the actors, even with nothing else on them.
-        ConfigError: actors that would cut through blocks of `reduce_block` clients.
+        ConfigError: `clients_per_actor` would split blocks of `reduce_block` clients.
     """
     if config.device == "cuda" and options.gpus_per_client is not None and options.gpus_per_client < _LEAST_SHARE:
         raise ResourceError(
@@ -94,13 +95,13 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
             f"streams is {options.streams}, but device is 'cpu', which has none; leave --streams out, or use --device "
             "cuda"
         )
-    clients = _dealt_out(config, options, nodes)
+    clients = _clients_by_actor(config, options, nodes)
     most = max(map(len, clients))
-    gpus_per_actor = _gpu_share(config, options, nodes, clients)
-    if gpus_per_actor > 1 and _gpus(nodes):
+    gpus_per_actor = _gpus_per_actor(config, options, nodes, clients)
+    if gpus_per_actor > 1 and _num_gpus(nodes):
         raise ResourceError(
             f"an actor of {counted(most, 'client')} asks for {gpus_per_actor:g} GPUs, but a process computes on one: "
-            f"lower --gpus-per-client to at most {math.floor(10_000 / most) / 10_000:g}"
+            f"lower --gpus-per-client to at most {largest_gpu_share(most):g}"
         )
     shares = _cpu_shares(len(clients), config.numerics.threads, nodes)
     placements = [
@@ -113,11 +114,31 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
         )
         for share in shares
     ]
-    fitting = next((one for one in placements if holds(nodes, one)), None)
+    fitting = next((placement for placement in placements if holds(nodes, placement)), None)
     return fitting or _refuse(placements[-1], nodes)
 
 
-def _dealt_out(config: CellConfig, options: PlacementOptions, nodes: Sequence[Resources]) -> Sequence[tuple[int, ...]]:
+def how_many_fit(needed: float, available: float = 1.0) -> int:
+    """How many processes that each need this much of a resource fit into what is available; by default, on one GPU.
+
+    >>> how_many_fit(0.3333), how_many_fit(0.1, 0.3)
+    (3, 3)
+    """
+    return int(available / needed + 1e-6)  # 0.3 / 0.1 is 2.9999999999999996
+
+
+def largest_gpu_share(count: int) -> float:
+    """The largest share of a GPU, in Ray's steps, that `count` processes can each have of it.
+
+    >>> largest_gpu_share(3)
+    0.3333
+    """
+    return math.floor(_SHARES_OF_A_GPU / count) / _SHARES_OF_A_GPU
+
+
+def _clients_by_actor(
+    config: CellConfig, options: PlacementOptions, nodes: Sequence[Resources]
+) -> Sequence[tuple[int, ...]]:
     """The clients of each actor; see `PlacementOptions`."""
     num_clients, block = config.partition.num_clients, config.sharing.reduce_block
     per_actor = options.clients_per_actor
@@ -126,7 +147,7 @@ def _dealt_out(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
             wanted = options.streams
             if options.gpus_per_client is None:
                 share = min(1.0, DEFAULT_GPUS_PER_CLIENT * options.streams)
-                places = _gpus(nodes) * int(1 / share)
+                places = _num_gpus(nodes) * how_many_fit(share)
                 wanted = max(wanted, math.ceil(num_clients / places)) if places else wanted
         else:
             total_cpus = sum(node.get("CPU", 0) for node in nodes)
@@ -135,70 +156,94 @@ def _dealt_out(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
     return assign_clients(num_clients, per_actor, block)
 
 
-def _gpu_share(
+def _gpus_per_actor(
     config: CellConfig, options: PlacementOptions, nodes: Sequence[Resources], clients: Sequence[tuple[int, ...]]
 ) -> float:
-    """What an actor asks for: as its clients' shares add up; where nobody said anything, no more than there is."""
+    """The sum of the largest actor's clients' shares; by default no more than the nodes have for every actor."""
     most = max(map(len, clients))
     if options.gpus_per_client is not None:
         return round(options.gpus_per_client * most, 4)
     if config.device == "cpu":
         return 0.0
     share = round(min(1.0, DEFAULT_GPUS_PER_CLIENT * most), 4)
-    if gpus := _gpus(nodes):
-        share = min(share, math.floor(10_000 / math.ceil(len(clients) / gpus)) / 10_000)
+    if gpus := _num_gpus(nodes):
+        share = min(share, largest_gpu_share(math.ceil(len(clients) / gpus)))
     return max(share, _LEAST_SHARE)
 
 
-def _gpus(nodes: Sequence[Resources]) -> int:
-    """Of nodes that also have CPUs, which every actor asks for."""
+def _num_gpus(nodes: Sequence[Resources]) -> int:
+    """The GPUs of nodes that also have CPUs, which every actor asks for."""
     return sum(int(node.get("GPU", 0)) for node in nodes if node.get("CPU", 0))
 
 
 def holds(nodes: Sequence[Resources], placement: CellPlacement) -> bool:
     """Whether the nodes could hold a cell's actors, with nothing else on them."""
-    return _held(placement, nodes) >= len(placement.clients)
+    return _max_actors(placement, nodes) >= len(placement.clients)
 
 
-def halved(placement: CellPlacement, config: CellConfig, nodes: Sequence[Resources]) -> CellPlacement | None:
-    """The same cell with half as many clients at a time on a GPU, which changes no number.
+def roomier_placement(placement: CellPlacement, config: CellConfig, nodes: Sequence[Resources]) -> CellPlacement | None:
+    """Place a cell with half as many clients at a time on a GPU, which changes no result.
 
-    Where clients of an actor overlap, half as many of them do. Otherwise half as many actors have room on a GPU, each
-    with twice the share of it, whichever cells they are of; where the nodes don't hold that many, fewer actors host
+    If an actor's clients overlap, half as many of them do. Otherwise half as many actors share a GPU, each with twice
+    the share of it, whichever cells they belong to; if the nodes can't hold as many actors as before, fewer actors host
     more clients each.
 
     Returns:
-        None where an actor has a GPU to itself already, or has none, and its clients take turns.
+        The placement; None if an actor has a GPU to itself already, or none, and its clients take turns.
     """
     if placement.streams > 1:
         return replace(placement, streams=placement.streams // 2)
-    sharing = int(1 / placement.gpus_per_actor + 1e-6) if placement.gpus_per_actor else 0
+    sharing = how_many_fit(placement.gpus_per_actor) if placement.gpus_per_actor else 0
     if sharing < 2:
         return None
-    roomier = replace(placement, gpus_per_actor=math.floor(10_000 / (sharing // 2)) / 10_000)
+    roomier = replace(placement, gpus_per_actor=largest_gpu_share(sharing // 2))
     num_clients, block = config.partition.num_clients, config.sharing.reduce_block
-    wanted = max(max(map(len, placement.clients)), math.ceil(num_clients / max(1, _held(roomier, nodes))))
+    wanted = max(max(map(len, placement.clients)), math.ceil(num_clients / max(1, _max_actors(roomier, nodes))))
     return replace(roomier, clients=tuple(assign_clients(num_clients, block * math.ceil(wanted / block), block)))
 
 
+def memory_advice(placement: CellPlacement, config: CellConfig, roomier: CellPlacement | None) -> str:
+    """Say how many of a cell's clients shared a GPU that was full, and which options give each more of it.
+
+    Args:
+        placement: of the cell that ran out of memory.
+        config: the cell.
+        roomier: see `roomier_placement`.
+    """
+    sharing = how_many_fit(placement.gpus_per_actor) if placement.gpus_per_actor else 1
+    sharing = min(sharing, len(placement.clients))
+    together = min(sharing * max(map(len, placement.clients)), config.partition.num_clients)
+    problem = (
+        f"a GPU had {'up to ' if together > 1 else ''}{counted(together, 'client')} of this cell, "
+        f"in {counted(sharing, 'process')}"
+    )
+    if roomier is None:
+        return f"{problem}; use a smaller --width or --batch-size"
+    most, block = max(map(len, roomier.clients)), config.sharing.reduce_block
+    per_actor = block * math.ceil(most / block)
+    streams = f" --streams {roomier.streams}" if config.device == "cuda" and most > 1 else ""
+    return (
+        f"{problem}; ask for --gpus-per-client {roomier.gpus_per_actor / most:g} --clients-per-actor {per_actor}"
+        f"{streams}, or let --retry-out-of-memory do so"
+    )
+
+
 def _cpu_shares(num_actors: int, threads: int, nodes: Sequence[Resources]) -> list[float]:
-    """CPUs that an actor may ask for, largest first: one for each thread, or a node's CPUs shared by some actors."""
+    """CPUs that an actor may ask for, largest first: one per thread, or a node's CPUs divided among some actors."""
     parts = {node.get("CPU", 0) / count for node in nodes for count in range(1, num_actors + 1)}
     shares = {math.floor(min(threads, part) * 1000) / 1000 for part in parts}
     return sorted((share for share in shares if share > 0), reverse=True) or [0.0]
 
 
-def _held(placement: CellPlacement, nodes: Sequence[Resources]) -> int:
+def _max_actors(placement: CellPlacement, nodes: Sequence[Resources]) -> int:
     """How many actors like these the nodes hold with nothing else on them."""
-    needed = {"CPU": placement.cpus_per_actor, "GPU": placement.gpus_per_actor}
-    return sum(_actors_on(node, needed) for node in nodes)
+    return sum(_max_actors_on(node, placement) for node in nodes)
 
 
 def _refuse(placement: CellPlacement, nodes: Sequence[Resources]) -> NoReturn:
-    """Say what Ray would wait for without a word and without end."""
-    held = _held(placement, nodes)
+    """Raise an error about a placement for which Ray would wait silently and for ever."""
     have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
-    gpus, on_one = _gpus(nodes), int(1 / placement.gpus_per_actor + 1e-6) if placement.gpus_per_actor else 0
+    gpus, per_gpu = _num_gpus(nodes), how_many_fit(placement.gpus_per_actor) if placement.gpus_per_actor else 0
     if not any(node.get("CPU", 0) for node in nodes):
         remedy = "no node has CPUs, so add nodes that have"
     elif placement.gpus_per_actor and not gpus:
@@ -206,28 +251,28 @@ def _refuse(placement: CellPlacement, nodes: Sequence[Resources]) -> NoReturn:
             "no node has a GPU beside CPUs, so use --device cpu without --gpus-per-client or --streams, or add nodes "
             "that have one"
         )
-    elif on_one and gpus * on_one < len(placement.clients):
+    elif per_gpu and gpus * per_gpu < len(placement.clients):
         remedy = f"leave --gpus-per-client out{_lower_share(placement, gpus)}, or add nodes"
     else:
         remedy = "raise --clients-per-actor, or add nodes"
     raise ResourceError(
-        f"a cell needs {placement}, but the cluster could hold only {held} of them with nothing else running "
-        f"(its nodes: {have}): {remedy}"
+        f"a cell needs {placement}, but the cluster could hold only {_max_actors(placement, nodes)} of them with "
+        f"nothing else running (its nodes: {have}): {remedy}"
     )
 
 
 def _lower_share(placement: CellPlacement, gpus: int) -> str:
-    """What else than a default each client could ask for; nothing, if that is below what Ray counts."""
-    actors_on_one = math.ceil(len(placement.clients) / gpus)
-    share = math.floor(10_000 / actors_on_one / max(map(len, placement.clients))) / 10_000
+    """Name a share that clients could ask for instead of the default; nothing if it is below what Ray counts."""
+    clients_per_gpu = math.ceil(len(placement.clients) / gpus) * max(map(len, placement.clients))
+    share = largest_gpu_share(clients_per_gpu)
     return f", or lower it to {share:g}" if share else ""
 
 
-def _actors_on(node: Resources, needed: Mapping[str, float]) -> int:
-    """How many actors an empty node holds. A share of a GPU lies on one GPU, so shares fill GPUs one by one."""
+def _max_actors_on(node: Resources, placement: CellPlacement) -> int:
+    """How many actors an empty node holds. An actor's share lies on one GPU, so shares fill GPUs one by one."""
     counts = []
-    if needed["CPU"]:
-        counts.append(int(node.get("CPU", 0) / needed["CPU"] + 1e-6))
-    if gpu := needed["GPU"]:
-        counts.append(int(node.get("GPU", 0)) * int(1 / gpu + 1e-6))
+    if placement.cpus_per_actor:
+        counts.append(how_many_fit(placement.cpus_per_actor, node.get("CPU", 0)))
+    if placement.gpus_per_actor:
+        counts.append(int(node.get("GPU", 0)) * how_many_fit(placement.gpus_per_actor))
     return min(counts, default=0)

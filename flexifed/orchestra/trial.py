@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,8 @@ from flexifed.orchestra.actors import ActorHosts, GroupLostError, LostError
 from flexifed.orchestra.client_actor import first_line, full_device
 from flexifed.orchestra.ledger import CellReport, CellState
 from flexifed.orchestra.lending import has_broken_gpu
-from flexifed.orchestra.placement import CellPlacement, halved
+from flexifed.orchestra.placement import CellPlacement, memory_advice, roomier_placement
 from flexifed.results.store import ResultsFolder
-from flexifed.wording import counted
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,9 @@ class CellTrial(tune.Trainable):
         """Note it, and end the actors: their state is unknown, so they are not used again."""
         roomier = None
         if state == "out_of_memory":
-            roomier = halved(self._placed.placement, self._placed.run.config, cluster.nodes())
-            reason = f"{reason}; {_memory_advice(self._placed, roomier)}"
+            placement, config = self._placed.placement, self._placed.run.config
+            roomier = roomier_placement(placement, config, cluster.nodes())
+            reason = f"{reason}; {memory_advice(placement, config, roomier)}"
         if self._session and state != "lost":  # of losses the command keeps the log, as it hears of all of them
             self._session.fail(reason)
         self.cleanup()
@@ -127,25 +126,3 @@ def _explained(error: Exception) -> tuple[CellState, str]:
     if shortage := full_device(error):  # averaging on its clients' GPU
         return "out_of_memory", f"the driver: {shortage}"
     return "failed", "".join(traceback.format_exception(error))
-
-
-def _memory_advice(placed: PlacedRun, roomier: CellPlacement | None) -> str:
-    """How many clients share a GPU, and what to ask for instead."""
-    placement, block = placed.placement, placed.run.config.sharing.reduce_block
-    each = max(len(clients) for clients in placement.clients)
-    sharing = int(1 / placement.gpus_per_actor + 1e-6) if placement.gpus_per_actor else 1
-    sharing = min(sharing, len(placement.clients))
-    together = min(sharing * each, placed.run.config.partition.num_clients)
-    now = (
-        f"a GPU had {'up to ' if together > 1 else ''}{counted(together, 'client')} of this cell, "
-        f"in {counted(sharing, 'process')}"
-    )
-    if roomier is None:
-        return f"{now}; use a smaller --width or --batch-size"
-    most = max(map(len, roomier.clients))
-    hosted = block * math.ceil(most / block)
-    streams = f" --streams {roomier.streams}" if placed.run.config.device == "cuda" and most > 1 else ""
-    return (
-        f"{now}; ask for --gpus-per-client {roomier.gpus_per_actor / most:g} --clients-per-actor {hosted}{streams}, "
-        "or let --retry-out-of-memory do so"
-    )

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
-from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig, Device, NumericsConfig, PartitionConfig, SharingConfig
-from flexifed.data import synthetic
 from flexifed.errors import ConfigError, ResourceError
-from flexifed.orchestra.placement import CellPlacement, PlacementOptions, halved, holds, place_cell
-from flexifed.orchestra.trial import PlacedRun, _memory_advice
+from flexifed.orchestra.placement import (
+    CellPlacement,
+    PlacementOptions,
+    holds,
+    memory_advice,
+    place_cell,
+    roomier_placement,
+)
 
 Nodes = list[dict[str, float]]
 
@@ -130,9 +133,9 @@ def test_clients_of_an_actor_overlap_if_it_has_so_many() -> None:
 def test_a_full_gpu_has_fewer_streams_before_it_has_fewer_actors() -> None:
     config, nodes = cell(device="cuda"), [{"CPU": 16, "GPU": 1}]
     placement = place(config, nodes, streams=3, clients_per_actor=4)
-    roomier = halved(placement, config, nodes)
+    roomier = roomier_placement(placement, config, nodes)
     assert roomier == replace(placement, streams=1)
-    again = halved(roomier, config, nodes)
+    again = roomier_placement(roomier, config, nodes)
     assert again is not None
     assert shape(again) == ([8], 1.0, 1.0)
 
@@ -148,14 +151,9 @@ def test_the_advice_after_a_full_gpu_asks_for_what_a_retry_gets(options: dict[st
     except ResourceError:
         assert (options, gpus) == ({"gpus_per_client": 0.25}, 1)
         return
-    roomier = halved(placement, config, nodes)
+    roomier = roomier_placement(placement, config, nodes)
     assert roomier is not None
-    assert place(config, nodes, **asked_for(advice(config, placement, roomier))) == roomier
-
-
-def advice(config: CellConfig, placement: CellPlacement, roomier: CellPlacement | None) -> str:
-    run = CellRun(config=config, info=synthetic.info(), profile="test", rounds=1, results=Path("results"))
-    return _memory_advice(PlacedRun(run, placement), roomier)
+    assert place(config, nodes, **asked_for(memory_advice(placement, config, roomier))) == roomier
 
 
 def asked_for(text: str) -> dict[str, Any]:
@@ -179,7 +177,8 @@ def asked_for(text: str) -> dict[str, Any]:
 def test_the_advice_counts_the_clients_that_there_are(num_clients: int, options: dict[str, Any], said: str) -> None:
     config, nodes = cell(num_clients, device="cuda"), [{"CPU": 16.0, "GPU": 2.0 if options else 1.0}]
     placement = place(config, nodes, **options)
-    assert advice(config, placement, halved(placement, config, nodes)).startswith(said)
+    roomier = roomier_placement(placement, config, nodes)
+    assert memory_advice(placement, config, roomier).startswith(said)
 
 
 def test_actors_on_gpus_share_cpus_that_are_too_few() -> None:
@@ -430,7 +429,7 @@ def test_half_as_many_actors_share_a_gpu(
     except ResourceError:
         assert expected is None
         return
-    roomier = halved(placement, config, nodes)
+    roomier = roomier_placement(placement, config, nodes)
     assert (shape(roomier) if roomier else None) == expected
 
 
@@ -463,10 +462,10 @@ def test_halving_ends_at_one_actor_a_gpu_always_fits_and_leaves_no_gpu_idle(
         assert holds(nodes, placement)
         assert sorted(client for actor in placement.clients for client in actor) == list(range(num_clients))
         sharing = int(1 / placement.gpus_per_actor + 1e-6)
-        roomier = halved(placement, config, nodes)
+        roomier = roomier_placement(placement, config, nodes)
         assert (roomier is None) == (sharing < 2 and placement.streams == 1)
         if roomier is not None:
-            advised = asked_for(advice(config, placement, roomier))
+            advised = asked_for(memory_advice(placement, config, roomier))
             assert place(config, nodes, **advised) == roomier
             assert place(config, nodes, **asked | advised) == roomier  # who adds it to the line gets the same
             if placement.streams == 1:
