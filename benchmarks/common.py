@@ -1,12 +1,17 @@
-"""What the benchmarks have in common: the machine, the versions, and a median with its spread."""
+"""What the benchmarks have in common: the machine, the versions, a median with its spread, an observer of a grid."""
 
 from __future__ import annotations
 
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flexifed.orchestra.ledger import CellReport
 
 
 def machine() -> str:
@@ -35,3 +40,18 @@ def _version(name: str) -> str:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """How many values there are, their median, the smallest and the largest."""
     return {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+class RoundObserver:
+    """An `Observer` of cells that only play rounds; subclasses define `reported`."""
+
+    def cell_started(self, name: str) -> None:
+        """Ignore it."""
+
+    def reported(self, report: CellReport) -> None:
+        """A cell has played a round."""
+        raise NotImplementedError
+
+    def noted(self, message: str, name: str | None = None) -> None:
+        """Print what should not have happened."""
+        print(message, file=sys.stderr)

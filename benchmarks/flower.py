@@ -42,7 +42,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import machine, spread, versions
+from common import RoundObserver, machine, spread, versions
 from flower_job import CPUS_PER_CLIENT, Job
 
 from flexifed.errors import FlexifedError
@@ -179,20 +179,13 @@ def _play_cell(job: Job) -> Rounds:
     return rounds_of_rows(rows.to_dict("records"), clock.ended)
 
 
-class Clock:
-    """Hears of every round, and notes when."""
+class Clock(RoundObserver):
+    """Notes the time of every round."""
 
     def __init__(self) -> None:
         self.ended: list[float] = []
 
-    def cell_started(self, name: str) -> None:
-        """Of no interest."""
-
-    def noted(self, message: str, name: str | None = None) -> None:
-        """Nothing should happen; if it does, say it."""
-        print(message, file=sys.stderr)
-
-    def round_played(self, report: Any) -> None:
+    def reported(self, report: Any) -> None:
         """Note the time."""
         self.ended.append(time.perf_counter())
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from common import RoundObserver
 
 from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
@@ -39,22 +40,15 @@ MIB = 2**20
 TITLES = {"ray::ClientActor": "client actor", "ray::ResourceTrainable": "driver", "ray::CellTrial": "driver"}
 
 
-class Sampler:
-    """Hears of every round; looks at the processes at some of them."""
+class Sampler(RoundObserver):
+    """Notes the time of every round, and samples the processes' memory after some of them."""
 
     def __init__(self, rounds: int, base_round: int) -> None:
         self.at = {base_round, rounds, *range(base_round, rounds, max(1, rounds // 20))}
         self.samples: list[dict[str, Any]] = []
         self.arrived: list[float] = []
 
-    def cell_started(self, name: str) -> None:
-        """Nothing to see yet."""
-
-    def noted(self, message: str, name: str | None = None) -> None:
-        """Nothing should happen; if it does, say it."""
-        print(message, file=sys.stderr)
-
-    def round_played(self, report: CellReport) -> None:
+    def reported(self, report: CellReport) -> None:
         """Note the time, and sample where it is due."""
         self.arrived.append(time.perf_counter())
         if report.round_index in self.at:

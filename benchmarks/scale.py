@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import machine, spread, versions
+from common import RoundObserver, machine, spread, versions
 from memory import object_store, place, uss_by_process
 
 from flexifed.cells.run import CellRun
@@ -43,20 +43,13 @@ NUM_BLOCKS = 8
 """However many clients there are, so many sums travel: blocks of consecutive clients are summed where they live."""
 
 
-class Sampler:
-    """Looks at all processes whenever a round has ended."""
+class Sampler(RoundObserver):
+    """Samples the memory of all processes after every round."""
 
     def __init__(self) -> None:
         self.memory: list[dict[str, float]] = []
 
-    def cell_started(self, name: str) -> None:
-        """Nothing to see yet."""
-
-    def noted(self, message: str, name: str | None = None) -> None:
-        """Nothing should happen; if it does, say it."""
-        print(message, file=sys.stderr)
-
-    def round_played(self, report: CellReport) -> None:
+    def reported(self, report: CellReport) -> None:
         """Sum up what the processes of each kind hold, in MiB."""
         held = {"client actor": 0.0, "driver": 0.0, "command": 0.0, "store": object_store()["store_mib"]}
         for name, mib in uss_by_process().items():

@@ -60,12 +60,13 @@ class GridProgress:
             self._bars[name] = self._live.add_task(self._labels[name], total=self._rounds + 1, note="starting")
             self._last_line[name] = time.monotonic()
 
-    def round_played(self, report: CellReport) -> None:
-        """A round has ended, or a cell has."""
+    def reported(self, report: CellReport) -> None:
+        """A cell has played a round, has finished, failed or stopped."""
         self.cell_started(report.name)
         bar = self._bars[report.name]
-        self._left[report.name] = 0 if report.state == "failed" else self._rounds - report.round_index
-        self._heard += report.round_index >= 0
+        played = 0 if report.round_index is None else report.round_index + 1
+        self._left[report.name] = 0 if report.state == "failed" else self._rounds + 1 - played
+        self._heard += report.round_index is not None
         self._ended += report.state in ("finished", "failed")
         if self._first_round is None:
             self._first_round = time.monotonic()
@@ -73,7 +74,7 @@ class GridProgress:
         whole = len(self._left) * (self._rounds + 1) - sum(self._left.values())
         self._live.update(bar, completed=self._rounds + 1 - self._left[report.name], note=note)
         self._live.update(self._whole, completed=whole, note=f"left: {self._time_left()}")
-        if report.ends:
+        if report.is_over_for_now:
             self._live.update(bar, visible=False)
         self._print_line(report, note)
 
@@ -87,7 +88,9 @@ class GridProgress:
         label = self._labels[report.name]
         if report.state == "failed":
             self.noted(f"FAILED: {report.reason.strip().splitlines()[-1]}", report.name, style="red")
-        elif report.ends or (not self._console.is_terminal and now - self._last_line[report.name] >= _LINE_EVERY_S):
+        elif report.is_over_for_now or (
+            not self._console.is_terminal and now - self._last_line[report.name] >= _LINE_EVERY_S
+        ):
             words = {"finished": "done", "stopped": "stopped"}
             state = words.get(report.state, f"round {report.round_index}/{self._rounds}")
             ended = f"{self._ended}/{len(self._labels)} cells"

@@ -22,9 +22,11 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Tell:
     monkeypatch.setattr("flexifed.progress.time.monotonic", lambda: now[0])
     progress = GridProgress(Console(file=printed), ROUNDS, {"one": "cell one", "two": "cell two"})
 
-    def later(seconds: float, name: str, round_index: int, state: CellState = "playing", reason: str = "") -> str:
+    def later(
+        seconds: float, name: str, round_index: int | None, state: CellState = "playing", reason: str = ""
+    ) -> str:
         now[0] += seconds
-        progress.round_played(CellReport(name, state, round_index, reason=reason))
+        progress.reported(CellReport(name, state, round_index, reason=reason))
         return (printed.getvalue().splitlines() or [""])[-1]
 
     return later
@@ -44,7 +46,7 @@ def test_rounds_that_were_played_before_say_nothing_about_the_pace(tell: Tell) -
 def test_a_cell_that_has_failed_or_ended_has_no_rounds_left(tell: Tell) -> None:
     tell(30, "one", 0)
     tell(10, "one", 1)
-    assert tell(0, "two", -1, "failed", "Traceback\nValueError: why") == "cell two: FAILED: ValueError: why"
+    assert tell(0, "two", None, "failed", "Traceback\nValueError: why") == "cell two: FAILED: ValueError: why"
     assert tell(10, "one", 2).endswith("(1/2 cells, left: 1 h 23 min)"), "500 rounds of 10 s"
     assert tell(0, "one", ROUNDS, "finished").endswith("done    (2/2 cells, left: 0 s)")
 
@@ -52,5 +54,5 @@ def test_a_cell_that_has_failed_or_ended_has_no_rounds_left(tell: Tell) -> None:
 def test_a_cell_that_is_lost_has_its_rounds_to_play_again(tell: Tell) -> None:
     tell(30, "one", 0)
     tell(10, "one", 300)
-    tell(0, "one", -1, "lost", "a process is gone")
+    tell(0, "one", None, "lost", "a process is gone")
     assert tell(10, "one", 301).endswith("left: 1 h 57 min)"), "201 and 503 rounds of 10 s"

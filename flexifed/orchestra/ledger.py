@@ -1,4 +1,4 @@
-"""What the command knows of each cell while it runs: how far it is, how often it was lost, and how it ended."""
+"""What the command knows about each cell: the last round it played, how often it was lost, and how it ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexifed.orchestra.placement import CellPlacement
 from flexifed.results.runlog import add_line
 
 PATIENCE = 3
-"""A cell that loses processes so many times in a row, without a round that it had not played before, is given up."""
+"""A cell that loses processes this many times in a row, without playing a new round in between, is given up."""
 
 _REASON_WIDTH = 300
 
@@ -23,53 +23,53 @@ CellState = Literal["playing", "lost", "finished", "failed", "out_of_memory", "s
 
 @dataclass(frozen=True)
 class CellReport:
-    """What the command hears of a cell: after each round, and when something happens to it.
+    """What a cell reports to the command: after each round, and when something happens to it.
 
     Attributes:
-        name: of the cell's files.
-        state: a cell that is lost begins again at once; the last four end it for now.
-        round_index: the round that was played, or -1.
-        accuracies: by version, in that round.
-        reason: why it is lost or has failed.
-        roomier: where it could be tried again, if it is out of memory.
+        name: the name of the cell's files.
+        state: a cell that is lost begins again at once; the last four states end it for now.
+        round_index: the round that was played; None if the report is not about a round.
+        accuracies: the accuracy of each version in that round.
+        reason: why the cell is lost or has failed.
+        roomier: a placement in which the cell can be tried again, if it is out of memory.
     """
 
     name: str
     state: CellState
-    round_index: int = -1
+    round_index: int | None = None
     accuracies: Mapping[str, float] | None = None
     reason: str = ""
     roomier: CellPlacement | None = None
 
     @property
-    def ends(self) -> bool:
+    def is_over_for_now(self) -> bool:
         """Whether the cell plays no more rounds for now."""
         return self.state not in ("playing", "lost")
 
 
 class Observer(Protocol):
-    """Whoever wants to hear how the grid goes on."""
+    """Follows the progress of a grid."""
 
     def cell_started(self, name: str) -> None:
         """A cell has got its processes."""
         ...
 
-    def round_played(self, report: CellReport) -> None:
-        """A round has ended, or a cell has."""
+    def reported(self, report: CellReport) -> None:
+        """A cell has played a round, has finished, failed or stopped."""
         ...
 
     def noted(self, message: str, name: str | None = None) -> None:
-        """Something has happened that a person should know, to a cell or to all."""
+        """Something has happened, to one cell or to the grid, that the user should know."""
         ...
 
 
 class Ledger:
-    """Keeps count for one command; a later command counts anew.
+    """Keeps the state of every cell for one command; a later command counts from scratch.
 
     Args:
-        observer: is told of all that is written down.
-        run_folders: of each cell, by name; their logs get what the cells' own processes can't write any more.
-        retry_out_of_memory: whether a cell that is out of memory is not over, if there is a roomier place.
+        observer: is told about every change.
+        run_folders: each cell's folder, by name; its log gets what the cell's own processes can no longer write.
+        retry_out_of_memory: whether a cell that is out of memory is tried again, if there is a roomier placement.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Ledger:
         self._losses: dict[str, int] = {}
 
     def heard(self, report: CellReport) -> None:
-        """Write down what a cell reports."""
+        """Record a cell's report."""
         if report.state == "lost":
             self._lost(report)
             return
@@ -93,34 +93,34 @@ class Ledger:
             else:
                 report = replace(report, state="failed")
         self._last[report.name] = report
-        if report.round_index > self._furthest.get(report.name, -1):
+        if report.round_index is not None and report.round_index > self._furthest.get(report.name, -1):
             self._furthest[report.name] = report.round_index
             self._losses[report.name] = 0
         if report.state != "out_of_memory":
-            self._observer.round_played(report)
+            self._observer.reported(report)
 
-    def has_ended(self, name: str) -> bool:
-        """Whether a cell plays no more rounds for now."""
-        return name in self._last and self._last[name].ends
+    def is_over_for_now(self, name: str) -> bool:
+        """Whether a cell plays no more rounds until `begin_again`."""
+        return name in self._last and self._last[name].is_over_for_now
 
-    def is_over(self, name: str) -> bool:
-        """Whether a cell plays no more rounds at all under this command."""
-        return self.has_ended(name) and self._last[name].state != "out_of_memory"
+    def is_over_for_good(self, name: str) -> bool:
+        """Whether a cell plays no more rounds under this command."""
+        return self.is_over_for_now(name) and self._last[name].state != "out_of_memory"
 
     def begin_again(self, name: str) -> CellPlacement | None:
-        """Forget how a cell ended; returns where it is tried again, if that is another place."""
+        """Forget how a cell ended; returns the placement in which it is tried again, if that is another one."""
         last = self._last.pop(name, None)
         return last.roomier if last else None
 
     @property
     def failures(self) -> dict[str, str]:
-        """The cells that have failed, and why."""
+        """The reason of each cell that has failed, by name."""
         return {name: report.reason for name, report in self._last.items() if report.state == "failed"}
 
     def _lost(self, report: CellReport) -> None:
         losses = self._losses[report.name] = self._losses.get(report.name, 0) + 1
         if losses < PATIENCE:
-            reason = shorten(report.reason, _REASON_WIDTH)  # Ray adds lists of possible causes
+            reason = shorten(report.reason, _REASON_WIDTH)  # Ray appends lists of possible causes
             self._note(report.name, f"{reason}; all its clients go back to the last checkpoint")
             return
         reason = f"lost {losses} times in a row without a new round, the last time because {report.reason}"
@@ -132,6 +132,6 @@ class Ledger:
         self._observer.noted(message, name)
 
     def _add_line(self, name: str, message: str) -> None:
-        """Into the cell's log, if that can still be written: whoever watches hears of it in any case."""
+        """Add a line to the cell's log, if it can still be written; the observer hears about it in any case."""
         with suppress(ResultsError):
             add_line(self._run_folders[name], message)

@@ -68,7 +68,7 @@ class _Reports(_NotKept, tune.Stopper):
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         report: CellReport = result["report"]
         self._ledger.heard(report)
-        return self._ledger.has_ended(report.name)
+        return self._ledger.is_over_for_now(report.name)
 
     def stop_all(self) -> bool:
         return False
@@ -99,7 +99,7 @@ class _Scheduler(_NotKept, FIFOScheduler):
         stop = self._stop()
         for trial in list(tune_controller.get_live_trials()):
             waits = trial.status == Trial.PENDING
-            if not has_room or (waits and (stop or self._ledger.has_ended(trial.config["placed"].run.name))):
+            if not has_room or (waits and (stop or self._ledger.is_over_for_now(trial.config["placed"].run.name))):
                 tune_controller.stop_trial(trial)
         return super().choose_trial_to_run(tune_controller)
 
@@ -149,7 +149,7 @@ def run_grid(
                 by_shape.setdefault(tuple(tuple(sorted(bundle.items())) for bundle in bundles), []).append(cell)
             for same_shape in by_shape.values():  # Tune reuses a process only for a trial that asks for the same
                 _run_tune(same_shape, observer, ledger, max_concurrent or 0, stopping)
-            unfinished = [_roomier(cell, ledger) for cell in unfinished if not ledger.is_over(cell.run.name)]
+            unfinished = [_roomier(cell, ledger) for cell in unfinished if not ledger.is_over_for_good(cell.run.name)]
             unfinished = _placed_anew(unfinished, place, observer, stopping)
     return ledger.failures
 

@@ -57,13 +57,13 @@ class CellTrial(tune.Trainable):
         except Exception as error:
             said, (state, reason) = first_line(error), _explained(error)
         else:
-            return {"report": report, "done": report.ends}
+            return {"report": report, "done": report.is_over_for_now}
         # Past the handler, so that tensors in the error's frames are gone when this process and its actors clean up.
         if has_broken_gpu():
             self.cleanup()
             raise GroupLostError(f"the driver's process can't use its GPU any more: {said}")  # but another one may
         report = self._interrupted(state, reason)
-        return {"report": report, "done": report.ends}
+        return {"report": report, "done": report.is_over_for_now}
 
     def cleanup(self) -> None:
         """Leave no process behind."""

@@ -46,11 +46,11 @@ class Heard:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self.rounds: list[int] = []
+        self.rounds: list[int | None] = []
 
     def cell_started(self, name: str) -> None: ...
 
-    def round_played(self, report: CellReport) -> None:
+    def reported(self, report: CellReport) -> None:
         self.rounds.append(report.round_index)
 
     def noted(self, message: str, name: str | None = None) -> None:
@@ -149,7 +149,7 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[CellRun], CellTrial]:
 
 def steps(trial: CellTrial) -> list[CellReport]:
     reports: list[CellReport] = []
-    while not reports or not reports[-1].ends:
+    while not reports or not reports[-1].is_over_for_now:
         reports.append(trial.step()["report"])
     trial.cleanup()
     assert BrittleHosts.alive == 0
@@ -224,7 +224,7 @@ def test_a_cell_stops_after_its_round_and_none_begins(
     [report] = steps(one)
     assert (report.state, report.round_index) == ("stopped", 1)
     assert (checkpoints(run) / "round-000002").exists()
-    assert [report.round_index for report in steps(trial(run))] == [-1]
+    assert [report.round_index for report in steps(trial(run))] == [None]
     ResultsFolder(run.results).stop_file.unlink()
     assert [report.round_index for report in steps(trial(run))] == [2, 3, 4, 5]
     assert_equal(run, undisturbed)

@@ -21,7 +21,7 @@ class Notes:
 
     def cell_started(self, name: str) -> None: ...
 
-    def round_played(self, report: CellReport) -> None:
+    def reported(self, report: CellReport) -> None:
         self.reports.append(report)
 
     def noted(self, message: str, name: str | None = None) -> None:
@@ -52,11 +52,11 @@ def test_losses_in_a_row_without_a_new_round_are_what_counts(notes: Notes, tmp_p
         for _ in range(PATIENCE - 1):
             book.heard(lost())
             book.heard(played(max(0, round_index - 1)))  # what was played before is no progress
-    assert not book.has_ended("a")
+    assert not book.is_over_for_now("a")
     assert book.failures == {}
     assert len(notes.notes) == 10 * (PATIENCE - 1)
     book.heard(lost())
-    assert book.has_ended("a")
+    assert book.is_over_for_now("a")
     assert book.failures == {
         "a": "lost 3 times in a row without a new round, the last time because "
         "the process of clients 0 to 3 is gone: why"
@@ -75,7 +75,7 @@ def test_cells_are_counted_apart(notes: Notes, tmp_path: Path) -> None:
         book.heard(lost("a"))
         book.heard(lost("b"))
     assert book.failures == {}
-    assert not book.is_over("b")
+    assert not book.is_over_for_good("b")
 
 
 @pytest.mark.parametrize(("retry", "roomier"), [(False, ROOMIER), (True, None), (False, None)])
@@ -84,7 +84,7 @@ def test_out_of_memory_is_a_failure_unless_it_can_be_tried_again(
 ) -> None:
     book = ledger(notes, tmp_path, retry_out_of_memory=retry)
     book.heard(CellReport("a", "out_of_memory", reason="client 3: CUDA out of memory", roomier=roomier))
-    assert book.is_over("a")
+    assert book.is_over_for_good("a")
     assert book.failures == {"a": "client 3: CUDA out of memory"}
     assert [report.state for report in notes.reports] == ["failed"]
 
@@ -92,12 +92,12 @@ def test_out_of_memory_is_a_failure_unless_it_can_be_tried_again(
 def test_out_of_memory_is_tried_again_in_a_roomier_place(notes: Notes, tmp_path: Path) -> None:
     book = ledger(notes, tmp_path, retry_out_of_memory=True)
     book.heard(CellReport("a", "out_of_memory", reason="full", roomier=ROOMIER))
-    assert book.has_ended("a")
-    assert not book.is_over("a")
+    assert book.is_over_for_now("a")
+    assert not book.is_over_for_good("a")
     assert book.failures == {}
     assert notes.notes == [f"a: full; to be tried again: {ROOMIER}"]
     assert book.begin_again("a") == ROOMIER
-    assert not book.has_ended("a")
+    assert not book.is_over_for_now("a")
     assert book.begin_again("a") is None
 
 
