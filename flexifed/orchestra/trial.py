@@ -55,13 +55,13 @@ class CellTrial(tune.Trainable):
             self.cleanup()
             raise  # only Tune can get another group
         except Exception as error:
-            said, (state, reason) = first_line(error), _explained(error)
+            message, (state, reason) = first_line(error), _outcome(error)
         else:
             return {"report": report, "done": report.is_over_for_now}
         # Past the handler, so that tensors in the error's frames are gone when this process and its actors clean up.
         if has_broken_gpu():
             self.cleanup()
-            raise GroupLostError(f"the driver's process can't use its GPU any more: {said}")  # but another one may
+            raise GroupLostError(f"the driver's process can't use its GPU any more: {message}")  # but another one may
         report = self._interrupted(state, reason)
         return {"report": report, "done": report.is_over_for_now}
 
@@ -115,8 +115,8 @@ class CellTrial(tune.Trainable):
             self._session = None
 
 
-def _explained(error: Exception) -> tuple[CellState, str]:
-    """What an error makes of a cell, and why."""
+def _outcome(error: Exception) -> tuple[CellState, str]:
+    """The state that an error leaves a cell in, and the reason to report."""
     if isinstance(error, LostError):
         return "lost", str(error)
     if isinstance(error, DeviceMemoryError):
