@@ -49,7 +49,7 @@ def show_forecast(request: GridRequest, nodes: Sequence[Resources], where: str, 
     if device == "cuda" and not estimate.this_machine()["GPU"]:
         console.print("time: not estimated, because steps are timed in this process and it sees no GPU", soft_wrap=True)
         return
-    seconds = sum(estimate.cell_seconds(run, placement, nodes, at_once) for run in unfinished) / at_once
+    seconds = estimate.grid_seconds(unfinished, placement, nodes, at_once)
     console.print(
         f"time: about {duration(seconds + estimate.START_S)}, from a few steps timed here and now; nothing was started",
         soft_wrap=True,

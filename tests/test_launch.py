@@ -211,7 +211,7 @@ def test_auto_does_not_begin_anew_because_the_machine_has_another_device(
     gpu_here = [{"CPU": 2.0, "GPU": 1.0}]
     monkeypatch.setattr("flexifed.orchestra.cluster.nodes", lambda: gpu_here)
     monkeypatch.setattr("flexifed.orchestra.estimate.this_machine", lambda: gpu_here[0])
-    monkeypatch.setattr("flexifed.orchestra.estimate.cell_seconds", lambda *_: 1.0)
+    monkeypatch.setattr("flexifed.orchestra.estimate.cell_work_s", lambda *_: 1.0)
     connected: list[str | None] = []
     monkeypatch.setattr(
         "flexifed.orchestra.cluster.connected", lambda address: connected.append(address) or nullcontext()

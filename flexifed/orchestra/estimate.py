@@ -1,4 +1,4 @@
-"""About how long a cell takes here, from a few steps timed in this process. Starts no other."""
+"""Estimate how long a grid takes here, from a few steps timed in this process. Starts no other process."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from flexifed.data import DatasetInfo, make_pipeline, open_dataset
 from flexifed.federation.host import make_workspace
 from flexifed.federation.rounds import make_shards
 from flexifed.orchestra.cluster import usable_cpus
-from flexifed.orchestra.placement import CellPlacement, Resources
+from flexifed.orchestra.placement import CellPlacement, Resources, how_many_fit
 from flexifed.seeding import torch_generator
 from flexifed.training.evaluate import evaluate
 from flexifed.training.local import train
 from flexifed.training.numerics import numeric_settings
 from flexifed.training.streams import run as run_steps
 
-START_S = 15.0  # Ray, and the first processes that import torch; seen on 2 cores
+START_S = 15.0  # of Ray, and of the first processes that import torch; measured on 2 cores
 _MOST_SAMPLES = 64
-"""Of the step that is timed: a batch, which in small ones takes longer a sample, but no more."""
+"""Of a timed step: at most a batch, because samples of small batches take longer, and no more than needed."""
 _STEPS_ON_A_GPU = 8
-"""Are timed together: the first ones find it idle."""
+"""How many steps are timed together, because a GPU is idle when the first ones reach it."""
 
 
 def this_machine() -> Resources:
-    """What a Ray that is started here would have."""
+    """The resources of a Ray that is started on this machine."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # a driver may be too old for PyTorch
     return {"CPU": float(usable_cpus()), "GPU": float(gpus)}
 
@@ -39,30 +39,45 @@ def this_machine() -> Resources:
 def concurrent_cells(placement: CellPlacement, nodes: Sequence[Resources]) -> int:
     """How many cells the nodes hold at a time, at least 1."""
     actors = len(placement.clients)
-    wanted = {"CPU": placement.cpus_per_actor * actors, "GPU": placement.gpus_per_actor * actors}
-    return max(1, int(min(_total(nodes, kind) / amount for kind, amount in wanted.items() if amount) + 1e-6))
+    needed = {"CPU": placement.cpus_per_actor * actors, "GPU": placement.gpus_per_actor * actors}
+    return max(1, min(how_many_fit(amount, _total(nodes, kind)) for kind, amount in needed.items() if amount))
 
 
-def cell_seconds(run: CellRun, placement: CellPlacement, nodes: Sequence[Resources], at_once: int) -> float:
-    """Seconds of what is left of one cell with `at_once` of them running: the clients' work over what does it."""
+def grid_seconds(runs: Sequence[CellRun], placement: CellPlacement, nodes: Sequence[Resources], at_once: int) -> float:
+    """Estimate how long the remaining rounds of cells take.
+
+    Args:
+        runs: the cells, all on the same kind of device.
+        placement: of each.
+        nodes: that compute.
+        at_once: how many of the cells run at the same time.
+    """
+    if not runs:
+        return 0.0
+    config = runs[0].config
+    if config.device == "cuda":
+        workers = _total(nodes, "GPU")
+    else:
+        workers = min(_total(nodes, "CPU") / config.numerics.threads, len(placement.clients) * at_once)
+    return sum(map(cell_work_s, runs)) / max(1.0, workers)
+
+
+def cell_work_s(run: CellRun) -> float:
+    """Estimate how long the remaining rounds of a cell take in one process that has the device to itself."""
     config = run.config
     shards = make_shards(config, run.info)[0]
     num_train, num_test = len(shards.train) // config.partition.windows_per_shard, len(shards.test)
-    work = 0.0
-    alike = replace(  # what the seconds of a step depend on, so that cells alike in it are timed once
+    round_s = 0.0
+    timed = replace(  # the settings that a step's time depends on, so that cells equal in them are timed once
         config,
         scheme="standalone",
         seed=0,
         training=replace(config.training, local_epochs=1, batch_size=min(config.training.batch_size, num_train)),
     )
     for client in range(config.partition.num_clients):
-        train_s, eval_s = _seconds_per_sample(config.model_name(client), alike, run.info)
-        work += num_train * config.training.local_epochs * train_s + num_test * eval_s
-    if config.device == "cuda":
-        workers = _total(nodes, "GPU")
-    else:
-        workers = min(_total(nodes, "CPU") / config.numerics.threads, len(placement.clients) * at_once)
-    return (run.rounds - run.checkpoints().newest_round()) * work * at_once / max(1.0, workers)
+        train_s, eval_s = _seconds_per_sample(config.model_name(client), timed, run.info)
+        round_s += num_train * config.training.local_epochs * train_s + num_test * eval_s
+    return (run.rounds - run.checkpoints().newest_round()) * round_s
 
 
 def _total(nodes: Sequence[Resources], kind: str) -> float:
@@ -72,18 +87,18 @@ def _total(nodes: Sequence[Resources], kind: str) -> float:
 @lru_cache(maxsize=64)
 def _seconds_per_sample(name: str, config: CellConfig, info: DatasetInfo) -> tuple[float, float]:
     """Seconds to train on a sample, and to score one, in one process that has the device to itself."""
-    on_gpu, where = config.device == "cuda", torch.device(config.device)
+    on_gpu, device = config.device == "cuda", torch.device(config.device)
     data = open_dataset(info)
-    pipeline = make_pipeline(data, config.family, device=where, channels_last=config.numerics.channels_last)
+    pipeline = make_pipeline(data, config.family, device=device, channels_last=config.numerics.channels_last)
     batch = min(config.training.batch_size, _MOST_SAMPLES)
     timed = _STEPS_ON_A_GPU * config.training.batch_size if on_gpu else batch
     workspace = make_workspace(name, config, info)
     streams = {"batches": torch_generator(0, "batches"), "augmentation": torch_generator(0, "augmentation")}
     train_s = eval_s = 0.0
     with numeric_settings(config.numerics):
-        # First to warm up: on a GPU with all sizes of batches, for each of which kernels are chosen and steps recorded.
+        # The first pass warms up: on a GPU, kernels are chosen and steps recorded for each size of batch.
         for count in (timed if on_gpu else min(2, batch), timed):
-            samples, labels = (part.to(where) for part in data.train.take(np.arange(count) % info.num_train))
+            samples, labels = (part.to(device) for part in data.train.take(np.arange(count) % info.num_train))
             started = time.perf_counter()
             run_steps(train(workspace, samples, labels, pipeline=pipeline, **streams)).item()  # when it is done
             trained = time.perf_counter()

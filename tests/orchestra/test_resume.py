@@ -292,10 +292,10 @@ def test_an_estimate_is_of_the_rounds_that_are_left(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(estimate, "_seconds_per_sample", lambda *_: (0.25, 0.0))
     run, nodes = cell(tmp_path), [{"CPU": 1.0}]
     placement = place_cell(run.config, PlacementOptions(), nodes)
-    whole = estimate.cell_seconds(run, placement, nodes, at_once=1)
+    whole = estimate.grid_seconds([run], placement, nodes, at_once=1)
     assert whole == ROUNDS * 4 * 25 * 0.25
     play(run, 3)
-    assert estimate.cell_seconds(run, placement, nodes, at_once=1) == whole * 3 / 5, (
+    assert estimate.grid_seconds([run], placement, nodes, at_once=1) == whole * 3 / 5, (
         "from the checkpoint before round 2"
     )
 
