@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import ray
+import torch
 from ray._private import ray_constants
 from ray._private.utils import get_num_cpus
 from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
@@ -35,8 +36,9 @@ def connected(address: str | None, *, num_cpus: int | None = None, num_gpus: int
 
     Args:
         address: of a running cluster (`auto` finds one on this machine); None starts Ray here, and ends it afterwards.
-        num_cpus: pretend so many on a Ray that is started here; None for those that this process may use.
-        num_gpus: likewise.
+        num_cpus: how many CPUs a Ray that is started here claims; None for those that this process may use.
+        num_gpus: how many GPUs it claims; None for those that PyTorch can use, or, if it can use none, those that Ray
+            finds.
 
     Raises:
         ResourceError: nothing answers at the address, or Ray does not come up.
@@ -59,7 +61,7 @@ def _start(num_cpus: int | None, num_gpus: int | None) -> None:
             ray.init(
                 address="local",
                 num_cpus=usable_cpus() if num_cpus is None else num_cpus,
-                num_gpus=num_gpus,
+                num_gpus=num_gpus if num_gpus is not None else usable_gpus() or None,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -81,6 +83,14 @@ def usable_cpus() -> int:
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else math.inf
     return max(1, int(min(affinity, get_num_cpus(override_docker_cpu_warning=True))))
+
+
+def usable_gpus() -> int:
+    """The GPUs that PyTorch can use in this process: none, for example, if the driver is too old for it.
+
+    Ray itself asks the driver (NVML), which may count others.
+    """
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _join(address: str) -> None:

@@ -15,7 +15,7 @@ from flexifed.config import CellConfig
 from flexifed.data import DatasetInfo, make_pipeline, open_dataset
 from flexifed.federation.host import make_workspace
 from flexifed.federation.rounds import make_shards
-from flexifed.orchestra.cluster import usable_cpus
+from flexifed.orchestra.cluster import usable_cpus, usable_gpus
 from flexifed.orchestra.placement import CellPlacement, Resources, how_many_fit
 from flexifed.seeding import torch_generator
 from flexifed.training.evaluate import evaluate
@@ -32,8 +32,7 @@ _STEPS_ON_A_GPU = 8
 
 def this_machine() -> Resources:
     """The resources of a Ray that is started on this machine."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # a driver may be too old for PyTorch
-    return {"CPU": float(usable_cpus()), "GPU": float(gpus)}
+    return {"CPU": float(usable_cpus()), "GPU": float(usable_gpus())}
 
 
 def concurrent_cells(placement: CellPlacement, nodes: Sequence[Resources]) -> int:

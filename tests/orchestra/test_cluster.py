@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
 from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
@@ -21,6 +22,7 @@ from flexifed.federation.assignment import assign_clients
 from flexifed.federation.rounds import Federation, Hosts, LocalHosts, make_shards
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
+from flexifed.orchestra.estimate import this_machine
 from flexifed.orchestra.placement import CellPlacement, Resources
 
 HEAD: Resources = {"memory": 1e9, "CPU": 0.0}
@@ -75,6 +77,27 @@ def test_nodes_that_never_come_are_an_error_with_numbers_and_remedy(monkeypatch:
         cluster.wait_for_nodes(3, lambda _: None, timeout_s=0)
     words = ["min_nodes is 3", "after 0 s the cluster has 0 with CPUs", "`ray status`", "--min-nodes"]
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("gpus_of_torch", "num_gpus", "expected"),
+    [
+        pytest.param(2, None, 2, id="PyTorch can use two"),
+        pytest.param(0, None, None, id="it can use none, so Ray counts"),
+        pytest.param(2, 1, 1, id="the caller says one"),
+        pytest.param(2, 0, 0, id="the caller says none"),
+    ],
+)
+def test_a_ray_started_here_has_the_gpus_that_pytorch_can_use(
+    monkeypatch: pytest.MonkeyPatch, gpus_of_torch: int, num_gpus: int | None, expected: int | None
+) -> None:
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus_of_torch > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus_of_torch)
+    monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
+    with cluster.connected(None, num_gpus=num_gpus):
+        assert [options["num_gpus"] for options in started] == [expected]
+        assert this_machine()["GPU"] == gpus_of_torch
 
 
 # --------------------------------------------------------------------------------------------------- on three nodes
