@@ -211,3 +211,18 @@ def test_workers_are_not_built_anew_under_uv_run_even_if_ray_was_imported_first(
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_UV_RUN_RUNTIME_ENV"}
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "32"), ("4", "4")])
+def test_processes_that_host_clients_get_enough_hardware_queues_unless_the_user_says_otherwise(
+    own: str | None, expected: str
+) -> None:
+    """By import, because the workers of a running cluster inherit nothing from the command."""
+    program = (
+        "import flexifed.orchestra.client_actor, os, torch\n"
+        "print(os.environ['CUDA_DEVICE_MAX_CONNECTIONS'], torch.cuda.is_initialized())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": own} if own else {}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == [expected, "False"]
