@@ -1,14 +1,14 @@
-"""Three hosts and a laptop on this machine, and the whole walk of docs/clusters.md on them: `ray up` to `ray down`.
+"""Run all of docs/clusters.md, from `ray up` to `ray down`, on three hosts and a laptop simulated on this machine.
 
     sudo python3 clusters/three_hosts.py [--uv-cache DIR] [--log FILE] [-- ARGUMENTS OF experiments/table1.py]
 
-Each host is a set of Linux namespaces: its own network with an address and an sshd, its own processes, its own mounts
-with a home, /tmp and /etc of its own over this machine's Debian, which it sees and can't change. They share one folder,
-as machines do that mount the same NFS export, and one cache of uv, as behind a mirror of the package index. Nothing
-else: each starts bare, and what is on it in the end came by SSH.
+Each host is a set of Linux namespaces: its own network with an address and an sshd, its own processes, and its own
+mounts, with a private home, /tmp and /etc over this machine's Debian, which it can read but not change. The hosts share
+one folder, like machines that mount the same NFS export, and one uv cache, like machines behind a mirror of the package
+index, but nothing else: each starts bare, and everything on it in the end came by SSH.
 
 Needs root, Debian or Ubuntu with Python 3.11 or later, Linux with overlay, veth and nftables, and about 6 GB of
-memory. Installs openssh-server, iproute2, rsync and nftables by apt. Everything else that it makes is gone afterwards.
+memory. Installs openssh-server, iproute2, rsync and nftables by apt. Removes everything else that it makes afterwards.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ SSHD_S = 30
 
 
 class Log:
-    """What is run and what it says, on the screen and in a file."""
+    """Commands and their output, on the screen and in a file."""
 
     def __init__(self, path: Path | None) -> None:
         self._file = path.open("w") if path else None
         self._started = time.monotonic()
 
     def write(self, text: str) -> None:
-        """A line or several."""
+        """Write one line or more."""
         for line in text.rstrip("\n").split("\n"):
             line = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line.rsplit("\r", 1)[-1])
             print(line, flush=True)
@@ -54,16 +54,16 @@ class Log:
                 print(line, file=self._file, flush=True)
 
     def step(self, text: str) -> None:
-        """What begins now, and after how many seconds."""
+        """Write a step's heading, with the seconds since the start."""
         self.write(f"\n### {text} ({time.monotonic() - self._started:.0f} s)")
 
 
 class Hosts:
-    """The hosts, from bare to gone.
+    """The simulated hosts.
 
     Args:
-        base: an empty folder; it gets the shared folder, and keys.
-        uv_cache: the cache that they share.
+        base: an empty folder for the shared folder and the keys.
+        uv_cache: the uv cache that the hosts share.
     """
 
     def __init__(self, base: Path, uv_cache: Path) -> None:
@@ -112,25 +112,25 @@ class Hosts:
         raise SystemExit(f"{name} does not answer: {(self._base / f'{name}.log').read_text()}")
 
     def ssh(self, name: str, command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command on a host, and return what it said."""
+        """Run a command on a host, and capture its output."""
         line = ["ssh", *OPTIONS, "-i", str(self._key), f"root@{HOSTS[name]}", command]
         return subprocess.run(line, capture_output=True, text=True)
 
     def say(self, name: str, command: str, log: Log, *, may_fail: bool = False) -> int:
-        """Run a command on a host, and log it with all that it says while it says it."""
+        """Run a command on a host, and log it with its output as it comes; returns its exit status."""
         log.write(f"{name}$ {command}")
         line = ["ssh", *OPTIONS, "-i", str(self._key), f"root@{HOSTS[name]}", command]
         process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         assert process.stdout
-        for said in process.stdout:
-            log.write(said)
+        for output in process.stdout:
+            log.write(output)
         status = process.wait()
         if status and not may_fail:
             raise SystemExit(f"{name}: exit status {status} from: {command}")
         return status
 
     def copy_checkout(self, name: str) -> None:
-        """What git has or would have of this checkout goes to ~/flexifed-checkout."""
+        """Copy this checkout's tracked and untracked files, without ignored ones, to ~/flexifed-checkout."""
         listed = ["git", "-C", str(REPOSITORY), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         files = subprocess.run(listed, capture_output=True, check=True)
         shell = shlex.join(["ssh", *OPTIONS, "-i", str(self._key)])
@@ -139,7 +139,7 @@ class Hosts:
         subprocess.run([*rsync, f"{REPOSITORY}/", target], input=files.stdout, check=True)
 
     def stop(self) -> None:
-        """End the hosts with all their processes, and take the network away."""
+        """End the hosts with all their processes, and remove the network."""
         for process in self._processes:
             process.kill()
             process.wait()
@@ -150,20 +150,20 @@ class Hosts:
         self._forwarding.write_text(self._forwarded)
 
 
-def walk(hosts: Hosts, log: Log, arguments: list[str]) -> None:
-    """From bare hosts to the same rows as on one machine, and back."""
+def follow_guide(hosts: Hosts, log: Log, arguments: list[str]) -> None:
+    """Set up bare hosts, run the grid there, compare its rows with those of one machine, and take all down."""
     grid = shlex.join(["python", "experiments/table1.py", *arguments])
     cluster = "clusters/local.yaml"
 
     def laptop(command: str) -> None:
         hosts.say("laptop", f"cd ~/flexifed-checkout && {command}", log)
 
-    log.step("what there is on each host: its own processes and no others, no Ray, no uv, an empty home")
+    log.step("each host at the start: no processes but its own, no Ray, no uv, an empty home")
     for name in HOSTS:
         hosts.say(name, "hostname; hostname -I; ps -eo pid,args; command -v ray uv; ls -A ~ /tmp", log, may_fail=True)
         check_isolated(hosts, name)
 
-    log.step("the laptop: a checkout, uv, a key that the hosts know, a token")
+    log.step("the laptop: a checkout, uv, a key that the hosts accept, a token")
     hosts.copy_checkout("laptop")
     give_key(hosts)
     laptop("python3 -m pip install --quiet --user --break-system-packages --root-user-action=ignore uv")
@@ -206,19 +206,19 @@ def walk(hosts: Hosts, log: Log, arguments: list[str]) -> None:
 
 
 def check_isolated(hosts: Hosts, name: str) -> None:
-    """`ray stop` ends every Ray process that it sees, so make sure that a host sees its own few ones only.
+    """Check that a host sees only its own processes, because `ray stop` ends every Ray process that it sees.
 
     Raises:
-        SystemExit: it sees others; nothing has been started yet.
+        SystemExit: it sees others. Nothing has been started yet.
     """
     seen = hosts.ssh(name, "ps -eo args=").stdout.splitlines()
     own = ("/usr/sbin/sshd", "sshd:", "bash", "ps -eo args=")
     if not seen or (others := [line for line in seen if not line.startswith(own)]):
-        raise SystemExit(f"{name} sees processes that are not its own: {others if seen else 'no list at all'}")
+        raise SystemExit(f"{name} sees processes that are not its own: {others if seen else '`ps` lists none'}")
 
 
 def give_key(hosts: Hosts) -> None:
-    """Make a key on the laptop, and let it into the three hosts."""
+    """Make a key on the laptop, and authorise it on the three hosts."""
     hosts.ssh("laptop", "ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519")
     key = hosts.ssh("laptop", "cat ~/.ssh/id_ed25519.pub").stdout.strip()
     for name in ("head", "worker-1", "worker-2"):
@@ -226,10 +226,10 @@ def give_key(hosts: Hosts) -> None:
 
 
 def wait_until_ray_is_gone(hosts: Hosts) -> float:
-    """Seconds until no host has a Ray process.
+    """Wait until no host has a Ray process; returns the seconds that it took.
 
     Raises:
-        SystemExit: some have one after three minutes.
+        SystemExit: some host still has one after three minutes.
     """
     started = time.monotonic()
     while True:
@@ -237,7 +237,7 @@ def wait_until_ray_is_gone(hosts: Hosts) -> float:
         if not any(left.values()):
             return time.monotonic() - started
         if time.monotonic() - started > RAY_GONE_S:
-            raise SystemExit(f"Ray still runs: {left}")
+            raise SystemExit(f"Ray is still running: {left}")
         time.sleep(2)
 
 
@@ -246,14 +246,14 @@ def _run(*command: str) -> None:
 
 
 def main() -> None:
-    """Install what is needed, start the hosts, walk, and clean up."""
+    """Install what is needed, start the hosts, follow the guide, and clean up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--uv-cache", type=Path, default=Path("/var/cache/uv"), help="default: %(default)s")
-    parser.add_argument("--log", type=Path, help="also write what is run and said to this file")
+    parser.add_argument("--log", type=Path, help="also write commands and their output to this file")
     parser.add_argument("grid", nargs="*", default=list(SMOKE), help=f"default: {shlex.join(SMOKE)}")
     options = parser.parse_args()
     if os.geteuid():
-        raise SystemExit("three_hosts.py makes namespaces and a bridge: run it as root")
+        raise SystemExit("three_hosts.py creates network namespaces and a bridge: run it as root")
     os.environ["DEBIAN_FRONTEND"] = "noninteractive"
     _run("apt-get", "update", "-qq")
     _run("apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES)
@@ -263,7 +263,7 @@ def main() -> None:
     hosts = Hosts(base, options.uv_cache.resolve())
     try:
         hosts.start()
-        walk(hosts, log, options.grid)
+        follow_guide(hosts, log, options.grid)
         log.step("done")
     finally:
         hosts.stop()

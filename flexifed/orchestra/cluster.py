@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine for as long as it is needed."""
+"""Join a Ray cluster, or start one on this machine for as long as it is needed."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ from flexifed.errors import FlexifedError, ResourceError
 from flexifed.orchestra.placement import Resources
 from flexifed.stopping import uninterrupted
 
-# Ray reads this one when it is imported, which may have been before this package set it.
+# Ray reads this variable when it is imported, which may have been before this package set it.
 ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = ray_constants.env_bool("RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)
 
 NODES_TIMEOUT_S = 1800.0
 _ANSWER_S = 5.0
-_A_LITTLE = 0.001  # of a CPU, so that it matters only which nodes have any
+_ANY_CPU = 0.001  # a share so small that every node with CPUs has it
 
 
 @contextmanager
 def connected(address: str | None, *, num_cpus: int | None = None, num_gpus: int | None = None) -> Iterator[None]:
-    """Be connected to Ray for the length of a `with` block.
+    """Connect to Ray for the length of a `with` block.
 
     Args:
-        address: of a running cluster (`auto` finds one on this machine); None starts Ray here, and ends it afterwards.
+        address: the address of a running cluster (`auto` finds one on this machine). None starts Ray here, and ends it
+            afterwards.
         num_cpus: how many CPUs a Ray that is started here claims; None for those that this process may use.
         num_gpus: how many GPUs it claims; None for those that PyTorch can use, or, if it can use none, those that Ray
             finds.
 
     Raises:
-        ResourceError: nothing answers at the address, or Ray does not come up.
+        ResourceError: nothing answers at the address, or Ray does not start.
     """
     if address is None:
         _start(num_cpus, num_gpus)
@@ -55,7 +56,7 @@ def connected(address: str | None, *, num_cpus: int | None = None, num_gpus: int
 
 
 def _start(num_cpus: int | None, num_gpus: int | None) -> None:
-    """Start Ray on this machine. On a loaded one its agents may come up too late for it; then once more."""
+    """Start Ray on this machine. Try twice, because on a loaded machine its agents may start too late."""
     for attempt in (1, 2):
         try:
             ray.init(
@@ -71,15 +72,15 @@ def _start(num_cpus: int | None, num_gpus: int | None) -> None:
             ray.shutdown()
             if attempt == 2:
                 raise ResourceError(
-                    f"Ray does not start on this machine ({error}); the machine may be too loaded or /tmp full: mend "
+                    f"Ray does not start on this machine ({error}); the machine may be too loaded or /tmp full: fix "
                     "that, or start Ray yourself by `ray start --head` and use --address auto"
                 ) from error
 
 
 def usable_cpus() -> int:
-    """The CPUs that this process may use: of a container as Ray counts them, and of those the ones it is bound to.
+    """The CPUs that this process may use: a container's CPUs as Ray counts them, limited by the process's affinity.
 
-    Ray itself knows no affinity, by which batch systems and `taskset` give a job a part of a machine.
+    Ray itself ignores affinity, by which batch systems and `taskset` give a job part of a machine.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else math.inf
     return max(1, int(min(affinity, get_num_cpus(override_docker_cpu_warning=True))))
@@ -94,17 +95,17 @@ def usable_gpus() -> int:
 
 
 def _join(address: str) -> None:
-    """Join a cluster. Ray itself would try a dead address for minutes."""
+    """Join a cluster. Test the address first, because Ray would try a dead one for minutes."""
     if address.startswith("ray://"):
         raise ResourceError(
-            f"{address!r} is an address of Ray Client, which can't drive a grid; run the command on a machine of the "
+            f"{address!r} is a Ray Client address, which can't drive a grid; run the command on a machine of the "
             "cluster with --address auto, or submit it there by `ray job submit` (docs/clusters.md)"
         )
     try:
         if match := re.fullmatch(r"(.+):(\d+)", address):
             socket.create_connection((match[1], int(match[2])), timeout=_ANSWER_S).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # likewise
+    except Exception as error:  # Ray raises bare Exceptions here
         raise ResourceError(
             f"no Ray cluster answers at {address!r} ({error}); check --address and RAY_ADDRESS, "
             "or leave both out to start Ray here"
@@ -113,54 +114,54 @@ def _join(address: str) -> None:
 
 def wait_for_nodes(
     min_nodes: int,
-    say: Callable[[int], None],
+    on_change: Callable[[int], None],
     *,
     ask: bool = True,
     timeout_s: float = NODES_TIMEOUT_S,
     poll_s: float = 2.0,
 ) -> list[Resources]:
-    """The resources of each node of the connected cluster, once enough have joined it.
+    """Wait until enough nodes have joined the connected cluster; returns the resources of each.
 
     Args:
-        min_nodes: so many that can hold clients, that is, have CPUs; a head that only leads does not count.
-        say: is told how many there are, whenever the number has changed and is too small.
-        ask: let a cluster that can rent nodes do so.
-        timeout_s: how long to wait; a rented machine takes minutes to come up.
-        poll_s: seconds between looks.
+        min_nodes: how many nodes with CPUs are needed; a head node without CPUs can hold no clients and does not count.
+        on_change: is called with the number of such nodes whenever it has changed and is too small.
+        ask: whether to let a cluster that can rent nodes do so.
+        timeout_s: how long to wait; a rented machine takes minutes to start.
+        poll_s: seconds between checks.
 
     Raises:
-        ResourceError: there were too few in the end.
+        ResourceError: there were too few nodes after `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
-    told = -1
+    reported: int | None = None
     with ExitStack() as demands:
         while True:
-            found = nodes()
-            present = sum(node.get("CPU", 0) > 0 for node in found)
+            cluster = nodes()
+            present = sum(node.get("CPU", 0) > 0 for node in cluster)
             if present >= min_nodes:
-                return found
+                return cluster
             if time.monotonic() >= deadline:
                 raise ResourceError(
                     f"min_nodes is {min_nodes}, but after {timeout_s:g} s the cluster has {present} with CPUs; "
-                    "`ray status` on the head says what became of the others; or lower --min-nodes"
+                    "see `ray status` on the head for the others, or lower --min-nodes"
                 )
-            if ask and told < 0:
-                demands.enter_context(demand([{"CPU": _A_LITTLE}] * min_nodes, "STRICT_SPREAD"))
-            if present != told:
-                say(present)
-                told = present
+            if ask and reported is None:
+                demands.enter_context(demand([{"CPU": _ANY_CPU}] * min_nodes, "STRICT_SPREAD"))
+            if present != reported:
+                on_change(present)
+                reported = present
             time.sleep(poll_s)
 
 
 @contextmanager
 def demand(bundles: Sequence[Mapping[str, float]], strategy: str = "PACK") -> Iterator[None]:
-    """For the length of a `with` block, let whoever can add nodes to the cluster see that so much is wanted.
+    """Show Ray's autoscaler that resources are needed, for the length of a `with` block.
 
-    Ray's autoscaler rents for what waits, and not for what would be asked for if there were room.
+    The autoscaler rents nodes only for requests that are waiting, and a cell that does not fit is never requested.
 
     Args:
-        bundles: resources, each of which one node has to have.
-        strategy: of a placement group; `STRICT_SPREAD` for each bundle on a node of its own.
+        bundles: resources; one node has to have all of a bundle.
+        strategy: the strategy of a placement group; `STRICT_SPREAD` puts each bundle on a node of its own.
     """
     group = ray.util.placement_group([dict(bundle) for bundle in bundles if bundle], strategy)
     try:
@@ -170,29 +171,29 @@ def demand(bundles: Sequence[Mapping[str, float]], strategy: str = "PACK") -> It
 
 
 def check_nodes(check: Callable[[], None]) -> dict[str, str]:
-    """Let every node that can hold clients try something.
+    """Run a check on every node that can hold clients.
 
     Args:
-        check: it is sent to the nodes, and raises an error where something is wrong.
+        check: is sent to the nodes, and raises an error if something is wrong there.
 
     Returns:
-        By the name of a node for which something is: what.
+        The problem of each node that has one, by the node's name.
     """
-    holding = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    problem = ray.remote(num_cpus=0, max_retries=0)(_problem)
-    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in holding]
-    answers = [problem.options(scheduling_strategy=place).remote(check) for place in places]
+    able_nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    run_check = ray.remote(num_cpus=0, max_retries=0)(_problem)
+    strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in able_nodes]
+    answers = [run_check.options(scheduling_strategy=strategy).remote(check) for strategy in strategies]
     problems = {}
-    for node, answer in zip(holding, answers, strict=True):
+    for node, answer in zip(able_nodes, answers, strict=True):
         try:
-            found = ray.get(answer)
-        except (RayTaskError, RuntimeEnvSetupError) as error:  # it can't even begin to try
-            found = str(error).strip().splitlines()[-1]
-        except RayError:  # the node is going; a grid knows how to do without it
+            problem = ray.get(answer)
+        except (RayTaskError, RuntimeEnvSetupError) as error:  # the check could not start
+            problem = str(error).strip().splitlines()[-1]
+        except RayError:  # the node is being lost, which a grid survives
             continue
-        if found:
+        if problem:
             address, number = node["NodeManagerAddress"], node["NodeID"][:8]
-            problems[f"{node['NodeManagerHostname']} ({address}, node {number})"] = found
+            problems[f"{node['NodeManagerHostname']} ({address}, node {number})"] = problem
     return problems
 
 

@@ -1,10 +1,10 @@
-"""A grid of cells as Ray Tune trials: each trial is a cell's driver, with the cell's client actors in its own group.
+"""A grid of cells as Ray Tune trials: each trial is a cell's driver, whose placement group holds its client actors.
 
-Tune schedules; it keeps nothing. Processes are kept from cell to cell, because starting them is what costs.
+Tune schedules, and stores nothing. Processes are reused from cell to cell, because starting them is expensive.
 
-Whatever is lost, the way back is the same: the cell begins again, and so goes on from its last checkpoint. A client's
-process that dies is replaced where it was. With the driver's process or a node the whole trial goes, and Tune starts it
-anew in a new group.
+Whatever is lost, recovery is the same: the cell begins again, which resumes from its last checkpoint. If a client's
+process dies, processes start again in the same placement group. If the driver's process or a node dies, the whole trial
+ends, and Tune starts it again in a new group.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ Place = Callable[[CellRun, Sequence[Resources]], CellPlacement]
 
 
 class _NotKept:
-    """Tune pickles what it is given into a state from which nothing is ever restored."""
+    """Is pickled empty: Tune pickles its callbacks into a state that is never restored here."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class _Starts(_NotKept, tune.Callback):
-    """Passes on that trials have got their processes."""
+    """Tells the observer when a trial has got its processes."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
@@ -60,7 +60,7 @@ class _Starts(_NotKept, tune.Callback):
 
 
 class _Reports(_NotKept, tune.Stopper):
-    """Writes down what trials report, and stops those that are given up."""
+    """Records the trials' reports, and stops trials whose cell is over."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -75,26 +75,26 @@ class _Reports(_NotKept, tune.Stopper):
 
 
 class _Scheduler(_NotKept, FIFOScheduler):
-    """First come, first served; but no cell starts that must not, and none waits for what will not come."""
+    """First come, first served, except that no cell starts that should not, and none waits for lost resources."""
 
     def __init__(self, placement: CellPlacement, ledger: Ledger, stop: Callable[[], bool]) -> None:
         super().__init__()
         self._placement = placement
         self._ledger = ledger
         self._stop = stop
-        self._look_after = 0.0
+        self._next_check = 0.0
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Hear that a trial's own process is gone, or the place for its actors. Tune will start it anew."""
+        """Record that a trial has lost its own process or its actors' placement group. Tune starts it again."""
         name = trial.config["placed"].run.name
         line = _last_line(trial.error_file)
-        _, told_by_driver, reason = line.partition(f"{GroupLostError.__name__}: ")
+        _, is_from_driver, reason = line.partition(f"{GroupLostError.__name__}: ")
         self._ledger.heard(
-            CellReport(name, "lost", reason=reason if told_by_driver else f"its driver's process is gone: {line}")
+            CellReport(name, "lost", reason=reason if is_from_driver else f"its driver's process is gone: {line}")
         )
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Tune asks several times a second."""
+        """Stop trials that should not wait or start any more. Tune calls this several times a second."""
         has_room = self._has_room()
         stop = self._stop()
         for trial in list(tune_controller.get_live_trials()):
@@ -104,11 +104,11 @@ class _Scheduler(_NotKept, FIFOScheduler):
         return super().choose_trial_to_run(tune_controller)
 
     def _has_room(self) -> bool:
-        """Whether these cells still fit the cluster, were it empty. Ray would let them wait without a word."""
+        """Whether these cells would still fit the cluster if it were empty. Ray would let them wait silently."""
         now = time.monotonic()
-        if now < self._look_after:
+        if now < self._next_check:
             return True
-        self._look_after = now + NODES_EVERY_S
+        self._next_check = now + NODES_EVERY_S
         return holds(cluster.nodes(), self._placement)
 
 
@@ -124,18 +124,19 @@ def run_grid(
     """Run cells, as many at a time as the cluster holds. Ray must be connected; see `flexifed.orchestra.cluster`.
 
     Args:
-        cells: with placements that fit the cluster.
-        observer: hears of every round.
-        place: places a cell anew, when the cluster has lost nodes.
-        max_concurrent: at most so many at a time; None for no bound.
-        retry_out_of_memory: try cells whose clients' GPUs are full again, with half as many clients at a time on each.
-        stop: asked several times a second; True lets running cells stop after their round, and starts no others.
+        cells: the cells, with placements that fit the cluster.
+        observer: is told about every round.
+        place: returns another placement for a cell when the cluster has lost nodes.
+        max_concurrent: the maximum number of cells at a time; None for no limit.
+        retry_out_of_memory: whether to retry cells whose GPUs were full, with half as many clients at a time on each.
+        stop: is called several times a second; once it returns True, running cells stop after their round, and no
+            others start.
 
     Returns:
-        For each cell that failed, by name, why. The others are complete, unless the grid was stopped.
+        The reason of each cell that failed, by name. The others are complete, unless the grid was stopped.
 
     Raises:
-        ResourceError: the cluster has lost nodes, and no longer holds a cell.
+        ResourceError: the cluster has lost nodes, and can no longer hold a cell.
     """
     folders = {cell.run.name: ResultsFolder(cell.run.results) for cell in cells}
     run_folders = {name: folder.run_folder(name) for name, folder in folders.items()}
@@ -147,20 +148,20 @@ def run_grid(
             for cell in unfinished:
                 bundles = cell.placement.bundles
                 by_shape.setdefault(tuple(tuple(sorted(bundle.items())) for bundle in bundles), []).append(cell)
-            for same_shape in by_shape.values():  # Tune reuses a process only for a trial that asks for the same
+            for same_shape in by_shape.values():  # Tune reuses processes only for trials with equal bundles
                 _run_tune(same_shape, observer, ledger, max_concurrent or 0, stopping)
-            unfinished = [_roomier(cell, ledger) for cell in unfinished if not ledger.is_over_for_good(cell.run.name)]
-            unfinished = _placed_anew(unfinished, place, observer, stopping)
+            unfinished = [_for_retry(cell, ledger) for cell in unfinished if not ledger.is_over_for_good(cell.run.name)]
+            unfinished = _fitted_to_cluster(unfinished, place, observer, stopping)
     return ledger.failures
 
 
 def _run_tune(
     cells: Sequence[PlacedRun], observer: Observer, ledger: Ledger, max_concurrent: int, stopping: Callable[[], bool]
 ) -> None:
-    """Let Tune run cells of one shape. A trial that it gives up leaves its cell without a last word.
+    """Let Tune run cells of one shape. A cell whose trial Tune gives up has no final report.
 
     Raises:
-        ResourceError: Tune can't write its own state, which it needs beside the results.
+        ResourceError: Tune can't write its own state, which it keeps apart from the results.
     """
     scratch = _make_scratch()
     try:
@@ -187,19 +188,19 @@ def _run_tune(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         raise ResourceError(
-            f"Ray Tune can't write to {scratch} ({error.strerror or error}): make room there, or name another folder "
-            "by TMPDIR; then the same command goes on"
+            f"Ray Tune can't write to {scratch} ({error.strerror or error}): make room there, or set TMPDIR to "
+            "another folder; then run the same command again to resume"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _make_scratch() -> Path:
-    """A folder for Tune's state, with this process's number; those of processes that were killed are removed."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
-        with suppress(ValueError, OSError):  # named by someone else, or somebody else's
-            if not _is_alive(int(left.name.removeprefix(_SCRATCH).split("-")[0])):
-                shutil.rmtree(left)
+    """Make a folder for Tune's state, named after this process, and remove those of processes that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        with suppress(ValueError, OSError):  # another program's name, or another user's folder
+            if not _is_alive(int(folder.name.removeprefix(_SCRATCH).split("-")[0])):
+                shutil.rmtree(folder)
     return Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-"))
 
 
@@ -213,19 +214,19 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _roomier(cell: PlacedRun, ledger: Ledger) -> PlacedRun:
-    """The cell as it is tried again: with more of a GPU for each process, where it ran out of memory."""
+def _for_retry(cell: PlacedRun, ledger: Ledger) -> PlacedRun:
+    """The cell as it is tried again: in a roomier placement, if it ran out of memory."""
     roomier = ledger.begin_again(cell.run.name)
     return replace(cell, placement=roomier) if roomier else cell
 
 
-def _placed_anew(
+def _fitted_to_cluster(
     cells: Sequence[PlacedRun], place: Place, observer: Observer, stopping: Callable[[], bool]
 ) -> list[PlacedRun]:
-    """The cells, with other placements for those that the cluster has lost too many nodes for.
+    """The cells, with new placements for those that the cluster can no longer hold, because it has lost nodes.
 
     Raises:
-        ResourceError: it holds some of them in no way, and no node came back in time.
+        ResourceError: no placement of some cell fits, and no node came back in time.
     """
     wait_until: float | None = None
     with ExitStack() as demands:
@@ -245,18 +246,18 @@ def _placed_anew(
                     raise
                 time.sleep(1.0)
                 continue
-            if moved := [one for one, before in zip(placed, cells, strict=True) if one.placement != before.placement]:
-                observer.noted(f"nodes are gone: cells go on with other places; a cell is {moved[0].placement}")
+            if moved := [new for new, old in zip(placed, cells, strict=True) if new.placement != old.placement]:
+                observer.noted(f"nodes are gone: cells continue in new placements; a cell is now {moved[0].placement}")
             return placed
     return []
 
 
 @contextmanager
 def _stop_files(files: Set[Path], stop: Callable[[], bool], observer: Observer) -> Iterator[Callable[[], bool]]:
-    """Pass a request to stop on to running cells, on whatever node: their results folders are what all of them see."""
+    """Pass a request to stop to running cells by files in their results folders, which all nodes see."""
 
     def stopping() -> bool:
-        """Whether to stop; the first time that it is so, the cells are told."""
+        """Whether to stop. Create the files when it is first True."""
         if not stop():
             return False
         if missing := [file for file in files if not file.exists()]:
@@ -279,7 +280,7 @@ def _remove(files: Set[Path]) -> None:
 
 
 def _last_line(path: str) -> str:
-    """What Tune has noted last of what went wrong with a trial."""
+    """The last line of the error that Tune has recorded for a trial."""
     try:
         return Path(path).read_text(errors="replace").strip().splitlines()[-1]
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""The driver of a cell, as a Ray Tune trial: it keeps its client actors, and goes from one cell to the next."""
+"""The driver of a cell, as a Ray Tune trial, which keeps its client actors from one cell to the next."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from flexifed.results.store import ResultsFolder
 
 @dataclass(frozen=True)
 class PlacedRun:
-    """A cell and its actors."""
+    """A cell and its placement."""
 
     run: CellRun
     placement: CellPlacement
 
 
 class CellTrial(tune.Trainable):
-    """The driver of one cell after another: Tune sets it up once, and resets it to the next cell.
+    """The driver of one cell after another: Tune sets it up once, and resets it to each next cell.
 
-    One step is one round. What goes wrong in a cell ends this cell alone, and is reported as a result.
+    One step is one round. An error in a cell ends only that cell, and is reported as a result.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Begin with a first cell. Client actors are made when they are first needed."""
+        """Take the first cell. Client actors are created when they are first needed."""
         self._hosts: ActorHosts | None = None
         self._session: CellSession | None = None
         self._placed: PlacedRun = config["placed"]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Go on to another cell, with nothing left of the one before but the processes."""
+        """Take the next cell, and keep nothing of the previous one but the processes."""
         self._close_session()
         self._placed = new_config["placed"]
         return True
@@ -58,15 +58,16 @@ class CellTrial(tune.Trainable):
             message, (state, reason) = first_line(error), _outcome(error)
         else:
             return {"report": report, "done": report.is_over_for_now}
-        # Past the handler, so that tensors in the error's frames are gone when this process and its actors clean up.
+        # After the handler, so that tensors in the error's frames are gone when this process and its actors clean up.
         if has_broken_gpu():
             self.cleanup()
-            raise GroupLostError(f"the driver's process can't use its GPU any more: {message}")  # but another one may
+            # Another process may be able to use it.
+            raise GroupLostError(f"the driver's process can't use its GPU any more: {message}")
         report = self._interrupted(state, reason)
         return {"report": report, "done": report.is_over_for_now}
 
     def cleanup(self) -> None:
-        """Leave no process behind."""
+        """Close the session, and end the actors."""
         self._close_session()
         hosts, self._hosts = self._hosts, None
         if hosts:
@@ -98,13 +99,13 @@ class CellTrial(tune.Trainable):
         self._session.start(self._hosts, self._hosts.exchange)
 
     def _interrupted(self, state: CellState, reason: str) -> CellReport:
-        """Note it, and end the actors: their state is unknown, so they are not used again."""
+        """Log an error's outcome, and end the actors, whose state is unknown."""
         roomier = None
         if state == "out_of_memory":
             placement, config = self._placed.placement, self._placed.run.config
             roomier = roomier_placement(placement, config, cluster.nodes())
             reason = f"{reason}; {memory_advice(placement, config, roomier)}"
-        if self._session and state != "lost":  # of losses the command keeps the log, as it hears of all of them
+        if self._session and state != "lost":  # the command logs losses, because it hears of all of them
             self._session.fail(reason)
         self.cleanup()
         return CellReport(self._placed.run.name, state, reason=reason, roomier=roomier)

@@ -425,7 +425,7 @@ def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(
         assert run_cells([run], options, heard) == {}
         thread.join()
         assert [note for note in heard.notes if "all its clients go back to the last checkpoint" in note]
-        assert bool([note for note in heard.notes if "cells go on with other places" in note]) == (
+        assert bool([note for note in heard.notes if "cells continue in new placements" in note]) == (
             clients_per_actor == 1
         )
         assert_equal(run, undisturbed)
