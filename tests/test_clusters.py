@@ -1,4 +1,4 @@
-"""The cluster files, the set-up text that they share, and the comparison of runs. Nothing is contacted or installed."""
+"""The cluster files, their common set-up script, and the comparison of runs. Nothing is contacted or installed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def settings(name: str) -> dict[str, str]:
-    """What stands in front of setup.sh."""
+    """The settings in front of setup.sh."""
     (command,) = read(name)["setup_commands"]
     match = SETUP_COMMAND.fullmatch(command)
     assert match
@@ -64,7 +64,7 @@ def test_both_set_machines_up_and_start_ray_in_the_same_way() -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_only_ssh_is_open_and_ray_asks_for_a_token(name: str) -> None:
+def test_only_ssh_is_open_and_ray_requires_a_token(name: str) -> None:
     config = read(name)
     (head,) = [line for line in config["head_start_ray_commands"] if "ray start" in line]
     assert "--dashboard-host=127.0.0.1" in head
@@ -73,12 +73,12 @@ def test_only_ssh_is_open_and_ray_asks_for_a_token(name: str) -> None:
     assert "export RAY_AUTH_MODE=token\n" in SETUP.read_text()
 
 
-def test_a_job_that_is_stopped_has_time_for_its_round_and_a_checkpoint() -> None:
+def test_a_stopped_job_has_time_to_finish_its_round_and_write_a_checkpoint() -> None:
     (seconds,) = re.findall(r"^export RAY_JOB_STOP_WAIT_TIME_S=(\d+)$", SETUP.read_text(), flags=re.MULTILINE)
     assert int(seconds) >= 300, "Ray's own is 3"
 
 
-def test_all_that_an_installation_needs_is_sent_and_nothing_large() -> None:
+def test_everything_that_an_installation_needs_is_sent_and_nothing_large() -> None:
     mounted = {local: remote for remote, local in read(FILES[0])["file_mounts"].items() if not local.startswith("~")}
     assert mounted == {local: f"~/flexifed/{local}" for local in mounted}
     assert all((REPOSITORY / local).exists() for local in mounted)
@@ -114,7 +114,7 @@ STUBS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Runs setup.sh with a home of its own, and with programs that only note how they were called."""
+    """Runs setup.sh in a private home, with stub programs that only record how they were called."""
 
     folder: Path
     shared: Path
@@ -179,8 +179,10 @@ def test_a_login_finds_the_project_its_folders_and_the_token_mode(machine: Calla
     names = ["RAY_AUTH_MODE", "FLEXIFED_DATA_DIR", "FLEXIFED_RESULTS_DIR"]
     show = f'. "$HOME/.bashrc"; command -v flexifed; printf "%s\\n" {" ".join(f"${name}" for name in names)}'
     environ = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
-    told = subprocess.run(["bash", "-c", show], env=environ, capture_output=True, text=True, check=True).stdout.split()
-    assert told == [
+    output = subprocess.run(
+        ["bash", "-c", show], env=environ, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert output == [
         f"{home}/.venvs/flexifed/bin/flexifed",
         "token",
         f"{home}/flexifed-data",
@@ -188,7 +190,7 @@ def test_a_login_finds_the_project_its_folders_and_the_token_mode(machine: Calla
     ]
 
 
-def test_data_are_fetched_only_where_they_are_asked_for(machine: Callable[[str], Machine]) -> None:
+def test_data_are_downloaded_only_on_request(machine: Callable[[str], Machine]) -> None:
     head = machine("head")
     assert head.set_up(FLEXIFED_DOWNLOAD="no").returncode == 0
     assert head.calls("flexifed") == []
@@ -210,26 +212,26 @@ def test_data_are_fetched_only_where_they_are_asked_for(machine: Callable[[str],
         ("fs-1.efs:/", "10.0.0.1", ["mount -t nfs4 -o nfsvers=4.1,hard,noresvport fs-1.efs:/ {shared}"]),
     ],
 )
-def test_the_shared_folder_is_there_or_exported_by_the_head_or_mounted(
+def test_the_shared_folder_exists_or_is_exported_by_the_head_or_is_mounted(
     machine: Callable[[str], Machine], nfs: str, head_ip: str, expected: Sequence[str]
 ) -> None:
-    one = machine("one")
+    host = machine("host")
     environ = {"FLEXIFED_NFS": nfs} | ({"RAY_HEAD_IP": head_ip} if head_ip else {})
-    assert one.set_up(**environ).returncode == 0
-    called = [call.removeprefix("sudo ") for call in one.calls("sudo")]
+    assert host.set_up(**environ).returncode == 0
+    called = [call.removeprefix("sudo ") for call in host.calls("sudo")]
     mounts = [call for call in called if call.startswith(("exportfs", "mount"))]
-    assert mounts == [line.format(shared=one.shared) for line in expected]
-    exported = f"{one.shared} *(rw,sync,no_subtree_check,insecure)"  # who mounts with noresvport has no secure port
-    assert (exported in (one.folder / "calls").read_text().splitlines()) == ("exportfs -ra" in expected)
+    assert mounts == [line.format(shared=host.shared) for line in expected]
+    exported = f"{host.shared} *(rw,sync,no_subtree_check,insecure)"  # noresvport mounts from ports above 1023
+    assert (exported in (host.folder / "calls").read_text().splitlines()) == ("exportfs -ra" in expected)
 
 
 def test_a_shared_folder_that_cannot_be_written_stops_the_set_up(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    one = Machine(tmp_path / "one", tmp_path / "file" / "shared")
-    done = one.set_up()
+    host = Machine(tmp_path / "host", tmp_path / "file" / "shared")
+    done = host.set_up()
     assert done.returncode == 1
-    assert f"can't write to {one.shared}; mount it there, or name another FLEXIFED_SHARED" in done.stderr
-    assert one.calls("uv") == []
+    assert f"can't write to {host.shared}; mount it there, or name another FLEXIFED_SHARED" in done.stderr
+    assert host.calls("uv") == []
 
 
 # ----------------------------------------------------------------------------------------------- comparing two runs
@@ -246,16 +248,16 @@ def compare() -> Compare:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> tuple[Path, Path]:
-    """Two folders with a recorded cell: the second one in another order, and as if by other processes."""
+    """Two folders with a recorded cell; in the second the rows are reordered and come from another process."""
     source = min(RECORD.glob("*-max_common-seed0-*.parquet"))
     table = pq.read_table(source, partitioning=None)
     moved = replaced(table.take([*range(len(table))][::-1]), "actor", np.full(len(table), 7, np.int32))
-    for name, one in (("here", table), ("there", moved)):
-        write_table(file_in(tmp_path / name), one)
+    for name, rows in (("here", table), ("there", moved)):
+        write_table(file_in(tmp_path / name), rows)
     return tmp_path / "here", tmp_path / "there"
 
 
-def test_a_file_that_can_not_be_read_is_no_difference(
+def test_an_unreadable_file_is_an_error_and_not_a_difference(
     compare: Compare, runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file_in(runs[1]).write_bytes(b"no Parquet")

@@ -1,4 +1,4 @@
-"""Joining a cluster: which nodes there are, and that it does not matter on which of them clients run."""
+"""Joining a cluster: which nodes it has, and that it does not matter on which of them clients run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WORKER: Resources = {"memory": 1e9, "CPU": 8.0, "GPU": 1.0}
 
 
 class Joining:
-    """A cluster that one more node joins between two looks."""
+    """A cluster that another node joins between every two looks."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, nodes: Sequence[Resources]) -> None:
         self.nodes, self.looks = nodes, 0
@@ -50,22 +50,22 @@ class Joining:
         self.demands.append("no more")
 
 
-def test_nodes_that_can_hold_no_client_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    joining, told = Joining(monkeypatch, [HEAD, HEAD, WORKER, WORKER, WORKER]), list[int]()
-    assert cluster.wait_for_nodes(2, told.append, poll_s=0) == [HEAD, HEAD, WORKER, WORKER]
-    assert told == [0, 1], "each number once"
+def test_nodes_that_cannot_hold_clients_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining, counts = Joining(monkeypatch, [HEAD, HEAD, WORKER, WORKER, WORKER]), list[int]()
+    assert cluster.wait_for_nodes(2, counts.append, poll_s=0) == [HEAD, HEAD, WORKER, WORKER]
+    assert counts == [0, 1], "each number once"
     assert joining.looks == 4
     assert joining.demands == ["2 wanted", "no more"], "asked for once, and not kept"
 
 
-def test_a_cluster_that_is_there_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_cluster_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     joining = Joining(monkeypatch, [WORKER])
     assert cluster.wait_for_nodes(1, pytest.fail, timeout_s=0) == [WORKER]
     assert joining.looks == 1
     assert joining.demands == []
 
 
-def test_what_only_looks_rents_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ask_no_nodes_are_rented(monkeypatch: pytest.MonkeyPatch) -> None:
     joining = Joining(monkeypatch, [HEAD, WORKER])
     assert cluster.wait_for_nodes(1, lambda _: None, ask=False, poll_s=0) == [HEAD, WORKER]
     assert joining.demands == []
@@ -129,7 +129,7 @@ def three_nodes() -> Iterator[None]:
 
 
 def digests(hosts: Hosts) -> tuple[str, ...]:
-    """Of the final states, after two rounds of training and one of scoring."""
+    """The digests of the final states, after two rounds of training and one of scoring."""
     federation = Federation(CONFIG, INFO, hosts)
     for round_index in range(3):
         federation.play_round(train=round_index < 2)
@@ -156,13 +156,13 @@ def test_final_states_are_those_of_one_process_wherever_clients_run(
     hosts = ActorHosts(group)
     try:
         hosts.begin(CONFIG, INFO, CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0), shards)
-        found = digests(hosts)
+        actual = digests(hosts)
         places = ray.get([actor.__ray_call__.remote(node_of) for actor in hosts._actors])
     finally:
         hosts.shut_down()
         ray.util.remove_placement_group(group)
     assert len(set(places)) == num_nodes
-    assert found == digests(LocalHosts(CONFIG, INFO, shards))
+    assert actual == digests(LocalHosts(CONFIG, INFO, shards))
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_every_node_is_asked_and_those_with_a_problem_are_named() -> None:
         for node in others
     }
     assert list(cluster.check_nodes(stale).values()) == ["OSError: [Errno 116] Stale file handle"] * 3
-    assert cluster.check_nodes(dead) == {}, "what is going is no obstacle"
+    assert cluster.check_nodes(dead) == {}, "a node that is being lost is not a problem"
     assert cluster.check_nodes(lambda: None) == {}
 
 
@@ -205,7 +205,7 @@ def test_a_demand_waits_where_an_autoscaler_sees_it_and_is_taken_back() -> None:
     assert states() == ["REMOVED"]
 
 
-def test_workers_are_not_built_anew_under_uv_run_even_if_ray_was_imported_first() -> None:
+def test_workers_environments_are_not_rebuilt_under_uv_run_even_if_ray_was_imported_first() -> None:
     """Ray reads that setting when it is imported, and a script's imports are sorted."""
     program = "import ray, flexifed.orchestra.cluster; print(ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV)"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_UV_RUN_RUNTIME_ENV"}

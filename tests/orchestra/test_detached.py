@@ -60,9 +60,9 @@ class Head:
 
 def free_ports(count: int) -> list[int]:
     opened = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in opened]
-    for one in opened:
-        one.close()
+    ports = [connection.getsockname()[1] for connection in opened]
+    for connection in opened:
+        connection.close()
     return ports
 
 
@@ -132,7 +132,7 @@ def answer(url: str, token: str | None = None, body: bytes | None = None) -> int
 
 def listening(parent: int) -> dict[str, set[tuple[str, int]]]:
     """For each kind of process below one: the addresses and ports on which it listens."""
-    found: dict[str, set[tuple[str, int]]] = {}
+    listeners: dict[str, set[tuple[str, int]]] = {}
     for process in psutil.Process(parent).children(recursive=True):
         try:
             words = process.cmdline()
@@ -140,9 +140,9 @@ def listening(parent: int) -> dict[str, set[tuple[str, int]]]:
         except psutil.NoSuchProcess:
             continue
         kind = next((Path(word).name for word in words[:4] if "ray/" in word or word.startswith("ray::")), words[:1])
-        addresses = {one.laddr for one in connections if one.status == psutil.CONN_LISTEN}
-        found.setdefault(str(kind), set()).update((address.ip, address.port) for address in addresses)
-    return found
+        addresses = {connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN}
+        listeners.setdefault(str(kind), set()).update((address.ip, address.port) for address in addresses)
+    return listeners
 
 
 def refused_without_a_token(gcs_address: str) -> str:
@@ -162,14 +162,14 @@ def test_the_ray_of_the_command_has_no_dashboard_and_asks_for_a_token(monkeypatc
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
     with cluster.connected(None, num_cpus=1, num_gpus=0):
-        found = listening(os.getpid())
-        print(found)  # what the documentation lists
-        assert any(found.values())
+        listeners = listening(os.getpid())
+        print(listeners)  # what the documentation lists
+        assert any(listeners.values())
         run = b'{"entrypoint": "true"}'
-        for _, port in set().union(*found.values()):
+        for _, port in set().union(*listeners.values()):
             for path in ("api/jobs/", "api/job_agent/jobs/"):
                 status = answer(f"http://127.0.0.1:{port}/{path}", None, run)
-                assert status is None or status >= 400, (port, path, status, found)
+                assert status is None or status >= 400, (port, path, status, listeners)
         assert "token" in refused_without_a_token(ray.get_runtime_context().gcs_address).lower()
 
 
@@ -194,8 +194,8 @@ def test_a_run_outlives_the_terminal_that_it_was_given_from(head: Head, tmp_path
     line = [sys.executable, str(ROOT / "experiments" / "table1.py"), "--profile", "smoke", "--data", "synthetic"]
     line += ["--only", "cifar10/vgg/max_common", "--device", "cpu", "--results-dir", str(tmp_path)]
     head.job("submit", "--no-wait", "--submission-id", "table1", "--", *line)
-    told = head.job("logs", "--follow", "table1")
-    assert "running 1 cell of 2 rounds" in told
+    output = head.job("logs", "--follow", "table1")
+    assert "running 1 cell of 2 rounds" in output
     assert "'table1' succeeded" in head.job("status", "table1")
     rows = pd.read_parquet(tmp_path / "table1" / "rounds")
     assert sorted(rows[["round", "client"]].itertuples(index=False, name=None)) == [

@@ -1,4 +1,4 @@
-"""What is lost while a command runs, and what stops it: the numbers stay those of an undisturbed run."""
+"""Losses and stops while a command runs: the numbers stay those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Hook = Callable[[], None]
 
 
 class Heard:
-    """An observer that keeps what it hears."""
+    """An observer that records its calls."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -80,7 +80,7 @@ def assert_equal(run: CellRun, undisturbed: CellRun) -> None:
     assert digests(run) == digests(undisturbed)
 
 
-# --------------------------------------------------------------------------------------- what a trial does, without Ray
+# ------------------------------------------------------------------------------------------ a trial without Ray
 
 
 class BrittleHosts:
@@ -139,10 +139,10 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[CellRun], CellTrial]:
     BrittleHosts.failing, BrittleHosts.alive = [], 0
 
     def make(run: CellRun) -> CellTrial:
-        one = CellTrial.__new__(CellTrial)
+        made = CellTrial.__new__(CellTrial)
         placement = CellPlacement(clients=((0, 1), (2, 3)), cpus_per_actor=1, gpus_per_actor=0.5)
-        one.setup({"placed": PlacedRun(run, placement)})
-        return one
+        made.setup({"placed": PlacedRun(run, placement)})
+        return made
 
     return make
 
@@ -194,7 +194,7 @@ def test_a_cell_that_lost_its_place_is_left_to_tune(
     assert_equal(run, undisturbed)
 
 
-def test_a_request_to_stop_that_a_kill_has_left_is_forgotten(tmp_path: Path) -> None:
+def test_a_stop_file_that_a_killed_command_has_left_is_removed(tmp_path: Path) -> None:
     file = ResultsFolder(cell(tmp_path).results).stop_file
     file.touch()
     with _stop_files({file}, lambda: False, Heard()) as stopping:
@@ -202,14 +202,16 @@ def test_a_request_to_stop_that_a_kill_has_left_is_forgotten(tmp_path: Path) -> 
         assert not stopping()
 
 
-def test_what_killed_commands_have_left_in_tmp_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_killed_commands_have_left_in_tmp_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
     for name in (f"{ended.pid}-left", "1-anothers", "oldname"):
         (tmp_path / f"flexifed-tune-{name}").mkdir()
-    mine = _make_scratch()
-    assert _make_scratch() != mine, "one command may have several"
+    first = _make_scratch()
+    assert _make_scratch() != first, "a command may have several"
     left = {path.name.removeprefix("flexifed-tune-").split("-")[0] for path in tmp_path.iterdir()}
     assert left == {"1", "oldname", str(os.getpid())}
 
@@ -218,10 +220,10 @@ def test_a_cell_stops_after_its_round_and_none_begins(
     tmp_path: Path, trial: Callable[[CellRun], CellTrial], undisturbed: CellRun
 ) -> None:
     run = cell(tmp_path / "stopped")
-    one = trial(run)
-    assert one.step()["report"].state == "playing"
+    stopped = trial(run)
+    assert stopped.step()["report"].state == "playing"
     ResultsFolder(run.results).stop_file.touch()
-    [report] = steps(one)
+    [report] = steps(stopped)
     assert (report.state, report.round_index) == ("stopped", 1)
     assert (checkpoints(run) / "round-000002").exists()
     assert [report.round_index for report in steps(trial(run))] == [None]
@@ -231,7 +233,7 @@ def test_a_cell_stops_after_its_round_and_none_begins(
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (DeviceMemoryError("client 3, round 1, training: out of memory"), "client 3, round 1, training: out of memory"),
         (
@@ -241,7 +243,7 @@ def test_a_cell_stops_after_its_round_and_none_begins(
     ],
 )
 def test_a_cell_out_of_memory_says_where_there_is_more(
-    tmp_path: Path, trial: Callable[[CellRun], CellTrial], error: Exception, said: str
+    tmp_path: Path, trial: Callable[[CellRun], CellTrial], error: Exception, message: str
 ) -> None:
     BrittleHosts.failing = [("play_round", 2, error)]
     run = cell(tmp_path / "full")
@@ -249,7 +251,7 @@ def test_a_cell_out_of_memory_says_where_there_is_more(
     assert report.state == "out_of_memory"
     assert report.roomier == CellPlacement(clients=((0, 1, 2, 3),), cpus_per_actor=1, gpus_per_actor=1.0)
     assert report.reason == (
-        f"{said}; a GPU had up to 4 clients of this cell, in 2 processes; "
+        f"{message}; a GPU had up to 4 clients of this cell, in 2 processes; "
         "ask for --gpus-per-client 0.25 --clients-per-actor 4, or let --retry-out-of-memory do so"
     )
     assert report.reason in log(run)
@@ -262,14 +264,14 @@ def test_a_driver_whose_gpu_is_broken_leaves_the_cell_to_another_process(
     BrittleHosts.failing = [("play_round", 2, error)]
     monkeypatch.setattr("flexifed.orchestra.trial.has_broken_gpu", lambda: True)
     run = cell(tmp_path / "broken")
-    one = trial(run)
-    one.step()
+    broken = trial(run)
+    broken.step()
     with pytest.raises(
         GroupLostError, match=r"can't use its GPU any more: CUDA error: unc[a-z]+ ECC error encountered$"
     ):
-        one.step()
+        broken.step()
     assert BrittleHosts.alive == 0
-    assert "failed" not in log(run), "it goes on"
+    assert "failed" not in log(run), "the cell continues"
 
 
 def test_actors_are_ended_even_if_the_drivers_gpu_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,8 +360,8 @@ def test_out_of_memory_names_the_share_to_ask_for_or_asks_for_it(tmp_path: Path,
     run, heard = cell(tmp_path / "full"), Heard()
     options = PlacementOptions(gpus_per_client=0.25, clients_per_actor=1)
     [reason] = run_cells([run], options, heard).values()
-    _, said = reason.split(", ", 1)  # after which client it was
-    assert said == (
+    _, message = reason.split(", ", 1)  # without the client's number, which may be any
+    assert message == (
         "round 0, training: CUDA out of memory; a GPU had up to 4 clients of this cell, in 4 processes; "
         "ask for --gpus-per-client 0.25 --clients-per-actor 2, or let --retry-out-of-memory do so"
     )
@@ -381,7 +383,7 @@ def hold_second_round(markers: Path, go: Path) -> Hook:
 
         train, calls = client.train, []
 
-        def held(*args: object, **options: object) -> float:
+        def waiting_train(*args: object, **options: object) -> float:
             calls.append(1)
             if len(calls) == 2:
                 (markers / ray.get_runtime_context().get_node_id()).touch()
@@ -389,14 +391,14 @@ def hold_second_round(markers: Path, go: Path) -> Hook:
                     time.sleep(0.05)
             return train(*args, **options)  # type: ignore[arg-type]
 
-        client.train = held
+        client.train = waiting_train
 
     return hook
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("clients_per_actor", [2, 1], ids=["room is left", "to be placed anew"])
+@pytest.mark.parametrize("clients_per_actor", [2, 1], ids=["room is left", "to be placed again"])
 def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(
     tmp_path: Path, clients_per_actor: int, undisturbed: CellRun
 ) -> None:
@@ -485,7 +487,7 @@ def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
             os.killpg(command.pid, number)
         else:
             command.send_signal(number)
-        time.sleep(1.0)  # longer than what counts as one press
+        time.sleep(1.0)  # signals that come faster count as one
     output = command.communicate()[0]
     assert command.returncode == 130
     assert "the same command goes on" in output

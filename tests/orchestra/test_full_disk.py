@@ -119,11 +119,11 @@ def test_the_command_on_a_full_disk(
     filler.unlink()
     assert main(line) == 0
     assert main([*LINE, "--results-dir", str(tmp_path / "elsewhere")]) == 0
-    found, expected = (
+    actual, expected = (
         pd.read_parquet(results / "table1" / "rounds").drop(columns=TIMINGS)
         for results in (disk, tmp_path / "elsewhere")
     )
-    pd.testing.assert_frame_equal(found, expected)
+    pd.testing.assert_frame_equal(actual, expected)
 
 
 def test_a_full_folder_of_tune_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_a_full_folder_of_tune_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 class Silent:
-    """An observer that hears of nothing."""
+    """An observer that ignores everything."""
 
     def cell_started(self, name: str) -> None: ...
 

@@ -1,4 +1,4 @@
-"""What the command makes of what it hears: who begins again, who is given up, who has failed."""
+"""How the command counts reports: which cells begin again, which are given up, and which have failed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOMIER = CellPlacement(clients=((0, 1, 2, 3),), cpus_per_actor=1, gpus_per_acto
 
 
 class Notes:
-    """An observer that keeps what it hears."""
+    """An observer that records its calls."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -45,13 +45,13 @@ def played(round_index: int) -> CellReport:
     return CellReport("a", "playing", round_index, {"v1": 0.1})
 
 
-def test_losses_in_a_row_without_a_new_round_are_what_counts(notes: Notes, tmp_path: Path) -> None:
+def test_only_losses_in_a_row_without_a_new_round_count(notes: Notes, tmp_path: Path) -> None:
     book = ledger(notes, tmp_path)
-    for round_index in range(10):  # every round is lost twice, and gone on with
+    for round_index in range(10):  # every round is lost twice, and then continued
         book.heard(played(round_index))
         for _ in range(PATIENCE - 1):
             book.heard(lost())
-            book.heard(played(max(0, round_index - 1)))  # what was played before is no progress
+            book.heard(played(max(0, round_index - 1)))  # a round that was played before is not progress
     assert not book.is_over_for_now("a")
     assert book.failures == {}
     assert len(notes.notes) == 10 * (PATIENCE - 1)
@@ -69,7 +69,7 @@ def test_losses_in_a_row_without_a_new_round_are_what_counts(notes: Notes, tmp_p
     ]
 
 
-def test_cells_are_counted_apart(notes: Notes, tmp_path: Path) -> None:
+def test_cells_are_counted_separately(notes: Notes, tmp_path: Path) -> None:
     book = ledger(notes, tmp_path)
     for _ in range(PATIENCE - 1):
         book.heard(lost("a"))
@@ -101,7 +101,7 @@ def test_out_of_memory_is_tried_again_in_a_roomier_place(notes: Notes, tmp_path:
     assert book.begin_again("a") is None
 
 
-def test_a_log_that_cannot_be_written_ends_no_other_cell(notes: Notes, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_does_not_end_other_cells(notes: Notes, tmp_path: Path) -> None:
     (tmp_path / "a").write_text("where the folder of its log would be")
     book = ledger(notes, tmp_path)
     for _ in range(PATIENCE):

@@ -1,4 +1,4 @@
-"""Buffers that processes lend each other, here within one process; tests/federation has them between Ray's."""
+"""Buffers that processes lend each other, tested within one process; tests/federation lends between Ray actors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def lent(packed: PackedTensors) -> LentBuffer:
 
 @pytest.fixture
 def two() -> Two:
-    """The ends of two processes, one of which lends and one of which reads."""
+    """The ends of two processes: a lender and a reader."""
     return Lending(CPU), Lending(CPU)
 
 
@@ -36,10 +36,10 @@ def sent(lender: Lending, *tensors: torch.Tensor, reader: str = "reader") -> Pac
 def test_a_reader_opens_a_buffer_once_and_then_sees_each_new_round(two: Two) -> None:
     lender, reader = two
     first = sent(lender, torch.ones(3), torch.tensor([True, False]))
-    assert [one.tolist() for one in reader.read(first)] == [[1.0, 1.0, 1.0], [True, False]]
+    assert [tensor.tolist() for tensor in reader.read(first)] == [[1.0, 1.0, 1.0], [True, False]]
     second = sent(lender, torch.full((3,), 2.0), torch.tensor([False, True]))
     assert lent(second) == replace(lent(first), handle=None)
-    assert [one.tolist() for one in reader.read(second)] == [[2.0, 2.0, 2.0], [False, True]]
+    assert [tensor.tolist() for tensor in reader.read(second)] == [[2.0, 2.0, 2.0], [False, True]]
 
 
 def test_each_reader_gets_one_handle_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,13 +55,13 @@ def test_each_reader_gets_one_handle_of_its_own(monkeypatch: pytest.MonkeyPatch)
     lender = Lending(CPU)
     written = lender.write([torch.ones(3)])
     packed = [lender.for_reader(written, reader) for reader in ("a", "b", "c", "a", "b")]
-    assert [lent(one).handle for one in packed] == [*made, None, None], "CUDA counts each of them"
+    assert [lent(message).handle for message in packed] == [*made, None, None], "CUDA counts each of them"
     assert len(made) == 3
-    assert len({lent(one).lender for one in packed}) == 1
-    assert all(Lending(CPU).read(one)[0].tolist() == [1.0] * 3 for one in packed[:3])
+    assert len({lent(message).lender for message in packed}) == 1
+    assert all(Lending(CPU).read(message)[0].tolist() == [1.0] * 3 for message in packed[:3])
 
 
-def test_what_needs_more_room_takes_another_buffer_in_the_place_of_the_first(two: Two) -> None:
+def test_a_larger_message_gets_a_new_buffer_that_replaces_the_first(two: Two) -> None:
     lender, reader = two
     reader.read(sent(lender, torch.ones(3)))
     larger = sent(lender, torch.zeros(50))
@@ -69,7 +69,7 @@ def test_what_needs_more_room_takes_another_buffer_in_the_place_of_the_first(two
     assert reader.read(larger)[0].tolist() == [0.0] * 50
     assert len(reader._opened) == 1
     smaller = sent(lender, torch.ones(2))
-    assert lent(smaller) == replace(lent(larger), handle=None), "what has room goes where it is"
+    assert lent(smaller) == replace(lent(larger), handle=None), "the present buffer is large enough"
     assert reader.read(smaller)[0].tolist() == [1.0] * 2
 
 
@@ -85,7 +85,7 @@ def test_a_buffer_that_a_lost_reader_has_open_serves_the_next_one(two: Two, clos
     assert reader.read(again)[0].tolist() == [0.0] * 3
 
 
-def test_a_process_has_one_end() -> None:
+def test_a_process_has_only_one_end_per_device() -> None:
     assert lending_on(CPU) is lending_on(torch.device("cpu"))
 
 
@@ -93,7 +93,7 @@ def test_a_gpu_that_does_not_answer_is_broken(monkeypatch: pytest.MonkeyPatch) -
     def fails() -> None:
         raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
 
-    assert not has_broken_gpu(), "nothing here has asked for one"
+    assert not has_broken_gpu(), "this process has not used one"
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert not has_broken_gpu()
@@ -102,7 +102,7 @@ def test_a_gpu_that_does_not_answer_is_broken(monkeypatch: pytest.MonkeyPatch) -
 
 
 class FakeCuda:
-    """What is asked of `torch.cuda` when a GPU is opened; without a `uuid` there is none."""
+    """Replaces the functions of `torch.cuda` that open a GPU; without a `uuid` there is no GPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, uuid: str | None, initialized: bool) -> None:
         self.uuid = uuid
@@ -134,14 +134,14 @@ def test_a_driver_gets_to_see_its_clients_gpu(
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
 
-@pytest.mark.parametrize(("uuid", "said"), [("another", "has GPU another, its clients abc"), (None, "no CUDA here")])
+@pytest.mark.parametrize(("uuid", "message"), [("another", "has GPU another, its clients abc"), (None, "no CUDA here")])
 @pytest.mark.parametrize("before", ["", None, "5"])
 @pytest.mark.parametrize("initialized", [True, False])
 def test_a_gpu_that_can_not_be_opened_leaves_the_process_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, uuid: str | None, said: str, before: str | None, initialized: bool
+    monkeypatch: pytest.MonkeyPatch, uuid: str | None, message: str, before: str | None, initialized: bool
 ) -> None:
     set_visible(monkeypatch, before)
     FakeCuda(monkeypatch, uuid=uuid, initialized=initialized)
-    with pytest.raises(RuntimeError, match=said):
+    with pytest.raises(RuntimeError, match=message):
         Gpu("node", "abc", visible="3").opened()
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == before

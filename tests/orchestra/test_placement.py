@@ -1,4 +1,4 @@
-"""How a cell's clients are spread over actors, and what a cluster could never hold."""
+"""How a cell's clients are distributed over actors, and which placements a cluster could never hold."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def place(config: CellConfig, nodes: Nodes, **options: Any) -> CellPlacement:
 
 
 def shape(placement: CellPlacement) -> tuple[list[int], float, float]:
-    """How many clients the actors have, most first, and what an actor asks for."""
+    """The actors' numbers of clients, largest first, and the resources that an actor asks for."""
     counts = sorted((len(clients) for clients in placement.clients), reverse=True)
     return counts, placement.cpus_per_actor, placement.gpus_per_actor
 
@@ -84,7 +84,7 @@ def test_eight_clients_share_one_gpu_by_default() -> None:
         (20, 1, 16, ([20], 1.0, 1.0)),
     ],
 )
-def test_where_clients_are_more_than_the_gpus_hold_they_take_turns(
+def test_clients_that_the_gpus_cannot_hold_at_once_take_turns(
     num_clients: int, gpus: int, streams: int, expected: tuple[list[int], float, float]
 ) -> None:
     nodes = [{"CPU": 16.0, "GPU": float(gpus)}]
@@ -113,16 +113,16 @@ def test_the_default_number_of_clients_in_an_actor_can_also_be_asked_for() -> No
     assert place(config, nodes, clients_per_actor=5) == place(config, nodes)
 
 
-def test_gpus_of_a_node_without_cpus_are_not_counted_on() -> None:
+def test_gpus_of_a_node_without_cpus_do_not_count() -> None:
     nodes = [{"CPU": 16.0, "GPU": 1.0}, {"CPU": 0.0, "GPU": 4.0}]
     assert shape(place(cell(40, device="cuda"), nodes)) == ([5] * 8, 1.0, 0.125)
 
 
-def test_half_a_gpu_beyond_whole_ones_is_not_counted_on() -> None:
+def test_half_a_gpu_beyond_whole_ones_does_not_count() -> None:
     assert shape(place(cell(40, device="cuda"), [{"CPU": 16.0, "GPU": 1.5}] * 2)) == ([3] * 12 + [2] * 2, 1.0, 0.1428)
 
 
-def test_clients_of_an_actor_overlap_if_it_has_so_many() -> None:
+def test_clients_of_an_actor_overlap_up_to_the_number_of_streams() -> None:
     nodes = [{"CPU": 16, "GPU": 1}]
     placement = place(cell(device="cuda"), nodes, streams=4)
     assert placement.streams == 4
@@ -157,13 +157,13 @@ def test_the_advice_after_a_full_gpu_asks_for_what_a_retry_gets(options: dict[st
 
 
 def asked_for(text: str) -> dict[str, Any]:
-    """The options that an advice names."""
-    found = re.findall(r"--(gpus-per-client|clients-per-actor|streams) ([\d.]+)", text)
-    return {name.replace("-", "_"): float(value) if "gpus" in name else int(value) for name, value in found}
+    """The options that a piece of advice names."""
+    options = re.findall(r"--(gpus-per-client|clients-per-actor|streams) ([\d.]+)", text)
+    return {name.replace("-", "_"): float(value) if "gpus" in name else int(value) for name, value in options}
 
 
 @pytest.mark.parametrize(
-    ("num_clients", "options", "said"),
+    ("num_clients", "options", "start"),
     [
         (9, {}, "a GPU had up to 9 clients of this cell, in 5 processes; ask for --gpus-per-client 0.1 "),
         (
@@ -174,11 +174,13 @@ def asked_for(text: str) -> dict[str, Any]:
         (1, {"gpus_per_client": 1}, "a GPU had 1 client of this cell, in 1 process; use a smaller --width"),
     ],
 )
-def test_the_advice_counts_the_clients_that_there_are(num_clients: int, options: dict[str, Any], said: str) -> None:
+def test_the_advice_counts_no_more_clients_than_the_cell_has(
+    num_clients: int, options: dict[str, Any], start: str
+) -> None:
     config, nodes = cell(num_clients, device="cuda"), [{"CPU": 16.0, "GPU": 2.0 if options else 1.0}]
     placement = place(config, nodes, **options)
     roomier = roomier_placement(placement, config, nodes)
-    assert memory_advice(placement, config, roomier).startswith(said)
+    assert memory_advice(placement, config, roomier).startswith(start)
 
 
 def test_actors_on_gpus_share_cpus_that_are_too_few() -> None:
@@ -238,7 +240,7 @@ def test_actors_that_would_cut_a_block_are_refused() -> None:
         ),
         (
             cell(device="cuda"),
-            [{"CPU": 16, "GPU": 3}],  # a fraction lies on one GPU: one of 0.6 on each
+            [{"CPU": 16, "GPU": 3}],  # a fraction lies on one GPU: each holds one of 0.6
             {"gpus_per_client": 0.6},
             ["0.6 GPU", "hold only 3", "16 CPU, 3 GPU", "lower it to 0.3333"],
         ),
@@ -374,7 +376,7 @@ def test_an_accepted_placement_covers_clients_once_in_whole_blocks_and_fits_node
 
 
 def packed(placement: CellPlacement, nodes: Nodes) -> int:
-    """How many actors fit when they are laid down one by one: CPUs anywhere on a node, a fraction of a GPU on one.
+    """Count the actors that fit when placed one by one: CPUs anywhere on a node, a fraction of a GPU on one GPU.
 
     In ten-thousandths, as Ray counts.
     """
@@ -416,7 +418,7 @@ def test_what_fits_with_a_smaller_share_of_cpus_is_not_refused(
         (1, {}, ([2] * 4, 1.0, 0.25)),  # eight on one GPU become four that host two clients each
         (4, {}, ([1] * 8, 1.0, 0.25)),  # with more GPUs they only spread
         (1, {"gpus_per_client": 0.125, "clients_per_actor": 4}, ([8], 1.0, 1.0)),
-        (1, {"gpus_per_client": 0.3, "clients_per_actor": 3}, None),  # one already
+        (1, {"gpus_per_client": 0.3, "clients_per_actor": 3}, None),  # one actor per GPU already
         (1, {"gpus_per_client": 0.33, "clients_per_actor": 1}, None),  # does not fit to begin with
     ],
 )
@@ -467,10 +469,10 @@ def test_halving_ends_at_one_actor_a_gpu_always_fits_and_leaves_no_gpu_idle(
         if roomier is not None:
             advised = asked_for(memory_advice(placement, config, roomier))
             assert place(config, nodes, **advised) == roomier
-            assert place(config, nodes, **asked | advised) == roomier  # who adds it to the line gets the same
+            assert place(config, nodes, **asked | advised) == roomier  # also when added to the original options
             if placement.streams == 1:
                 assert int(1 / roomier.gpus_per_actor + 1e-6) == sharing // 2
-                before, after = (max(map(len, one.clients)) for one in (placement, roomier))
+                before, after = (max(map(len, actors)) for actors in (placement.clients, roomier.clients))
                 blocks_each = math.ceil(math.ceil(num_clients / block) / (gpus * (sharing // 2)))
                 assert after <= max(block * math.ceil(before / block), block * blocks_each)
         placement, steps = roomier, steps + 1
@@ -483,17 +485,17 @@ def test_halving_ends_at_one_actor_a_gpu_always_fits_and_leaves_no_gpu_idle(
     per_actor=st.none() | st.integers(1, 20),
     gpus=st.lists(st.integers(0, 4), min_size=1, max_size=3),
 )
-def test_who_asks_for_too_much_of_the_gpus_is_told_how_much_there_is(
+def test_a_request_for_too_much_of_the_gpus_is_refused_with_a_share_that_fits(
     num_clients: int, share: float, per_actor: int | None, gpus: list[int]
 ) -> None:
     config, nodes = cell(num_clients, device="cuda"), [{"CPU": 64.0, "GPU": float(count)} for count in gpus]
     try:
         place(config, nodes, gpus_per_client=share, clients_per_actor=per_actor)
     except ResourceError as error:
-        told = re.search(r"lower it to ([\d.]+),", str(error))
-        event("told" if told else "refused")
-        if told:
-            lower = float(told.group(1))
+        remedy = re.search(r"lower it to ([\d.]+),", str(error))
+        event("told" if remedy else "refused")
+        if remedy:
+            lower = float(remedy.group(1))
             assert lower < share
             place(config, nodes, gpus_per_client=lower, clients_per_actor=per_actor)
         if "leave --gpus-per-client out" in str(error):

@@ -151,10 +151,10 @@ def test_without_a_final_state_more_rounds_begin_anew_and_say_so(tmp_path: Path)
 def test_the_size_of_a_state_is_known_beforehand(tmp_path: Path, scheme: SchemeName) -> None:
     run = cell(tmp_path, scheme, rounds=1)
     play(run)
-    found = 0
+    size = 0
     for path in checkpoints(run).rglob("*.safetensors"):
-        found += sum(tensor.nbytes for tensor in read_tensors(path).values())
-    assert state_bytes(run.config, run.info) == found
+        size += sum(tensor.nbytes for tensor in read_tensors(path).values())
+    assert state_bytes(run.config, run.info) == size
 
 
 class Clock:
@@ -226,9 +226,9 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path, vic
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         path.write_bytes({"cut": content[:-1], "flipped": flipped, "empty": b""}[damage])
     notes: list[str] = []
-    found = Checkpoints(checkpoints(run), run.run_id).latest(notes.append)
-    assert found is not None
-    assert found.next_round == 2
+    checkpoint = Checkpoints(checkpoints(run), run.run_id).latest(notes.append)
+    assert checkpoint is not None
+    assert checkpoint.next_round == 2
     assert [note.split(":")[0] for note in notes] == ["checkpoint round-000004 is passed over"]
 
 
