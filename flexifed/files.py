@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes, and clear errors where writing fails."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from flexifed.errors import ResultsError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file beside its place; at the end of the `with` block flush it, and rename it.
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file next to `path`; at the end of the `with` block flush it and rename it to `path`.
 
     Raises:
-        ResultsError: it can't be written. What was there stays as it was.
+        ResultsError: the file can't be written. A previous file at `path` is kept.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with explained(path):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
         try:
-            with open(beside, "wb") as file:
+            with open(temporary, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            os.replace(temporary, path)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn an OSError into an error that says which file, and what to do.
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError raised in this block into an error that names the file and the remedy.
 
     Raises:
-        ResultsError: instead of the OSError.
+        ResultsError: in place of the OSError.
     """
     try:
         yield
     except OSError as error:
         raise ResultsError(
-            f"can't write {path}: {error.strerror or error}; make room or mend the folder, "
-            "then the same command goes on"
+            f"can't write {path}: {error.strerror or error}; make room or fix the folder, "
+            "then run the same command again to resume"
         ) from error

@@ -162,7 +162,7 @@ def _open(folder: Path) -> CachedArrays | None:
 
 def _build(place: Path, key: str, name: str, build: Build) -> CachedArrays:
     """Build the arrays aside and move them to their place."""
-    with _explained(place, name):
+    with _writing(place, name):
         for unfinished in place.glob("building-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
         folder = place / f"building-{uuid.uuid4().hex}"
@@ -251,7 +251,7 @@ def _writable(places: Sequence[Path], name: str) -> Path:
 
 
 @contextmanager
-def _explained(place: Path, name: str) -> Iterator[None]:
+def _writing(place: Path, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

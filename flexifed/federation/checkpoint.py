@@ -26,7 +26,7 @@ from safetensors.torch import save
 from flexifed.core.aggregate import GroupState
 from flexifed.core.schemes import Group
 from flexifed.errors import ResultsError
-from flexifed.files import explained, whole_file
+from flexifed.files import atomic_write, writing
 
 KEPT = 2
 MANIFEST = "manifest.json"
@@ -71,7 +71,7 @@ class Checkpoints:
             ResultsError: it can't be made.
         """
         folder = self._folder(next_round)
-        with explained(folder):
+        with writing(folder):
             _remove(folder)
             folder.mkdir(parents=True)
         return folder
@@ -89,7 +89,7 @@ class Checkpoints:
         folder = self._folder(next_round)
         content = {"run_id": self._run_id, "next_round": next_round, "files": dict(files)}
         manifest = {"sha256": _digest(content), "content": content}
-        with whole_file(folder / MANIFEST) as file:
+        with atomic_write(folder / MANIFEST) as file:
             file.write(json.dumps(manifest, indent=1).encode())
         self._good = [folder, *(good for good in self._good if good != folder)][:KEPT]
         self._delete_others()
@@ -186,7 +186,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
         ResultsError: the file can't be written.
     """
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(content)
     return hashlib.sha256(content).hexdigest()
 

@@ -27,7 +27,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from flexifed.cells.run import CellRun
 from flexifed.errors import ResourceError
-from flexifed.files import explained
+from flexifed.files import writing
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import GroupLostError
 from flexifed.orchestra.ledger import CellReport, Ledger, Observer
@@ -262,7 +262,7 @@ def _stop_files(files: Set[Path], stop: Callable[[], bool], observer: Observer) 
             return False
         if missing := [file for file in files if not file.exists()]:
             for file in missing:
-                with explained(file):
+                with writing(file):
                     file.touch()
             observer.noted("stopping after the round, with a checkpoint; Ctrl-C again stops at once")
         return True

@@ -15,7 +15,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from flexifed.files import explained
+from flexifed.files import writing
 
 LOG = "log.txt"
 
@@ -45,7 +45,7 @@ class RunLog:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add values to the event file, by tag, at a round."""
-        with explained(self._folder):
+        with writing(self._folder):
             events = self._events or self._begin_events(step)
             for tag, value in values.items():
                 events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
@@ -75,7 +75,7 @@ def add_line(folder: Path, message: str) -> None:
 
 
 def _opened(folder: Path) -> FileIO:
-    with explained(folder / LOG):
+    with writing(folder / LOG):
         folder.mkdir(parents=True, exist_ok=True)
         return FileIO(folder / LOG, "ab")
 
@@ -83,7 +83,7 @@ def _opened(folder: Path) -> FileIO:
 def _write(file: FileIO, path: Path, message: str) -> None:
     """Add a whole line, or none."""
     line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n".encode()
-    with explained(path):
+    with writing(path):
         length = os.fstat(file.fileno()).st_size
         try:
             if file.write(line) < len(line):

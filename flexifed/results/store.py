@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flexifed.errors import ResultsError
-from flexifed.files import explained, whole_file
+from flexifed.files import atomic_write, writing
 from flexifed.results.schema import SCHEMA
 
 _METADATA_KEY = b"flexifed"
@@ -197,9 +197,9 @@ def write_table(path: Path, table: pa.Table) -> None:
     Raises:
         ResultsError: the file can't be written.
     """
-    with explained(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 

@@ -223,8 +223,8 @@ def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(
         with pytest.raises(ResultsError) as caught:
             writer.flush()
     assert str(caught.value) == (
-        f"can't write {folder.rounds_file('one')}: No space left on device; make room or mend the folder, "
-        "then the same command goes on"
+        f"can't write {folder.rounds_file('one')}: No space left on device; make room or fix the folder, "
+        "then run the same command again to resume"
     )
     assert folder.rounds_file("one").read_bytes() == before
     assert [path.name for path in folder.rounds.iterdir()] == ["one.parquet"]
