@@ -43,7 +43,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
 from torchvision.transforms.functional import to_pil_image
 
-from flexifed.data import Samples, make_pipeline, open_dataset
+from flexifed.data import LabelledSamples, make_pipeline, open_dataset
 from flexifed.data.partition import window
 from flexifed.federation.rounds import make_shards
 from flexifed.models import build_model
@@ -118,7 +118,7 @@ class Task:
 class Images(TorchDataset[tuple[torch.Tensor, torch.Tensor]]):
     """A client's samples as PIL images, which torchvision's transforms make tensors of, one by one."""
 
-    def __init__(self, samples: Samples, transform: Compose) -> None:
+    def __init__(self, samples: LabelledSamples, transform: Compose) -> None:
         images, self._labels = samples
         self._images = [to_pil_image(image) for image in images]
         self._transform = transform

@@ -17,7 +17,7 @@ import torch
 
 from flexifed.config import TEXT_LENGTHS, FamilyName
 from flexifed.data import agnews, cifar10, cinic10, speech_commands, synthetic, synthetic_speech, synthetic_texts
-from flexifed.data.dataset import Dataset, DatasetInfo, PartialDataWarning, Samples, SpeechDataset, Split
+from flexifed.data.dataset import Dataset, DatasetInfo, LabelledSamples, PartialDataWarning, SpeechDataset, Split
 from flexifed.data.download import alone
 from flexifed.data.pipeline import ImagePipeline, Pipeline, SpeechPipeline, TextPipeline
 from flexifed.errors import ConfigError, DataError, FlexifedWarning, invalid_choice
@@ -27,9 +27,9 @@ __all__ = [
     "DataChoice",
     "Dataset",
     "DatasetInfo",
+    "LabelledSamples",
     "PartialDataWarning",
     "Pipeline",
-    "Samples",
     "Split",
     "find_dataset",
     "make_pipeline",

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, Samples, changed, check_indices
+from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, LabelledSamples, changed, check_indices
 from flexifed.data.download import RemoteFile, fetch, unpack
 from flexifed.errors import DataError, FlexifedWarning
 
@@ -147,7 +147,7 @@ class RecordSplit:
     def __len__(self) -> int:
         return len(self.files) * SAMPLES_PER_FILE
 
-    def take(self, indices: NDArray[np.int64]) -> Samples:
+    def take(self, indices: NDArray[np.int64]) -> LabelledSamples:
         """Copy samples; see `Split.take`.
 
         Raises:

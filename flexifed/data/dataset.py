@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from flexifed.errors import DataError, FlexifedWarning
 
-Samples = tuple[torch.Tensor, torch.Tensor]
+LabelledSamples = tuple[torch.Tensor, torch.Tensor]
 """Samples as they are stored, of shape (n, ...), and labels, int64 of shape (n,).
 
 Images are uint8 (n, channels, 32, 32), texts uint8 indices of characters (n, length), spoken words int16 waveforms
@@ -38,7 +38,7 @@ class Split(Protocol):
         """The number of samples."""
         ...
 
-    def take(self, indices: NDArray[np.int64]) -> Samples:
+    def take(self, indices: NDArray[np.int64]) -> LabelledSamples:
         """Copy the samples at `indices`, shape (n,), in that order, into contiguous tensors of their own.
 
         Raises:
@@ -124,7 +124,7 @@ class ArraySplit:
     """A split held in two arrays, in memory or mapped from files.
 
     Attributes:
-        samples: as they are stored, shape (len, ...); see `Samples`.
+        samples: as they are stored, shape (len, ...); see `LabelledSamples`.
         labels: int64, shape (len,).
     """
 
@@ -138,7 +138,7 @@ class ArraySplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: NDArray[np.int64]) -> Samples:
+    def take(self, indices: NDArray[np.int64]) -> LabelledSamples:
         """Copy samples; see `Split.take`."""
         check_indices(indices, len(self))
         # Indexing keeps the axes' order in memory, which need not be the logical one.

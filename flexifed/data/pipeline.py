@@ -27,7 +27,7 @@ class Pipeline(Protocol):
     """What lies between a data set's stored samples and a model's input."""
 
     def prepare(self, samples: torch.Tensor) -> torch.Tensor:
-        """From stored samples (see `flexifed.data.Samples`) to what a model takes."""
+        """From stored samples (see `flexifed.data.LabelledSamples`) to what a model takes."""
         ...
 
     def draw(self, count: int, generator: torch.Generator) -> Variation:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexifed.data.dataset import ArraySplit, Samples, check_indices
+from flexifed.data.dataset import ArraySplit, LabelledSamples, check_indices
 from flexifed.data.stand_in import field, hashes
 from flexifed.data.wav import SAMPLE_RATE
 
@@ -60,7 +60,7 @@ class TwelveSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: NDArray[np.int64]) -> Samples:
+    def take(self, indices: NDArray[np.int64]) -> LabelledSamples:
         """Copy clips, and make silences; see `Split.take`."""
         check_indices(indices, len(self))
         waveforms = np.empty((len(indices), SAMPLE_RATE), np.int16)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexifed.data.dataset import Samples, check_indices
+from flexifed.data.dataset import LabelledSamples, check_indices
 from flexifed.seeding import derive_seed
 
 _ROOT_SEED = 0  # the data are one fixed set; a run's own seed has no part in them
@@ -42,7 +42,7 @@ class StandInSplit(ABC):
     def __len__(self) -> int:
         return self.num_samples
 
-    def take(self, indices: NDArray[np.int64]) -> Samples:
+    def take(self, indices: NDArray[np.int64]) -> LabelledSamples:
         """Make samples; see `Split.take`."""
         check_indices(indices, len(self))
         samples = self.empty(len(indices))
