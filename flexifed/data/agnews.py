@@ -127,7 +127,7 @@ def open_real(info: DatasetInfo) -> Dataset:
     """
     data_dir = Path(info.location)
     arrays = cache.reopen(
-        data_dir / cache.FOLDER / NAME,
+        data_dir,
         name=NAME,
         fingerprint=info.fingerprint.removeprefix(f"{NAME}-"),
         make=lambda: _encoded(data_dir),
@@ -181,7 +181,7 @@ def _encoded(data_dir: Path) -> cache.CachedArrays:
     except OSError as error:
         raise _unreadable(Path(error.filename or folder), error) from error
     return cache.cached_arrays(
-        data_dir / cache.FOLDER / NAME,
+        data_dir,
         name=NAME,
         version=VERSION,
         source_key=key,

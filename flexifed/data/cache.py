@@ -65,16 +65,17 @@ class CachedArrays:
         return self._arrays[name]
 
 
-def cached_arrays(folder: Path, *, name: str, version: int, source_key: str, build: Build) -> CachedArrays:
+def cached_arrays(data_dir: Path, *, name: str, version: int, source_key: str, build: Build) -> CachedArrays:
     """Open the arrays made from a source, and make them first where that was not done yet.
 
     Any number of processes may call this at once: one builds, the others wait for it. Opening reads sizes and times,
     and no contents but those of files that something has touched since.
 
     Args:
-        folder: the cache's place, unless $FLEXIFED_CACHE_DIR names another. One that can't be written is read if it
-            holds what is wanted; else flexifed in $XDG_CACHE_HOME, or in ~/.cache, takes its place.
-        name: what is cached. Different names don't disturb each other in one folder.
+        data_dir: the data folder. The cache lies in it, unless $FLEXIFED_CACHE_DIR names another place. One that can't
+            be written is read if it holds what is wanted; else flexifed in $XDG_CACHE_HOME, or in ~/.cache, takes its
+            place.
+        name: what is cached, as a folder name.
         version: of the decoding code. Raise it when the same source would give other arrays or facts.
         source_key: stands for the source, as `source_key` makes it.
         build: writes `.npy` files, at least one, into the empty folder it is given (`np.lib.format.open_memmap` writes
@@ -84,7 +85,7 @@ def cached_arrays(folder: Path, *, name: str, version: int, source_key: str, bui
         DataError: no folder can be written, or there is no room; and what `build` raises.
     """
     key = f"{name}-{hashlib.sha256(f'{version}/{source_key}'.encode()).hexdigest()[:16]}"
-    places = _places(folder)
+    places = _places(data_dir, name)
     for place in places:
         if (opened := _open(place / key)) is not None:
             return opened
@@ -98,11 +99,11 @@ def cached_arrays(folder: Path, *, name: str, version: int, source_key: str, bui
     return opened
 
 
-def reopen(folder: Path, *, name: str, fingerprint: str, make: Callable[[], CachedArrays]) -> CachedArrays:
+def reopen(data_dir: Path, *, name: str, fingerprint: str, make: Callable[[], CachedArrays]) -> CachedArrays:
     """Open the arrays that another process has described, in any process, without a look at their source.
 
     Args:
-        folder: as for `cached_arrays`.
+        data_dir: as for `cached_arrays`.
         name: as for `cached_arrays`.
         fingerprint: theirs.
         make: gets them by `cached_arrays` on a machine that has not decoded them yet.
@@ -110,13 +111,13 @@ def reopen(folder: Path, *, name: str, fingerprint: str, make: Callable[[], Cach
     Raises:
         DataError: what `make` gets are other arrays; and what it raises.
     """
-    for place in _places(folder):
+    for place in _places(data_dir, name):
         for manifest in sorted(place.glob(f"{name}-{'?' * 16}/{MANIFEST}")):
             if (opened := _open(manifest.parent)) is not None and opened.fingerprint == fingerprint:
                 return opened
     made = make()
     if made.fingerprint != fingerprint:
-        raise changed(folder.parent, f"its {name} holds other samples now (SHA-256 {made.fingerprint[:16]}...)")
+        raise changed(data_dir, f"its {name} holds other samples now (SHA-256 {made.fingerprint[:16]}...)")
     return made
 
 
@@ -218,8 +219,9 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _places(folder: Path) -> tuple[Path, ...]:
+def _places(data_dir: Path, name: str) -> tuple[Path, ...]:
     """Where arrays may lie, the preferred place first. For each data folder the user's folder has one of its own."""
+    folder = data_dir / FOLDER / name
     own = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]
     if named := os.environ.get("FLEXIFED_CACHE_DIR"):
         return (Path(named).expanduser() / own, folder)

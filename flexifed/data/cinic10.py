@@ -105,9 +105,7 @@ def open_real(info: DatasetInfo) -> Dataset:
     def make() -> cache.CachedArrays:
         return _decoded(data_dir, _folder(data_dir) or data_dir / FOLDERS[0])
 
-    arrays = cache.reopen(
-        data_dir / cache.FOLDER / NAME, name=NAME, fingerprint=info.fingerprint.removeprefix(f"{NAME}-"), make=make
-    )
+    arrays = cache.reopen(data_dir, name=NAME, fingerprint=info.fingerprint.removeprefix(f"{NAME}-"), make=make)
     train, test = (
         ArraySplit(arrays.array(f"{split}_images"), np.array(arrays.array(f"{split}_labels")))
         for split in ("train", "test")
@@ -150,7 +148,7 @@ def _decoded(data_dir: Path, folder: Path) -> cache.CachedArrays:
     except OSError as error:
         raise DataError(f"{error.filename or folder} can't be read ({error.strerror}). {_expected(folder)}") from error
     return cache.cached_arrays(
-        data_dir / cache.FOLDER / NAME,
+        data_dir,
         name=NAME,
         version=VERSION,
         source_key=key,

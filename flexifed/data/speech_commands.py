@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexifed.data.cache import FOLDER, CachedArrays, cached_arrays, reopen, source_key
+from flexifed.data.cache import CachedArrays, cached_arrays, reopen, source_key
 from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, PartialDataWarning, SpeechDataset, Split, changed
 from flexifed.data.download import RemoteFile, fetch, unpack
 from flexifed.data.speech_commands_12 import NUM_CLASSES as NUM_TWELVE
@@ -114,7 +114,7 @@ def open_real(info: DatasetInfo) -> Dataset:
         return _decoded(data_dir, *found)
 
     fingerprint = info.fingerprint.removeprefix(_prefix(version, info.name))
-    cached = reopen(data_dir / FOLDER / version.folder, name=version.folder, fingerprint=fingerprint, make=make)
+    cached = reopen(data_dir, name=version.folder, fingerprint=fingerprint, make=make)
     train, test = _splits(cached, version, info.name)
     return SpeechDataset(info, train, test, cached.array("train_noise"))
 
@@ -182,7 +182,7 @@ def _decoded(data_dir: Path, version: Version, folder: Path) -> CachedArrays:
     except OSError as error:
         raise DataError(f"{error.filename} can't be read ({error.strerror})") from error
     return cached_arrays(
-        data_dir / FOLDER / version.folder,
+        data_dir,
         name=version.folder,
         version=DECODER_VERSION,
         source_key=key,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexifed.data.cache import MANIFEST, CachedArrays, cached_arrays, reopen, source_key
+from flexifed.data.cache import FOLDER, MANIFEST, CachedArrays, cached_arrays, reopen, source_key
 from flexifed.errors import DataError
 
 ARRAYS = {
@@ -43,12 +43,18 @@ def builder() -> Builder:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "data" / "cache"
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "data"
 
 
-def opened(folder: Path, builder: Any, *, name: str = "set", version: int = 1, key: str = "source") -> CachedArrays:
-    return cached_arrays(folder, name=name, version=version, source_key=key, build=builder)
+@pytest.fixture
+def folder(data_dir: Path) -> Path:
+    """The folder of the data set `set` in the cache."""
+    return data_dir / FOLDER / "set"
+
+
+def opened(data_dir: Path, builder: Any, *, name: str = "set", version: int = 1, key: str = "source") -> CachedArrays:
+    return cached_arrays(data_dir, name=name, version=version, source_key=key, build=builder)
 
 
 def assert_is(cached: CachedArrays, arrays: Mapping[str, Any]) -> None:
@@ -57,13 +63,13 @@ def assert_is(cached: CachedArrays, arrays: Mapping[str, Any]) -> None:
         np.testing.assert_array_equal(cached.array(name), expected)
 
 
-def built(folder: Path, name: str = "set") -> Path:
-    (found,) = folder.glob(f"{name}-*")
-    return found
+def built(folder: Path) -> Path:
+    (arrays,) = folder.glob("set-*")
+    return arrays
 
 
-def test_arrays_are_built_once_and_mapped(folder: Path, builder: Builder) -> None:
-    first, second = opened(folder, builder), opened(folder, builder)
+def test_arrays_are_built_once_and_mapped(data_dir: Path, folder: Path, builder: Builder) -> None:
+    first, second = opened(data_dir, builder), opened(data_dir, builder)
     assert builder.calls == 1
     assert first.fingerprint == second.fingerprint
     assert dict(second.facts) == {"num_classes": 50}
@@ -77,12 +83,12 @@ def test_arrays_are_built_once_and_mapped(folder: Path, builder: Builder) -> Non
     assert {path.name for path in folder.iterdir()} == {"lock", built(folder).name}
 
 
-def test_fingerprint_is_of_the_contents_alone(folder: Path, tmp_path: Path, builder: Builder) -> None:
+def test_fingerprint_is_of_the_contents_alone(data_dir: Path, tmp_path: Path, builder: Builder) -> None:
     fingerprints = {
-        opened(folder, builder).fingerprint,
+        opened(data_dir, builder).fingerprint,
         opened(tmp_path / "elsewhere", builder).fingerprint,
-        opened(folder, builder, key="other source").fingerprint,
-        opened(folder, builder, name="other", version=2).fingerprint,
+        opened(data_dir, builder, key="other source").fingerprint,
+        opened(data_dir, builder, name="other", version=2).fingerprint,
     }
     assert len(fingerprints) == 1
     changes: list[Mapping[str, Any]] = [
@@ -98,30 +104,32 @@ def test_fingerprint_is_of_the_contents_alone(folder: Path, tmp_path: Path, buil
 
 
 @pytest.mark.parametrize("change", [{"version": 2}, {"key": "changed"}])
-def test_another_source_or_version_is_built_and_the_old_one_deleted(folder: Path, change: dict[str, Any]) -> None:
-    opened(folder, Builder())
+def test_another_source_or_version_is_built_and_the_old_one_deleted(
+    data_dir: Path, folder: Path, change: dict[str, Any]
+) -> None:
+    opened(data_dir, Builder())
     old = built(folder)
     other = Builder({"samples": np.zeros(3)})
-    assert_is(opened(folder, other, **change), other.arrays)
+    assert_is(opened(data_dir, other, **change), other.arrays)
     assert other.calls == 1
     assert not old.exists()
-    assert_is(opened(folder, other, **change), other.arrays)
+    assert_is(opened(data_dir, other, **change), other.arrays)
     assert other.calls == 1
 
 
-def test_names_share_a_folder(folder: Path) -> None:
+def test_names_share_a_data_folder(data_dir: Path) -> None:
     one, other = Builder(), Builder({"samples": np.zeros(3)})
     for _ in range(2):
-        assert_is(opened(folder, one, name="set-v1"), one.arrays)
-        assert_is(opened(folder, other, name="set-v2"), other.arrays)
+        assert_is(opened(data_dir, one, name="set-v1"), one.arrays)
+        assert_is(opened(data_dir, other, name="set-v2"), other.arrays)
     assert (one.calls, other.calls) == (1, 1)
 
 
-def test_mapped_arrays_outlive_their_files(folder: Path, builder: Builder) -> None:
-    cached = opened(folder, builder)
+def test_mapped_arrays_outlive_their_files(data_dir: Path, folder: Path, builder: Builder) -> None:
+    cached = opened(data_dir, builder)
     shutil.rmtree(folder)
     assert_is(cached, ARRAYS)
-    again = opened(folder, builder)
+    again = opened(data_dir, builder)
     assert builder.calls == 2
     assert again.fingerprint == cached.fingerprint
 
@@ -157,72 +165,72 @@ def misstate(file: Path) -> None:
         (MANIFEST, Path.unlink),
     ],
 )
-def test_what_is_damaged_is_built_anew(folder: Path, builder: Builder, file: str, damage: Any) -> None:
-    fingerprint = opened(folder, builder).fingerprint
+def test_what_is_damaged_is_built_anew(data_dir: Path, folder: Path, builder: Builder, file: str, damage: Any) -> None:
+    fingerprint = opened(data_dir, builder).fingerprint
     damage(built(folder) / file)
-    cached = opened(folder, builder)
+    cached = opened(data_dir, builder)
     assert builder.calls == 2
     assert cached.fingerprint == fingerprint
     assert dict(cached.facts) == {"num_classes": 50}
     assert_is(cached, ARRAYS)
 
 
-def test_touched_files_are_used_if_their_contents_are_whole(folder: Path, builder: Builder) -> None:
-    opened(folder, builder)
+def test_touched_files_are_used_if_their_contents_are_whole(data_dir: Path, folder: Path, builder: Builder) -> None:
+    opened(data_dir, builder)
     os.utime(built(folder) / "samples.npy", ns=(0, 0))
-    assert_is(opened(folder, builder), ARRAYS)
+    assert_is(opened(data_dir, builder), ARRAYS)
     assert builder.calls == 1
 
 
-def test_opening_reads_no_contents(folder: Path, builder: Builder) -> None:
+def test_opening_reads_no_contents(data_dir: Path, folder: Path, builder: Builder) -> None:
     """A byte that changed under an unchanged time is not seen: nobody hashes gigabytes to start a run."""
-    opened(folder, builder)
+    opened(data_dir, builder)
     file = built(folder) / "samples.npy"
     stat = file.stat()
     flip(file)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert opened(folder, builder).array("samples")[-1, -1, -1] == ARRAYS["samples"][-1, -1, -1] ^ 1
+    assert opened(data_dir, builder).array("samples")[-1, -1, -1] == ARRAYS["samples"][-1, -1, -1] ^ 1
     assert builder.calls == 1
 
 
-def test_known_contents_are_opened_without_their_source(folder: Path) -> None:
-    fingerprint = opened(folder, Builder()).fingerprint
+def test_known_contents_are_opened_without_their_source(data_dir: Path) -> None:
+    fingerprint = opened(data_dir, Builder()).fingerprint
 
     def fail() -> CachedArrays:
         pytest.fail("what is there was not found")
 
-    assert_is(reopen(folder, name="set", fingerprint=fingerprint, make=fail), ARRAYS)
+    assert_is(reopen(data_dir, name="set", fingerprint=fingerprint, make=fail), ARRAYS)
 
 
-def test_known_contents_are_made_where_they_are_not(folder: Path, builder: Builder) -> None:
-    fingerprint = opened(folder, Builder()).fingerprint
+def test_known_contents_are_made_where_they_are_not(data_dir: Path, folder: Path, builder: Builder) -> None:
+    fingerprint = opened(data_dir, Builder()).fingerprint
     cut(built(folder) / "labels.npy")
-    assert_is(reopen(folder, name="set", fingerprint=fingerprint, make=lambda: opened(folder, builder)), ARRAYS)
+    assert_is(reopen(data_dir, name="set", fingerprint=fingerprint, make=lambda: opened(data_dir, builder)), ARRAYS)
     assert builder.calls == 1
 
 
-def test_other_contents_are_refused(folder: Path, builder: Builder) -> None:
-    with pytest.raises(DataError, match=rf"{folder.parent} was verified .* its set holds other samples now"):
-        reopen(folder, name="set", fingerprint="0" * 64, make=lambda: opened(folder, builder))
+def test_other_contents_are_refused(data_dir: Path, builder: Builder) -> None:
+    with pytest.raises(DataError, match=rf"{data_dir} was verified .* its set holds other samples now"):
+        reopen(data_dir, name="set", fingerprint="0" * 64, make=lambda: opened(data_dir, builder))
 
 
-def test_failed_build_leaves_nothing(folder: Path, builder: Builder) -> None:
+def test_failed_build_leaves_nothing(data_dir: Path, folder: Path, builder: Builder) -> None:
     def fail(into: Path) -> dict[str, object]:
         np.save(into / "samples.npy", ARRAYS["samples"])
         raise DataError("bird.png is not a PNG")
 
     with pytest.raises(DataError, match="is not a PNG"):
-        opened(folder, fail)
+        opened(data_dir, fail)
     assert [path.name for path in folder.iterdir()] == ["lock"]
-    assert_is(opened(folder, builder), ARRAYS)
+    assert_is(opened(data_dir, builder), ARRAYS)
 
 
-def test_full_disk_is_explained(folder: Path) -> None:
+def test_full_disk_is_explained(data_dir: Path, folder: Path) -> None:
     def fill(into: Path) -> dict[str, object]:
         raise OSError(28, "No space left on device", str(into / "samples.npy"))
 
     with pytest.raises(DataError, match=r"set: its decoded arrays can't be written to .*No space left.*Make room"):
-        opened(folder, fill)
+        opened(data_dir, fill)
     assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
@@ -239,14 +247,14 @@ def build_slowly(folder: Path, started: Any, go_on: Any) -> dict[str, object]:
     return {"num_classes": 50}
 
 
-def open_and_tell(folder: Path, started: Any, go_on: Any, told: Any) -> None:
-    cached = opened(folder, lambda into: build_slowly(into, started, go_on))
+def open_and_tell(data_dir: Path, started: Any, go_on: Any, told: Any) -> None:
+    cached = opened(data_dir, lambda into: build_slowly(into, started, go_on))
     told.put((cached.fingerprint, cached.array("labels").tolist()))
 
 
-def test_several_processes_at_once_build_once(folder: Path) -> None:
+def test_several_processes_at_once_build_once(data_dir: Path) -> None:
     started, go_on, told = Forked.Semaphore(0), Forked.Event(), Forked.Queue()
-    processes = [Forked.Process(target=open_and_tell, args=(folder, started, go_on, told)) for _ in range(4)]
+    processes = [Forked.Process(target=open_and_tell, args=(data_dir, started, go_on, told)) for _ in range(4)]
     for process in processes:
         process.start()
     started.acquire()
@@ -255,19 +263,19 @@ def test_several_processes_at_once_build_once(folder: Path) -> None:
     for process in processes:
         process.join()
     assert not started.acquire(block=False), "a second build has begun"
-    assert answers == [(opened(folder, Builder()).fingerprint, list(range(50)))] * 4
+    assert answers == [(opened(data_dir, Builder()).fingerprint, list(range(50)))] * 4
 
 
-def test_killed_builder_leaves_nothing_that_is_used(folder: Path, builder: Builder) -> None:
+def test_killed_builder_leaves_nothing_that_is_used(data_dir: Path, folder: Path, builder: Builder) -> None:
     started, go_on, told = Forked.Semaphore(0), Forked.Event(), Forked.Queue()
-    process = Forked.Process(target=open_and_tell, args=(folder, started, go_on, told))
+    process = Forked.Process(target=open_and_tell, args=(data_dir, started, go_on, told))
     process.start()
     started.acquire()
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert list(folder.glob("building-*"))
-    assert_is(opened(folder, builder), ARRAYS)
+    assert_is(opened(data_dir, builder), ARRAYS)
     assert builder.calls == 1
     assert not list(folder.glob("building-*"))
 
@@ -288,6 +296,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def test_user_folder_stands_in(
+    data_dir: Path,
     folder: Path,
     user_cache: Path,
     builder: Builder,
@@ -295,48 +304,48 @@ def test_user_folder_stands_in(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     forbid(monkeypatch, folder)
-    opened(folder, builder)
+    opened(data_dir, builder)
     said = capsys.readouterr().err
     assert f"set: {folder} can't be written (Permission denied), so decoded arrays go to {user_cache}" in said
-    assert_is(opened(folder, builder), ARRAYS)
+    assert_is(opened(data_dir, builder), ARRAYS)
     assert builder.calls == 1
     assert capsys.readouterr().err == "", "said once, when something is written"
     assert not folder.exists()
 
 
 def test_user_folder_keeps_data_folders_apart(
-    folder: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid(monkeypatch, tmp_path / "data")
-    opened(folder, builder, key="one")
+    opened(data_dir, builder, key="one")
     opened(tmp_path / "data" / "other", builder, key="two")
-    assert_is(opened(folder, builder, key="one"), ARRAYS)
+    assert_is(opened(data_dir, builder, key="one"), ARRAYS)
     assert builder.calls == 2
 
 
 def test_folder_that_cannot_be_written_can_be_read(
-    folder: Path, user_cache: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, folder: Path, user_cache: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened(folder, builder)
+    opened(data_dir, builder)
     forbid(monkeypatch, folder)
-    assert_is(opened(folder, builder), ARRAYS)
+    assert_is(opened(data_dir, builder), ARRAYS)
     assert builder.calls == 1
     assert not user_cache.exists()
 
 
 def test_folder_of_the_users_choice(
-    folder: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, folder: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLEXIFED_CACHE_DIR", str(tmp_path / "chosen"))
-    opened(folder, builder)
+    opened(data_dir, builder)
     assert not folder.exists()
     assert list((tmp_path / "chosen").glob(f"*/set-*/{MANIFEST}"))
 
 
-def test_no_folder_at_all(folder: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_folder_at_all(data_dir: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch, tmp_path)
-    with pytest.raises(DataError, match=r"set: no place for decoded arrays .*cache can't.*user.* FLEXIFED_CACHE_DIR"):
-        opened(folder, builder)
+    with pytest.raises(DataError, match=r"set: no place for decoded arrays .*cache/set can't.*user.* FLEXIFED_CACHE_DIR"):
+        opened(data_dir, builder)
     assert builder.calls == 0
 
 
@@ -365,8 +374,8 @@ def test_source_key_follows_names_sizes_and_times(tmp_path: Path) -> None:
     assert key(tmp_path / "two") == keys[-1], "wherever they lie"
 
 
-def test_manifest_is_readable(folder: Path, builder: Builder) -> None:
-    opened(folder, builder)
+def test_manifest_is_readable(data_dir: Path, folder: Path, builder: Builder) -> None:
+    opened(data_dir, builder)
     content = json.loads((built(folder) / MANIFEST).read_text())["content"]
     assert set(content["arrays"]) == set(ARRAYS)
     assert content["facts"] == {"num_classes": 50}
