@@ -1,13 +1,14 @@
 """Speech Commands as its author publishes it: spoken words of up to a second, a folder of wav files for each word.
 
-v0.01 has 30 words, and is the version of the paper; v0.02 has 35. Where both lie in a data folder, v0.01 is used. As
-`speech_commands` every word is a class. As `speech_commands_12` the classes are ten commands, all other words, and
-silence (see `flexifed.data.speech_commands_12`).
+v0.01 has 30 words and is the paper's version; v0.02 has 35. If a data folder holds both, v0.01 is used. In the
+data set `speech_commands` every word is a class. In `speech_commands_12` the classes are ten commands, all other words,
+and silence (see `flexifed.data.speech_commands_12`).
 
-`testing_list.txt` names the test clips. All others are for training, those of `validation_list.txt` too: nothing is
-selected on them here. The author lists all clips of a speaker in one place, so nobody is heard in both sets.
+`testing_list.txt` names the test clips. All others are training clips, even those in `validation_list.txt`: nothing is
+selected on a validation set here. The author's lists keep all clips of a speaker together, so no speaker is in both
+splits.
 
-Clips lie in the order of words and file names, as they are: int16, 16,000 samples, with zeros after a clip that is
+Clips are in the order of words and file names, unprocessed: int16, 16,000 samples, with zeros after a clip that is
 shorter. They are decoded once (`flexifed.data.cache`).
 
 Source: Warden 2018, "Speech Commands: A dataset for limited-vocabulary speech recognition", arXiv 1804.03209.
@@ -16,10 +17,14 @@ Source: Warden 2018, "Speech Commands: A dataset for limited-vocabulary speech r
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flexifed.data.cache import CachedArrays, cached_arrays, reopen, source_key
 from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, PartialDataWarning, SpeechDataset, Split, changed
@@ -43,7 +48,7 @@ from flexifed.data.stand_in import stream_seed
 from flexifed.errors import DataError
 
 DECODER_VERSION = 1
-"""Raise it whenever the same files would give other arrays or facts."""
+"""Increase it whenever the same files would give different arrays or facts."""
 
 NAME_12 = "speech_commands_12"
 V1_ARCHIVE = RemoteFile(
@@ -52,45 +57,88 @@ V1_ARCHIVE = RemoteFile(
     num_bytes=1_489_096_277,
     checksum="sha256:743935421bb51cccdb6bdd152e04c5c70274e935c82119ad7faeec31780d811d",
 )
-"""Its checksum is the one that torchaudio has."""
+"""The checksum is the one in torchaudio."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A classification task on the clips.
+
+    Attributes:
+        key: start of the fingerprint of its data.
+        num_classes: number of classes; None if each word of the version is a class.
+        make_split: makes a split from the clips of all words, the words in label order, background noise, and a seed.
+    """
+
+    key: str
+    num_classes: int | None
+    make_split: Callable[[ArraySplit, Sequence[str], NDArray[np.int16], int], Split]
+
+    def fingerprint_prefix(self, version: Version) -> str:
+        """What precedes the digest of the clips in a fingerprint."""
+        return f"{self.key}-{version.name}-"
+
+    def splits(self, cached: CachedArrays, version: Version) -> tuple[Split, Split]:
+        """The training and the test split."""
+        train, test = (
+            self.make_split(
+                ArraySplit(cached.array(f"{split}_samples"), np.array(cached.array(f"{split}_labels"))),
+                version.words,
+                cached.array(f"{split}_noise"),
+                stream_seed(stream),
+            )
+            for split, stream in (("train", 34), ("test", 36))
+        )
+        return train, test
+
+
+TASKS: Mapping[str, Task] = MappingProxyType(
+    {
+        NAME: Task(key=NAME, num_classes=None, make_split=lambda clips, words, noise, seed: clips),
+        NAME_12: Task(key=f"{NAME_12}-{TWELVE_VERSION}", num_classes=NUM_TWELVE, make_split=TwelveSplit.from_clips),
+    }
+)
+"""The tasks by data set name."""
 
 
 def find(data_dir: Path, name: str = NAME) -> DatasetInfo | None:
-    """Look for a version under a folder, v0.01 first, as torchaudio unpacks it or bare; decode it on first use.
+    """Look for a version in a folder, v0.01 first, as torchaudio unpacks it or directly; decode it on first use.
 
     Args:
-        data_dir: holds `SpeechCommands/speech_commands_v0.01` or `speech_commands_v0.01`, or one of v0.02.
-        name: `speech_commands`, or `speech_commands_12` for the task of twelve classes.
+        data_dir: holds `SpeechCommands/speech_commands_v0.01` or `speech_commands_v0.01`, or the same of v0.02.
+        name: `speech_commands`, or `speech_commands_12` for the task with twelve classes.
 
     Returns:
-        None where there is no such folder.
+        None if there is no such folder.
 
     Raises:
         DataError: the folder lacks a word or a list, or a file is damaged.
 
     Warns:
-        PartialDataWarning: there are more or fewer clips than were published, so the data are `real-partial`.
+        PartialDataWarning: the number of clips is not the published one, so the data are `real-partial`.
     """
-    if (found := _locate(data_dir)) is None:
+    if (located := _locate(data_dir)) is None:
         return None
-    version, folder = found
+    version, folder = located
+    task = TASKS[name]
     cached = _decoded(data_dir, version, folder)
     num_test = len(cached.array("test_labels"))
     num_clips = len(cached.array("train_labels")) + num_test
     whole = (num_clips, num_test) == (version.num_clips, version.num_test)
     if not whole:
-        there = f"{num_clips:,} of {version.num_clips:,} clips, {num_test:,} of {version.num_test:,} test clips"
-        warnings.warn(PartialDataWarning("Speech Commands", folder, there), stacklevel=2)
-    train, test = _splits(cached, version, name)
+        counts = f"{num_clips:,} of {version.num_clips:,} clips, {num_test:,} of {version.num_test:,} test clips"
+        warnings.warn(PartialDataWarning("Speech Commands", folder, counts), stacklevel=2)
+    other_classes = task.num_classes is None and version.name != V1.name
+    train, test = task.splits(cached, version)
     return DatasetInfo(
         name=name,
-        source="real-partial" if not whole else "real-other" if version.name != V1.name and name == NAME else "real",
+        source="real-partial" if not whole else "real-other" if other_classes else "real",
         location=str(data_dir.absolute()),
         layout=version.name,
-        fingerprint=_prefix(version, name) + cached.fingerprint,
+        fingerprint=task.fingerprint_prefix(version) + cached.fingerprint,
         num_train=len(train),
         num_test=len(test),
-        num_classes=len(version.words) if name == NAME else NUM_TWELVE,
+        num_classes=task.num_classes or len(version.words),
         in_channels=1,
         mean=(cached.facts["mean"],),
         std=(cached.facts["std"],),
@@ -98,38 +146,39 @@ def find(data_dir: Path, name: str = NAME) -> DatasetInfo | None:
 
 
 def open_real(info: DatasetInfo) -> Dataset:
-    """Open what `find` has found, in this process or in another one; it costs no memory.
+    """Open the data that `find` described, in any process; the clips are mapped, so this takes no memory.
 
-    On a machine where the same files were not decoded yet, they are now.
+    On a machine that has not decoded the files yet, they are decoded first.
 
     Raises:
-        DataError: the files are not there, or not as they were found.
+        DataError: the files are missing, or have changed since they were found.
     """
     data_dir = Path(info.location)
+    task = TASKS[info.name]
     version = next(version for version in VERSIONS if version.name == info.layout)
 
     def make() -> CachedArrays:
-        if (found := _locate(data_dir)) is None or found[0] != version:
+        if (located := _locate(data_dir)) is None or located[0] != version:
             raise changed(data_dir / version.folder, "it is not there")
-        return _decoded(data_dir, *found)
+        return _decoded(data_dir, *located)
 
-    fingerprint = info.fingerprint.removeprefix(_prefix(version, info.name))
+    fingerprint = info.fingerprint.removeprefix(task.fingerprint_prefix(version))
     cached = reopen(data_dir, name=version.folder, fingerprint=fingerprint, make=make)
-    train, test = _splits(cached, version, info.name)
+    train, test = task.splits(cached, version)
     return SpeechDataset(info, train, test, cached.array("train_noise"))
 
 
 def remedy(data_dir: Path) -> str:
-    """Both ways to get the data, as a sentence."""
+    """How to get the data, by download or by hand, as a sentence."""
     target = data_dir / "SpeechCommands" / V1.folder
     return f"Run with --download ({V1_ARCHIVE.size}: v0.01, the paper's), or unpack {V1.url} to {target}."
 
 
 def layout(data_dir: Path) -> str:
-    """What is looked for, as a sentence."""
+    """Which files are expected, as a sentence."""
     return (
-        f"That holds a folder for each word, {NOISE_FOLDER}, {VALIDATION_LIST} and {TESTING_LIST}; v0.02 ({V2.url}) in "
-        f"{data_dir / 'SpeechCommands' / V2.folder} will do too."
+        f"That folder holds a folder for each word, {NOISE_FOLDER}, {VALIDATION_LIST} and {TESTING_LIST}; v0.02 "
+        f"({V2.url}) in {data_dir / 'SpeechCommands' / V2.folder} works too."
     )
 
 
@@ -143,28 +192,8 @@ def download(data_dir: Path) -> None:
     unpack(archive, data_dir / "SpeechCommands" / V1.folder)
 
 
-def _splits(cached: CachedArrays, version: Version, name: str) -> tuple[Split, Split]:
-    """The training and the test set of a task."""
-    train, test = (
-        ArraySplit(cached.array(f"{split}_samples"), np.array(cached.array(f"{split}_labels")))
-        for split in ("train", "test")
-    )
-    if name == NAME:
-        return train, test
-    first, second = (
-        TwelveSplit.of(clips, version.words, cached.array(f"{split}_noise"), stream_seed(stream))
-        for split, clips, stream in (("train", train, 34), ("test", test, 36))
-    )
-    return first, second
-
-
-def _prefix(version: Version, name: str) -> str:
-    """Of a fingerprint."""
-    return f"{NAME}-{version.name}-" if name == NAME else f"{NAME_12}-{TWELVE_VERSION}-{version.name}-"
-
-
 def _locate(data_dir: Path) -> tuple[Version, Path] | None:
-    """The version that is there, and its folder."""
+    """The version in a data folder, and the version's folder."""
     try:
         for version in VERSIONS:
             for folder in (data_dir / "SpeechCommands" / version.folder, data_dir / version.folder):

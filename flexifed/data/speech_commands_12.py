@@ -45,7 +45,7 @@ class TwelveSplit:
     seed: int
 
     @classmethod
-    def of(cls, clips: ArraySplit, words: Sequence[str], noise: NDArray[np.int16], seed: int) -> TwelveSplit:
+    def from_clips(cls, clips: ArraySplit, words: Sequence[str], noise: NDArray[np.int16], seed: int) -> TwelveSplit:
         """Choose from a split of all words."""
         label_of_word = np.full(len(words), UNKNOWN)
         for label, command in enumerate(COMMANDS, start=2):

@@ -344,7 +344,9 @@ def test_folder_of_the_users_choice(
 
 def test_no_folder_at_all(data_dir: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch, tmp_path)
-    with pytest.raises(DataError, match=r"set: no place for decoded arrays .*cache/set can't.*user.* FLEXIFED_CACHE_DIR"):
+    with pytest.raises(
+        DataError, match=r"set: no place for decoded arrays .*cache/set can't.*user.* FLEXIFED_CACHE_DIR"
+    ):
         opened(data_dir, builder)
     assert builder.calls == 0
 
