@@ -220,7 +220,7 @@ class Data:
                 state, facts = problem, [str(error)]
             else:
                 if state not in (_STATES["real"], _STATES["real-other"]):
-                    remedy = source.remedy(data_dir)
+                    remedy = source.real.remedy(data_dir)
                     facts.append(f"As for {remedies[remedy]}." if remedy in remedies else remedy)
                     remedies.setdefault(remedy, name)
             say("\n  ".join([f"\n{name}: {state}", *facts]))

@@ -584,7 +584,7 @@ def test_stand_in_is_not_made_when_opened() -> None:
 
 @pytest.mark.parametrize("name", ["cifar10", "cinic10", "agnews"])
 def test_stand_in_has_different_training_and_test_samples(name: str) -> None:
-    dataset = open_dataset(SOURCES[name].synthetic())
+    dataset = open_dataset(SOURCES[name].stand_in.info(name))
     indices = np.arange(1000)
     images = torch.cat([dataset.train.take(indices)[0], dataset.test.take(indices)[0]])
     assert len({image.numpy().tobytes() for image in images}) == 2000
@@ -616,7 +616,7 @@ def test_stand_in_can_be_learned(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "sizes"), [("cinic10", (180_000, 90_000)), ("agnews", (120_000, 7_600))])
 def test_stand_in_has_the_published_size(name: str, sizes: tuple[int, int]) -> None:
-    info = SOURCES[name].synthetic()
+    info = SOURCES[name].stand_in.info(name)
     dataset = open_dataset(info)
     assert (info.num_train, info.num_test) == (len(dataset.train), len(dataset.test)) == sizes
     last, labels = dataset.train.take(np.array([sizes[0] - 1]))

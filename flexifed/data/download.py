@@ -32,7 +32,7 @@ LOCK = ".flexifed-download.lock"
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_download(folder: Path) -> Iterator[None]:
     """Download into a folder while no other process does; make it where it is missing.
 
     Raises:
@@ -75,7 +75,7 @@ def fetch(file: RemoteFile, folder: Path) -> Path:
     """Get a file into a folder, unless it lies there already.
 
     What has come lies in `<name>.part` until it is whole, and the next call goes on from there. Another file of that
-    name goes aside, to `<name>.old`. Processes that may do this at once take turns (`alone`).
+    name goes aside, to `<name>.old`. Processes that may do this at once take turns (`exclusive_download`).
 
     Returns:
         The file's path.
