@@ -1,7 +1,7 @@
-"""What can go wrong, as types. Every message names the value, the valid choices and the remedy.
+"""Exceptions and warnings. Every message names the invalid value, the valid choices and the remedy.
 
-The command line turns a `FlexifedError` into one short line and an exit status; anything else is a defect and keeps its
-traceback. All of them survive pickling, because they travel between Ray processes.
+The command line turns a `FlexifedError` into a one-line message and an exit status; any other exception is a bug and
+keeps its traceback. All of them can be pickled, because they are sent between Ray processes.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from collections.abc import Iterable
 
 
 class FlexifedWarning(UserWarning):
-    """Something that changes what a result means, though nothing is wrong with the run."""
+    """Base of warnings about something that changes the meaning of results without being an error."""
 
 
 class FlexifedError(Exception):
-    """Base of all errors that a user can mend; `exit_status` is what a command ends with."""
+    """Base of all errors that a user can fix; `exit_status` is the command's exit status."""
 
     exit_status = 2
 
 
 class ConfigError(FlexifedError, ValueError):
-    """A setting has a value that it can't have."""
+    """A setting has an invalid value."""
 
 
 class SignatureError(FlexifedError, ValueError):
-    """A model can't be read as a sequence of layers, or states do not fit the models they are said to be of."""
+    """A model can't be read as a sequence of layers, or a state does not match its model."""
 
 
 class DataError(FlexifedError):
@@ -32,7 +32,7 @@ class DataError(FlexifedError):
 
 
 class ResourceError(FlexifedError):
-    """The machine or the cluster can't hold what was asked for."""
+    """The machine or the cluster lacks the requested resources."""
 
 
 class ResultsError(FlexifedError):
@@ -40,7 +40,14 @@ class ResultsError(FlexifedError):
 
 
 class ClientError(FlexifedError):
-    """A client failed: which one, in which round (from 0), doing what, and why."""
+    """A client failed.
+
+    Args:
+        client: index of the client.
+        round_index: index of the round, from 0.
+        stage: what the client was doing.
+        reason: why it failed.
+    """
 
     exit_status = 1
 
@@ -53,9 +60,9 @@ class ClientError(FlexifedError):
 
 
 class DeviceMemoryError(FlexifedError):
-    """A client's device has too little memory left: which client, doing what.
+    """A client's device ran out of memory; the message names the client and what it was doing.
 
-    The same cell runs with fewer processes on it.
+    The cell may fit with fewer processes on the device.
     """
 
     exit_status = 1
@@ -68,7 +75,7 @@ class CellsFailedError(FlexifedError):
 
 
 def invalid_choice(field: str, value: object, choices: Iterable[object]) -> str:
-    """The sentence for a value that is none of the valid ones.
+    """The error message for a value that is not one of the valid choices.
 
     >>> invalid_choice("scheme", "max", ["standalone", "max_common"])
     "scheme is 'max'; choose one of: standalone, max_common"

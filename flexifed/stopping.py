@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request, so that work can stop where nothing is lost."""
+"""Ctrl-C and SIGTERM as stop requests, so that work stops at a point where nothing is lost."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_ONE_PRESS_S = 0.5  # a wrapper such as `uv run` may pass on what the terminal has sent already
+_ONE_PRESS_S = 0.5  # a wrapper such as `uv run` may forward a signal that the terminal has already sent to this process
 
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within this block the first Ctrl-C, or SIGTERM, is only noted; Ctrl-C after that raises KeyboardInterrupt.
+    """In this block, the first Ctrl-C or SIGTERM is only recorded; a later Ctrl-C raises KeyboardInterrupt.
 
     Yields:
-        Whether there was one. Outside of the main thread, where Python takes no signals, there never is.
+        A function that tells whether a stop was requested. Outside of the main thread, where Python handles no signals,
+        it always returns False.
     """
-    first: float | None = None
+    requested: float | None = None
 
-    def hear(signum: int, frame: Any) -> None:
-        """Note the first signal; a later Ctrl-C stops at once."""
-        nonlocal first
+    def handle(signum: int, frame: Any) -> None:
+        """Record the first signal; interrupt at a later Ctrl-C."""
+        nonlocal requested
         now = time.monotonic()
-        if first is None:
-            first = now
-        elif signum == signal.SIGINT and now - first > _ONE_PRESS_S:
+        if requested is None:
+            requested = now
+        elif signum == signal.SIGINT and now - requested > _ONE_PRESS_S:
             raise KeyboardInterrupt
 
-    with _handled_by(hear):
-        yield lambda: first is not None
+    with _signals_handled_by(handle):
+        yield lambda: requested is not None
 
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Within this block SIGTERM raises KeyboardInterrupt, also where Ray has made an exit of it."""
+    """In this block, SIGTERM raises KeyboardInterrupt, even if Ray's own handler turns it into SystemExit."""
 
-    def hear(signum: int, frame: Any) -> None:
-        """As Python does at Ctrl-C."""
+    def handle(signum: int, frame: Any) -> None:
+        """Do what Python does at Ctrl-C."""
         raise KeyboardInterrupt
 
     try:
-        with _handled_by(hear, signal.SIGTERM):
+        with _signals_handled_by(handle, signal.SIGTERM):
             yield
     except SystemExit as exiting:
         if exiting.code != signal.SIGTERM:
@@ -53,20 +54,20 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Within this block Ctrl-C and SIGTERM are passed over: for what leaves processes behind if it is cut short."""
-    with _handled_by(signal.SIG_IGN):
+    """In this block, Ctrl-C and SIGTERM are ignored: for steps that would leave processes behind if interrupted."""
+    with _signals_handled_by(signal.SIG_IGN):
         yield
 
 
 @contextmanager
-def _handled_by(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
-    """Ctrl-C and SIGTERM, or these signals, go to a handler."""
+def _signals_handled_by(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """In this block, `handler` handles these signals; if none are given, Ctrl-C and SIGTERM."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in numbers or (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handler) for number in numbers or (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)

@@ -1,4 +1,4 @@
-"""Words for numbers."""
+"""Numbers formatted for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def counted(count: int, noun: str) -> str:
-    """A number of things.
+    """Format a count with its noun, in the plural where needed.
 
     >>> counted(1, "cell"), counted(5, "cell"), counted(2, "process")
     ('1 cell', '5 cells', '2 processes')
@@ -16,7 +16,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def accuracy_text(accuracies: Mapping[str, float]) -> str:
-    """Accuracies by version, in percent.
+    """Format the accuracy of each model version, in percent.
 
     >>> accuracy_text({"v1": 0.5, "v2": 0.625})
     'V1 50.0 V2 62.5 %'
@@ -27,7 +27,7 @@ def accuracy_text(accuracies: Mapping[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them.
+    """Format a duration in its two largest units.
 
     >>> [duration(seconds) for seconds in (4.2, 75, 8000)]
     ['4 s', '1 min 15 s', '2 h 13 min']

@@ -1,4 +1,4 @@
-"""Progress bars for what takes minutes: on stderr, gone when it is done, and only where that is a terminal."""
+"""Progress bars for work that takes minutes: on stderr if it is a terminal, and removed at the end."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rich.progress import (
 
 
 def byte_bar() -> Progress:
-    """For bytes that come: how many of how many, how fast, how long still."""
+    """Make a bar for a download: bytes so far and in total, speed, time remaining."""
     return _bar(DownloadColumn(), TransferSpeedColumn())
 
 
 def count_bar() -> Progress:
-    """For things that are counted: how many of how many, how long still."""
+    """Make a bar for items: number so far and in total, time remaining."""
     return _bar(MofNCompleteColumn())
 
 

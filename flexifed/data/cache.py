@@ -1,13 +1,13 @@
-"""Decoded arrays beside the data: made once, then mapped into memory by all processes of a machine.
+"""Cache of decoded arrays: built once, then mapped into memory by all processes of a machine.
 
     <folder>/lock                                held by the process that builds
-    <folder>/building-<random>/                  what it has so far
+    <folder>/building-<random>/                  an unfinished build
     <folder>/<name>-<digest>/train_samples.npy   NumPy's own format, one file for each array
-    <folder>/<name>-<digest>/manifest.json       sizes and checksums of the others; written last
+    <folder>/<name>-<digest>/manifest.json       sizes and checksums of the other files; written last
 
-The digest is of the source and of the decoding code's version, so a change of either leads elsewhere, and what it led
-to before is deleted after the next build. A folder is built aside, flushed and renamed: another process sees it whole
-or not at all. The lock is the kernel's and ends with the process that holds it.
+The digest covers the source and the version of the decoding code: if either changes, the arrays are built in a new
+folder, and the old one is deleted. A build is written to a temporary folder, flushed and renamed, so that another
+process sees either all of it or nothing. The kernel releases the lock when the process that holds it ends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from flexifed.data.locks import locked
 from flexifed.errors import DataError
 
 FOLDER = ".flexifed-cache"
-"""In a data folder, the place of its data sets' caches."""
+"""Subfolder of a data folder that holds the caches of its data sets, `<data_dir>/.flexifed-cache/<name>`."""
 MANIFEST = "manifest.json"
 HASH_BYTES = 1 << 24
 
@@ -45,11 +45,11 @@ Build = Callable[[Path], Mapping[str, object]]
 
 @dataclass(frozen=True, eq=False)
 class CachedArrays:
-    """Arrays mapped from files, read-only. They stay readable when their files are deleted.
+    """Read-only arrays mapped from files. They stay readable if their files are deleted.
 
     Attributes:
-        facts: what the build has told of them.
-        fingerprint: SHA-256 over names, types, shapes and bytes of all arrays, in hexadecimal.
+        facts: the facts that the build returned.
+        fingerprint: SHA-256 of the names, types, shapes and bytes of all arrays, in hexadecimal.
     """
 
     facts: Mapping[str, Any]
@@ -57,32 +57,32 @@ class CachedArrays:
     _arrays: Mapping[str, NDArray[Any]]
 
     def array(self, name: str) -> NDArray[Any]:
-        """One array, mapped.
+        """Return one array.
 
         Raises:
-            KeyError: the build made no such array.
+            KeyError: the build wrote no such array.
         """
         return self._arrays[name]
 
 
 def cached_arrays(data_dir: Path, *, name: str, version: int, source_key: str, build: Build) -> CachedArrays:
-    """Open the arrays made from a source, and make them first where that was not done yet.
+    """Open the arrays decoded from a source; build them first if they are not in the cache.
 
-    Any number of processes may call this at once: one builds, the others wait for it. Opening reads sizes and times,
-    and no contents but those of files that something has touched since.
+    Any number of processes may call this at the same time: one builds, the others wait for it. Opening checks sizes and
+    times; contents are read only if a file's time has changed.
 
     Args:
-        data_dir: the data folder. The cache lies in it, unless $FLEXIFED_CACHE_DIR names another place. One that can't
-            be written is read if it holds what is wanted; else flexifed in $XDG_CACHE_HOME, or in ~/.cache, takes its
-            place.
-        name: what is cached, as a folder name.
-        version: of the decoding code. Raise it when the same source would give other arrays or facts.
-        source_key: stands for the source, as `source_key` makes it.
-        build: writes `.npy` files, at least one, into the empty folder it is given (`np.lib.format.open_memmap` writes
-            more than fits into memory), and returns facts that JSON can hold.
+        data_dir: the data folder. The cache is a subfolder of it, unless $FLEXIFED_CACHE_DIR names another place. If
+            that subfolder can't be written, it is still read; new arrays then go to `flexifed` in $XDG_CACHE_HOME, or
+            in ~/.cache.
+        name: name of the arrays and of their cache folder.
+        version: version of the decoding code. Increase it when the same source would give different arrays or facts.
+        source_key: digest of the source, from `source_key`.
+        build: writes at least one `.npy` file into the empty folder passed to it (`np.lib.format.open_memmap` writes
+            arrays that don't fit into memory), and returns facts that JSON can hold.
 
     Raises:
-        DataError: no folder can be written, or there is no room; and what `build` raises.
+        DataError: no folder can be written, or there is no space. Errors of `build` are passed on.
     """
     key = f"{name}-{hashlib.sha256(f'{version}/{source_key}'.encode()).hexdigest()[:16]}"
     places = _places(data_dir, name)
@@ -100,16 +100,16 @@ def cached_arrays(data_dir: Path, *, name: str, version: int, source_key: str, b
 
 
 def reopen(data_dir: Path, *, name: str, fingerprint: str, make: Callable[[], CachedArrays]) -> CachedArrays:
-    """Open the arrays that another process has described, in any process, without a look at their source.
+    """Open arrays with a known fingerprint, without reading their source.
 
     Args:
         data_dir: as for `cached_arrays`.
         name: as for `cached_arrays`.
-        fingerprint: theirs.
-        make: gets them by `cached_arrays` on a machine that has not decoded them yet.
+        fingerprint: fingerprint of the arrays.
+        make: calls `cached_arrays`, on a machine that has not decoded them yet.
 
     Raises:
-        DataError: what `make` gets are other arrays; and what it raises.
+        DataError: `make` returned different arrays. Errors of `make` are passed on.
     """
     for place in _places(data_dir, name):
         for manifest in sorted(place.glob(f"{name}-{'?' * 16}/{MANIFEST}")):
@@ -117,19 +117,19 @@ def reopen(data_dir: Path, *, name: str, fingerprint: str, make: Callable[[], Ca
                 return opened
     made = make()
     if made.fingerprint != fingerprint:
-        raise changed(data_dir, f"its {name} holds other samples now (SHA-256 {made.fingerprint[:16]}...)")
+        raise changed(data_dir, f"its {name} holds different samples now (SHA-256 {made.fingerprint[:16]}...)")
     return made
 
 
 def source_key(root: Path, files: Iterable[os.DirEntry[str] | Path]) -> str:
-    """A quick digest of files below a folder: paths from there, sizes and times of change; contents are not read.
+    """Return a quick digest of files: their relative paths, sizes and modification times; contents are not read.
 
     Args:
-        root: what their paths are counted from.
-        files: in a fixed order. The entries of `os.scandir` are the quickest.
+        root: folder that the paths are relative to.
+        files: files below `root`, in a fixed order. The entries of `os.scandir` are the fastest.
 
     Raises:
-        OSError: a file has gone.
+        OSError: a file is missing.
     """
     head = len(os.fspath(root))
     digest = hashlib.sha256()
@@ -141,7 +141,7 @@ def source_key(root: Path, files: Iterable[os.DirEntry[str] | Path]) -> str:
 
 
 def _open(folder: Path) -> CachedArrays | None:
-    """Open what a build has finished; None where it is not there or not as it was built."""
+    """Open a finished build; None if it is missing or damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         content = manifest["content"]
@@ -162,7 +162,7 @@ def _open(folder: Path) -> CachedArrays | None:
 
 
 def _build(place: Path, key: str, name: str, build: Build) -> CachedArrays:
-    """Build the arrays aside and move them to their place."""
+    """Build the arrays in a temporary folder and rename it."""
     with _writing(place, name):
         for unfinished in place.glob("building-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -171,19 +171,19 @@ def _build(place: Path, key: str, name: str, build: Build) -> CachedArrays:
         try:
             facts = build(folder)
             _commit(folder, facts)
-            shutil.rmtree(place / key, ignore_errors=True)  # one that is damaged
+            shutil.rmtree(place / key, ignore_errors=True)  # a damaged build
             folder.rename(place / key)
             _flush(place)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
     if (opened := _open(place / key)) is None:
-        raise DataError(f"{name}: {place / key} changed while it was made; is another program writing there?")
+        raise DataError(f"{name}: {place / key} changed while it was built; is another program writing there?")
     return opened
 
 
 def _commit(folder: Path, facts: Mapping[str, object]) -> None:
-    """Flush what was built, and describe it in a manifest."""
+    """Flush the arrays of a build, and write its manifest."""
     arrays: dict[str, dict[str, object]] = {}
     for path in sorted(folder.glob("*.npy")):
         _flush(path)
@@ -198,7 +198,7 @@ def _commit(folder: Path, facts: Mapping[str, object]) -> None:
 
 
 def _digest(array: NDArray[Any]) -> str:
-    """SHA-256 over type, shape and bytes of a contiguous array."""
+    """SHA-256 of the type, shape and bytes of a contiguous array."""
     digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
     content = array.reshape(-1).view(np.uint8).data
     for start in range(0, len(content), HASH_BYTES):
@@ -211,7 +211,7 @@ def _checksum(content: object) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file or the names in a folder are on the disk."""
+    """Wait until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -220,7 +220,10 @@ def _flush(path: Path) -> None:
 
 
 def _places(data_dir: Path, name: str) -> tuple[Path, ...]:
-    """Where arrays may lie, the preferred place first. For each data folder the user's folder has one of its own."""
+    """Folders that may hold the arrays, the preferred one first.
+
+    Outside of `data_dir`, the arrays of each data folder and name have a subfolder of their own.
+    """
     folder = data_dir / FOLDER / name
     own = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]
     if named := os.environ.get("FLEXIFED_CACHE_DIR"):
@@ -229,10 +232,10 @@ def _places(data_dir: Path, name: str) -> tuple[Path, ...]:
 
 
 def _writable(places: Sequence[Path], name: str) -> Path:
-    """The first place where folders and files can be made.
+    """The first folder that can be created and written.
 
     Raises:
-        DataError: there is none.
+        DataError: none can.
     """
     problems = []
     for place in places:
@@ -247,17 +250,18 @@ def _writable(places: Sequence[Path], name: str) -> Path:
             print(f"{name}: {problems[0]}, so decoded arrays go to {place}", file=sys.stderr, flush=True)
         return place
     raise DataError(
-        f"{name}: no place for decoded arrays on {socket.gethostname()}: {'; '.join(problems)}. "
-        "Mend one of these folders, or name another in FLEXIFED_CACHE_DIR."
+        f"{name}: no folder for decoded arrays on {socket.gethostname()}: {'; '.join(problems)}. "
+        "Make one of them writable, or name another in FLEXIFED_CACHE_DIR."
     )
 
 
 @contextmanager
 def _writing(place: Path, name: str) -> Iterator[None]:
+    """Turn an OSError raised in this block into a DataError that says how to fix it."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{name}: its decoded arrays can't be written to {place} on {socket.gethostname()}: {error}. "
-            "Make room or mend the folder, or name another in FLEXIFED_CACHE_DIR."
+            f"{name}: decoded arrays can't be written to {place} on {socket.gethostname()}: {error}. "
+            "Make room or fix the folder, or name another in FLEXIFED_CACHE_DIR."
         ) from error

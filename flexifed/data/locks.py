@@ -1,4 +1,4 @@
-"""One process at a time: locks on files, which are the kernel's and end with the process that holds them."""
+"""File locks between processes. The kernel releases a lock when the process that holds it ends."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Hold a file's lock for the length of a `with` block, after whoever holds it now.
+    """Hold the lock on a file in this block; wait for it if another process holds it.
 
     Args:
-        path: of the file, which is made and stays.
-        waiting: is said on stderr where another process holds the lock.
+        path: path of the file, which is created if missing, and kept.
+        waiting: message for stderr if another process holds the lock.
 
     Raises:
-        OSError: the file can't be made or locked.
+        OSError: the file can't be created or locked.
     """
-    lock = FileLock(path, mode=0o666)  # whoever else may write to the folder may lock it too
+    lock = FileLock(path, mode=0o666)  # all users who may write to the folder may lock it
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -156,7 +156,7 @@ def test_changed_source_is_encoded_anew(folder: Path) -> None:
     after = found(folder.parent)
     assert (before.num_test, after.num_test) == (4, 5)
     assert before.fingerprint != after.fingerprint
-    with pytest.raises(DataError, match=r"was verified when the run began .* holds other samples now"):
+    with pytest.raises(DataError, match=r"was verified when the run began .* holds different samples now"):
         open_dataset(before)
 
 

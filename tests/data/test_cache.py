@@ -210,7 +210,7 @@ def test_known_contents_are_made_where_they_are_not(data_dir: Path, folder: Path
 
 
 def test_other_contents_are_refused(data_dir: Path, builder: Builder) -> None:
-    with pytest.raises(DataError, match=rf"{data_dir} was verified .* its set holds other samples now"):
+    with pytest.raises(DataError, match=rf"{data_dir} was verified .* its set holds different samples now"):
         reopen(data_dir, name="set", fingerprint="0" * 64, make=lambda: opened(data_dir, builder))
 
 
@@ -229,7 +229,7 @@ def test_full_disk_is_explained(data_dir: Path, folder: Path) -> None:
     def fill(into: Path) -> dict[str, object]:
         raise OSError(28, "No space left on device", str(into / "samples.npy"))
 
-    with pytest.raises(DataError, match=r"set: its decoded arrays can't be written to .*No space left.*Make room"):
+    with pytest.raises(DataError, match=r"set: decoded arrays can't be written to .*No space left.*Make room"):
         opened(data_dir, fill)
     assert [path.name for path in folder.iterdir()] == ["lock"]
 
@@ -345,7 +345,7 @@ def test_folder_of_the_users_choice(
 def test_no_folder_at_all(data_dir: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch, tmp_path)
     with pytest.raises(
-        DataError, match=r"set: no place for decoded arrays .*cache/set can't.*user.* FLEXIFED_CACHE_DIR"
+        DataError, match=r"set: no folder for decoded arrays .*cache/set can't.*user.* FLEXIFED_CACHE_DIR"
     ):
         opened(data_dir, builder)
     assert builder.calls == 0

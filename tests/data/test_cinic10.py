@@ -139,7 +139,7 @@ def test_changed_source_is_decoded_anew(folder: Path) -> None:
     assert before.fingerprint != after.fingerprint
     images, _ = open_dataset(after).test.take(np.array([6, 10]))
     assert (images[0] == images[1]).all()
-    with pytest.raises(DataError, match=r"was verified when the run began .* holds other samples now"):
+    with pytest.raises(DataError, match=r"was verified when the run began .* holds different samples now"):
         open_dataset(before)
 
 
