@@ -186,7 +186,7 @@ def test_take_refuses_indices_outside(dataset: Dataset, outside: str) -> None:
 
 
 def test_array_split_wants_a_label_for_each_image() -> None:
-    with pytest.raises(ValueError, match="2 samples don't go with 3 labels"):
+    with pytest.raises(ValueError, match="2 samples don't match 3 labels"):
         ArraySplit(np.zeros((2, 3, 32, 32), np.uint8), np.zeros(3, np.int64))
 
 

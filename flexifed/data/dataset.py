@@ -1,7 +1,7 @@
-"""What a data set is to the rest of the project: two splits, and a small description that travels in their place.
+"""The interface of a data set: two splits, and a small description that is sent between processes in their place.
 
-A `Dataset` stays in the process that opened it. Between processes only `DatasetInfo` travels, never an image: each
-process opens the data itself and takes the samples that its clients need.
+A `Dataset` stays in the process that opened it. Processes exchange a `DatasetInfo`, never samples: each process opens
+the data itself and takes the samples that its clients need.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from flexifed.errors import DataError, FlexifedWarning
 
 LabelledSamples = tuple[torch.Tensor, torch.Tensor]
-"""Samples as they are stored, of shape (n, ...), and labels, int64 of shape (n,).
+"""Stored samples, shape (n, ...), and their labels, int64, shape (n,).
 
-Images are uint8 (n, channels, 32, 32), texts uint8 indices of characters (n, length), spoken words int16 waveforms
-(n, samples). A `flexifed.data.pipeline.Pipeline` makes them what a model takes.
+Images are uint8 (n, channels, 32, 32), texts uint8 character indices (n, length), spoken words int16 waveforms
+(n, samples). A `flexifed.data.pipeline.Pipeline` turns them into a model's input.
 """
 
 
@@ -31,7 +31,7 @@ class Split(Protocol):
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """All labels, shape (len,). May read the whole split."""
+        """All labels, shape (len,). This may read the whole split."""
         ...
 
     def __len__(self) -> int:
@@ -39,33 +39,32 @@ class Split(Protocol):
         ...
 
     def take(self, indices: NDArray[np.int64]) -> LabelledSamples:
-        """Copy the samples at `indices`, shape (n,), in that order, into contiguous tensors of their own.
+        """Copy the samples at `indices`, shape (n,), in that order, into new contiguous tensors.
 
         Raises:
-            IndexError: an index below 0 or past the end.
+            IndexError: an index is below 0 or past the end.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """Which data they are, where they lie, and what they look like.
+    """Identity, location and properties of a data set.
 
     Attributes:
         name: the data set's name in a config.
-        source: `real`, `real-partial` (real samples, but not all that were published), `real-other` (all of another
-            release than the paper's), or `synthetic`.
-        location: the data folder it was found in, absolute; empty for synthetic data.
-        layout: in which form it was found: one of its published ones, as `binary` and `python` for CIFAR-10, or
-            `synthetic`.
-        fingerprint: stands for the contents, wherever they lie and whatever the layout.
-        num_train: training samples.
-        num_test: test samples.
-        num_classes: labels are 0 to `num_classes - 1`.
-        in_channels: channels of what a model of images takes; None for texts.
-        mean: what normalisation subtracts from each channel; pixels count from 0 to 1, a spectrogram's values are
+        source: `real`, `real-partial` (real samples, but not exactly those published), `real-other` (a complete release
+            other than the paper's), or `synthetic`.
+        location: absolute path of the data folder; empty for synthetic data.
+        layout: the published form of the files, such as `binary` or `python` for CIFAR-10, or `synthetic`.
+        fingerprint: identifies the contents, independent of location and layout.
+        num_train: number of training samples.
+        num_test: number of test samples.
+        num_classes: number of classes; labels are 0 to `num_classes - 1`.
+        in_channels: number of channels of a model's input; None for texts.
+        mean: mean of each channel, which normalisation subtracts; pixels range from 0 to 1, spectrogram values are
             natural logarithms. Empty for texts.
-        std: what it then divides by.
+        std: standard deviation of each channel, by which normalisation divides.
     """
 
     name: str
@@ -82,12 +81,12 @@ class DatasetInfo:
 
 
 class PartialDataWarning(FlexifedWarning):
-    """Real data are not all that was published, or something else.
+    """Real data differ from what was published.
 
     Args:
-        title: the data set's.
-        folder: where it lies.
-        difference: from what was published, as a phrase.
+        title: name of the data set, for people.
+        folder: folder of the data set.
+        difference: how the data differ from what was published, as a phrase.
     """
 
     def __init__(self, title: str, folder: Path, difference: str) -> None:
@@ -95,8 +94,10 @@ class PartialDataWarning(FlexifedWarning):
         self.title, self.folder, self.difference = title, folder, difference
 
     def __str__(self) -> str:
-        what = f"{self.title} in {self.folder} is not the whole published set: {self.difference}"
-        return f"{what}. Results say real-partial."
+        return (
+            f"{self.title} in {self.folder} is not the complete published set: {self.difference}. "
+            "Results are marked real-partial."
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class SpeechDataset(Dataset):
     """An opened data set of spoken words.
 
     Attributes:
-        noise: background noise to be mixed into training samples, int16, shape (noise samples,).
+        noise: background noise to mix into training samples, int16, shape (noise samples,).
     """
 
     noise: NDArray[np.int16]
@@ -124,8 +125,8 @@ class ArraySplit:
     """A split held in two arrays, in memory or mapped from files.
 
     Attributes:
-        samples: as they are stored, shape (len, ...); see `LabelledSamples`.
-        labels: int64, shape (len,).
+        samples: stored samples, shape (len, ...); see `LabelledSamples`.
+        labels: labels, int64, shape (len,).
     """
 
     samples: NDArray[Any]
@@ -133,7 +134,9 @@ class ArraySplit:
 
     def __post_init__(self) -> None:
         if len(self.samples) != len(self.labels):
-            raise ValueError(f"{len(self.samples)} samples don't go with {len(self.labels)} labels; give one for each")
+            raise ValueError(
+                f"{len(self.samples)} samples don't match {len(self.labels)} labels; pass one label for each"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -141,16 +144,16 @@ class ArraySplit:
     def take(self, indices: NDArray[np.int64]) -> LabelledSamples:
         """Copy samples; see `Split.take`."""
         check_indices(indices, len(self))
-        # Indexing keeps the axes' order in memory, which need not be the logical one.
+        # Indexing keeps the memory order of the axes, which may differ from their logical order.
         samples = np.ascontiguousarray(self.samples[indices])
         return torch.from_numpy(samples), torch.from_numpy(self.labels[indices])
 
 
 def check_indices(indices: NDArray[np.int64], num_samples: int) -> None:
-    """Refuse indices that NumPy would count from the end, and those past it.
+    """Reject indices outside of a split; NumPy would count negative ones from the end.
 
     Raises:
-        IndexError: an index below 0 or at least `num_samples`.
+        IndexError: an index is below 0 or at least `num_samples`.
     """
     outside = (indices < 0) | (indices >= num_samples)
     if outside.any():
@@ -159,10 +162,10 @@ def check_indices(indices: NDArray[np.int64], num_samples: int) -> None:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there.
+    """Whether `path` is an existing folder.
 
     Raises:
-        DataError: that can't be found out.
+        DataError: the path can't be accessed.
     """
     try:
         return stat.S_ISDIR(path.stat().st_mode)
@@ -170,13 +173,13 @@ def is_folder(path: Path) -> bool:
         return False
     except OSError as error:
         raise DataError(
-            f"{path} can't be looked at ({error.strerror}); choose another data folder, or mend it"
+            f"{path} can't be accessed ({error.strerror}); choose another data folder, or fix this one"
         ) from error
 
 
 def changed(path: Path, reason: str) -> DataError:
-    """The error for data that are not as they were when the run began, or not the same on all machines."""
+    """The error for data that changed after the run began, or that are not the same on all machines."""
     return DataError(
         f"{path} was verified when the run began and can't be opened now, on {socket.gethostname()}: {reason}. "
-        "Every machine of the cluster needs the same data under the same path, and they must stay while it runs."
+        "Every machine of the cluster needs the same data under the same path, unchanged for the whole run."
     )

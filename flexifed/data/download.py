@@ -1,4 +1,4 @@
-"""Published files from their addresses: resumed where a download was cut off, checked, and in place only when whole."""
+"""Downloads of published files: resumed where they were interrupted, verified, and put in place only when complete."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from flexifed.data.locks import locked
 from flexifed.errors import DataError
 
 TIMEOUT_S = 60.0
-"""Without a byte for so long, a connection counts as lost."""
+"""A connection that delivers nothing for this long counts as lost."""
 ATTEMPTS = 5
-"""So often is an address asked, as long as each time brings something."""
+"""Maximum number of requests to one URL, provided that each of them delivers something."""
 CHUNK_BYTES = 1 << 20
 LOCK = ".flexifed-download.lock"
 
 
 @contextmanager
 def exclusive_download(folder: Path) -> Iterator[None]:
-    """Download into a folder while no other process does; make it where it is missing.
+    """In this block, no other process downloads into the folder, which is created if missing.
 
     Raises:
-        DataError: it can't be written.
+        DataError: the folder can't be written.
     """
     with ExitStack() as stack:
         try:
@@ -44,19 +44,19 @@ def exclusive_download(folder: Path) -> Iterator[None]:
             stack.enter_context(locked(folder / LOCK, f"waiting for another process that downloads into {folder}"))
         except OSError as error:
             raise DataError(
-                f"nothing can be downloaded into {folder}: {error}. It takes a folder that you may write to."
+                f"nothing can be downloaded into {folder}: {error}. Choose a folder that you may write to."
             ) from error
         yield
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFile:
-    """A file as it was published.
+    """A published file.
 
     Attributes:
-        name: of the file.
-        urls: its addresses, tried in this order.
-        num_bytes: its size, to be shown; the server's word is what counts.
+        name: file name.
+        urls: its URLs, tried in this order.
+        num_bytes: its size, for display only; the size that the server reports is authoritative.
         checksum: algorithm and hexadecimal digest: `md5:...` or `sha256:...`.
     """
 
@@ -67,15 +67,15 @@ class RemoteFile:
 
     @property
     def size(self) -> str:
-        """The size for people."""
+        """The size, formatted."""
         return decimal(self.num_bytes)
 
 
 def fetch(file: RemoteFile, folder: Path) -> Path:
-    """Get a file into a folder, unless it lies there already.
+    """Download a file into a folder, unless it is already there.
 
-    What has come lies in `<name>.part` until it is whole, and the next call goes on from there. Another file of that
-    name goes aside, to `<name>.old`. Processes that may do this at once take turns (`exclusive_download`).
+    A partial download is kept in `<name>.part`, and the next call resumes it. A different file of the same name is
+    renamed to `<name>.old`. Callers that may run at the same time must use `exclusive_download`.
 
     Returns:
         The file's path.
@@ -93,54 +93,56 @@ def fetch(file: RemoteFile, folder: Path) -> Path:
                 put_aside(path)
             part.replace(path)
     except (OSError, HTTPException) as error:
-        so_far = (
-            f" {decimal(part.stat().st_size)} of it have come, and the same command goes on." if part.exists() else ""
+        progress = (
+            f" {decimal(part.stat().st_size)} are downloaded; run the same command again to resume."
+            if part.exists()
+            else ""
         )
         raise DataError(
             f"{file.name} could not be downloaded from {file.urls[0]} into {folder}: {type(error).__name__}: {error}. "
-            f"It takes a network, and {file.size} in a folder that you may write to.{so_far}"
+            f"It needs a network connection, and {file.size} in a folder that you may write to.{progress}"
         ) from error
     return path
 
 
 def unpack(archive: Path, target: Path, *, within: str = ".") -> None:
-    """Unpack a folder of a tar archive, which is there whole or not at all. What lies there goes aside.
+    """Unpack a folder of a tar archive, completely or not at all. An existing `target` is renamed to `<target>.old`.
 
     Args:
-        archive: its path.
-        target: the new folder.
-        within: the archive's folder that becomes it.
+        archive: path of the archive.
+        target: path of the new folder.
+        within: folder in the archive that becomes `target`.
 
     Raises:
-        DataError: it is no such archive, there is no space, or the folder can't be written.
+        DataError: the archive is damaged or lacks the folder, there is no space, or `target` can't be written.
     """
     print(f"unpacking {archive.name} to {target}", file=sys.stderr, flush=True)
-    beside = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
         with tarfile.open(archive) as opened:
-            opened.extractall(beside, filter="data")
-        (beside / within).stat()
+            opened.extractall(temporary, filter="data")
+        (temporary / within).stat()
         if target.exists():
             put_aside(target)
-        (beside / within).rename(target)
+        (temporary / within).rename(target)
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise DataError(
             f"{archive} could not be unpacked to {target}: {type(error).__name__}: {error}. "
-            "Make room, or delete the archive to have it fetched anew."
+            "Make room, or delete the archive to download it again."
         ) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def put_aside(path: Path) -> Path:
-    """Rename a file or folder to a free name beside it, and say so; returns the new one."""
+    """Rename an existing file or folder to `<name>.old`, or the next free number; return the new path."""
     aside = path.with_name(f"{path.name}.old")
     number = 1
     while aside.exists():
         number += 1
         aside = path.with_name(f"{path.name}.old{number}")
     path.rename(aside)
-    print(f"{path} was there already and is {aside.name} now", file=sys.stderr, flush=True)
+    print(f"{path} already existed and was renamed to {aside.name}", file=sys.stderr, flush=True)
     return aside
 
 
@@ -154,35 +156,35 @@ def _digest(path: Path, algorithm: str) -> str:
 
 
 def _fetch_part(file: RemoteFile, part: Path) -> None:
-    """Complete the part file from the first address that has the published contents.
+    """Complete the partial file from the first URL that serves the published contents.
 
     Raises:
-        OSError: none of them has.
+        OSError: no URL does.
         HTTPException: the same.
     """
     print(f"downloading {file.name}, {file.size}, into {part.parent}", file=sys.stderr, flush=True)
-    last: OSError | HTTPException | None = None
+    last_error: OSError | HTTPException | None = None
     for url in file.urls:
         try:
             _fetch_whole(url, part)
-            if (found := _digest(part, file.checksum.partition(":")[0])) == file.checksum:
+            if (checksum := _digest(part, file.checksum.partition(":")[0])) == file.checksum:
                 return
             part.unlink()
-            last = OSError(f"what came from {url} has the checksum {found} and should have {file.checksum}")
+            last_error = OSError(f"the file from {url} has the checksum {checksum}; expected {file.checksum}")
         except (OSError, HTTPException) as error:
-            last = error
-    assert last is not None
-    raise last
+            last_error = error
+    assert last_error is not None
+    raise last_error
 
 
 def _fetch_whole(url: str, part: Path) -> None:
-    """Ask an address until it has given all it has."""
+    """Request a URL until the file is complete, or until a request delivers nothing."""
     for attempt in range(ATTEMPTS):
         before = part.stat().st_size if part.exists() else 0
         try:
             if _fetch_rest(url, part):
                 return
-            problem: OSError | HTTPException = OSError(f"{url} was cut off")
+            problem: OSError | HTTPException = OSError(f"the connection to {url} was lost")
         except HTTPError:
             raise
         except (OSError, HTTPException) as error:
@@ -193,26 +195,26 @@ def _fetch_whole(url: str, part: Path) -> None:
 
 
 def _fetch_rest(url: str, part: Path) -> bool:
-    """Add to a part file what it lacks, as far as the connection lasts; returns whether it is whole now."""
+    """Append the rest of the file until the connection ends; return whether the file is complete."""
     have = part.stat().st_size if part.exists() else 0
     request = Request(url, headers={"User-Agent": "flexifed"} | ({"Range": f"bytes={have}-"} if have else {}))
     try:
         response: HTTPResponse = urlopen(request, timeout=TIMEOUT_S)
     except HTTPError as error:
-        if error.code == 416 and have:  # nothing lies behind what is here: the checksum tells whether that is all
+        if error.code == 416 and have:  # nothing follows what we have; the checksum will tell whether it is complete
             return True
         raise
     with response:
-        goes_on = response.status == 206 and (response.headers["Content-Range"] or "").startswith(f"bytes {have}-")
-        if response.status == 206 and have and not goes_on:  # another part than was asked for, or who knows which
+        resumes = response.status == 206 and (response.headers["Content-Range"] or "").startswith(f"bytes {have}-")
+        if response.status == 206 and have and not resumes:  # another range than requested, or an unknown one
             response.close()
             part.unlink()
             return _fetch_rest(url, part)
-        start = have if goes_on else 0
+        start = have if resumes else 0
         total = None if response.length is None else start + response.length
         if total is not None and (free := shutil.disk_usage(part.parent).free) < total - start:
-            raise OSError(f"there are {decimal(free)} free, and {decimal(total - start)} to come")
-        with open(part, "ab" if goes_on else "wb") as out, byte_bar() as progress:
+            raise OSError(f"{decimal(total - start)} are left to download, but only {decimal(free)} are free")
+        with open(part, "ab" if resumes else "wb") as out, byte_bar() as progress:
             task = progress.add_task(part.stem, total=total, completed=start)
             while chunk := response.read(CHUNK_BYTES):
                 out.write(chunk)

@@ -1,4 +1,4 @@
-"""What must hold of every set that is decoded once."""
+"""A check for every data set that is decoded once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexifed.data.cache import FOLDER
 
 
 def assert_same_from_every_cache(find: Callable[[], DatasetInfo], data_dir: Path) -> None:
-    """Find and open a set whose cache is cold, warm, deleted, and deleted in between: decoded three times."""
+    """Find and open a set with a cold, a warm and a deleted cache, and one deleted in between: three decodings."""
     infos, contents = [], []
     for state in ("cold", "warm", "deleted", "deleted before it is opened"):
         if state == "deleted":

@@ -10,7 +10,7 @@ from serving import Server
 
 @pytest.fixture(autouse=True)
 def user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's cache folder that is nobody's own; decoded arrays lie beside the data."""
+    """An empty cache folder of the user; by default, decoded arrays go into the data folder."""
     monkeypatch.delenv("FLEXIFED_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     return tmp_path / "user" / "flexifed"

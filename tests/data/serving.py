@@ -1,4 +1,4 @@
-"""A server on this machine for downloads, which can be told to misbehave."""
+"""A local server for downloads, which can be made to misbehave."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ CONTENT = np.random.default_rng(0).bytes(100_000)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `content` under /set.tar.gz, to whoever asks while it `may_answer`.
+    """Serves `content` under /set.tar.gz while `may_answer` is set; requests wait until then.
 
     Attributes:
-        cut_after: bytes of an answer, after which the connection breaks.
-        knows_ranges: whether it can serve a part.
-        range_of_answer: what it says of the part that it serves; nothing where it is empty.
-        asked: the ranges that it was asked for, None for the whole.
+        cut_after: number of bytes of a response after which the connection breaks.
+        knows_ranges: whether it can serve a part of the file.
+        range_of_answer: template of the Content-Range header; no header if empty.
+        asked: the requested ranges, None for the whole file.
     """
 
     content = CONTENT
@@ -36,7 +36,7 @@ class Server(ThreadingHTTPServer):
         self.may_answer.set()
 
     def file(self, path: str = "/set.tar.gz", content: bytes = CONTENT) -> RemoteFile:
-        """The file as its publisher describes it."""
+        """Describe the published file."""
         url = f"http://127.0.0.1:{self.server_port}{path}"
         checksum = f"md5:{hashlib.md5(content).hexdigest()}"
         return RemoteFile(name="set.tar.gz", urls=(url,), num_bytes=len(content), checksum=checksum)

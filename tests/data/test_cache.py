@@ -1,4 +1,4 @@
-"""The array cache: built once, whatever happens to who builds it, and never used when it isn't what was built."""
+"""The array cache: built once even if the builder dies, and never used if it was damaged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ARRAYS = {
 
 
 class Builder:
-    """Builds `arrays`, and counts how often."""
+    """Builds `arrays` and counts the builds."""
 
     def __init__(self, arrays: Mapping[str, Any] = ARRAYS) -> None:
         self.arrays = arrays
@@ -57,7 +57,7 @@ def opened(data_dir: Path, builder: Any, *, name: str = "set", version: int = 1,
     return cached_arrays(data_dir, name=name, version=version, source_key=key, build=builder)
 
 
-def assert_is(cached: CachedArrays, arrays: Mapping[str, Any]) -> None:
+def assert_holds(cached: CachedArrays, arrays: Mapping[str, Any]) -> None:
     for name, expected in arrays.items():
         assert cached.array(name).dtype == expected.dtype
         np.testing.assert_array_equal(cached.array(name), expected)
@@ -73,8 +73,8 @@ def test_arrays_are_built_once_and_mapped(data_dir: Path, folder: Path, builder:
     assert builder.calls == 1
     assert first.fingerprint == second.fingerprint
     assert dict(second.facts) == {"num_classes": 50}
-    assert_is(first, ARRAYS)
-    assert_is(second, ARRAYS)
+    assert_holds(first, ARRAYS)
+    assert_holds(second, ARRAYS)
     assert isinstance(second.array("samples"), np.memmap)
     with pytest.raises(ValueError, match="read-only"):
         second.array("samples")[0] = 0
@@ -83,7 +83,7 @@ def test_arrays_are_built_once_and_mapped(data_dir: Path, folder: Path, builder:
     assert {path.name for path in folder.iterdir()} == {"lock", built(folder).name}
 
 
-def test_fingerprint_is_of_the_contents_alone(data_dir: Path, tmp_path: Path, builder: Builder) -> None:
+def test_fingerprint_depends_on_the_contents_only(data_dir: Path, tmp_path: Path, builder: Builder) -> None:
     fingerprints = {
         opened(data_dir, builder).fingerprint,
         opened(tmp_path / "elsewhere", builder).fingerprint,
@@ -110,25 +110,25 @@ def test_another_source_or_version_is_built_and_the_old_one_deleted(
     opened(data_dir, Builder())
     old = built(folder)
     other = Builder({"samples": np.zeros(3)})
-    assert_is(opened(data_dir, other, **change), other.arrays)
+    assert_holds(opened(data_dir, other, **change), other.arrays)
     assert other.calls == 1
     assert not old.exists()
-    assert_is(opened(data_dir, other, **change), other.arrays)
+    assert_holds(opened(data_dir, other, **change), other.arrays)
     assert other.calls == 1
 
 
 def test_names_share_a_data_folder(data_dir: Path) -> None:
-    one, other = Builder(), Builder({"samples": np.zeros(3)})
+    first, second = Builder(), Builder({"samples": np.zeros(3)})
     for _ in range(2):
-        assert_is(opened(data_dir, one, name="set-v1"), one.arrays)
-        assert_is(opened(data_dir, other, name="set-v2"), other.arrays)
-    assert (one.calls, other.calls) == (1, 1)
+        assert_holds(opened(data_dir, first, name="set-v1"), first.arrays)
+        assert_holds(opened(data_dir, second, name="set-v2"), second.arrays)
+    assert (first.calls, second.calls) == (1, 1)
 
 
 def test_mapped_arrays_outlive_their_files(data_dir: Path, folder: Path, builder: Builder) -> None:
     cached = opened(data_dir, builder)
     shutil.rmtree(folder)
-    assert_is(cached, ARRAYS)
+    assert_holds(cached, ARRAYS)
     again = opened(data_dir, builder)
     assert builder.calls == 2
     assert again.fingerprint == cached.fingerprint
@@ -165,25 +165,25 @@ def misstate(file: Path) -> None:
         (MANIFEST, Path.unlink),
     ],
 )
-def test_what_is_damaged_is_built_anew(data_dir: Path, folder: Path, builder: Builder, file: str, damage: Any) -> None:
+def test_damaged_arrays_are_built_again(data_dir: Path, folder: Path, builder: Builder, file: str, damage: Any) -> None:
     fingerprint = opened(data_dir, builder).fingerprint
     damage(built(folder) / file)
     cached = opened(data_dir, builder)
     assert builder.calls == 2
     assert cached.fingerprint == fingerprint
     assert dict(cached.facts) == {"num_classes": 50}
-    assert_is(cached, ARRAYS)
+    assert_holds(cached, ARRAYS)
 
 
-def test_touched_files_are_used_if_their_contents_are_whole(data_dir: Path, folder: Path, builder: Builder) -> None:
+def test_touched_files_are_used_if_their_contents_are_unchanged(data_dir: Path, folder: Path, builder: Builder) -> None:
     opened(data_dir, builder)
     os.utime(built(folder) / "samples.npy", ns=(0, 0))
-    assert_is(opened(data_dir, builder), ARRAYS)
+    assert_holds(opened(data_dir, builder), ARRAYS)
     assert builder.calls == 1
 
 
 def test_opening_reads_no_contents(data_dir: Path, folder: Path, builder: Builder) -> None:
-    """A byte that changed under an unchanged time is not seen: nobody hashes gigabytes to start a run."""
+    """A changed byte goes unnoticed if the file's time is unchanged: starting a run must not hash gigabytes."""
     opened(data_dir, builder)
     file = built(folder) / "samples.npy"
     stat = file.stat()
@@ -197,19 +197,19 @@ def test_known_contents_are_opened_without_their_source(data_dir: Path) -> None:
     fingerprint = opened(data_dir, Builder()).fingerprint
 
     def fail() -> CachedArrays:
-        pytest.fail("what is there was not found")
+        pytest.fail("the cached arrays were not found")
 
-    assert_is(reopen(data_dir, name="set", fingerprint=fingerprint, make=fail), ARRAYS)
+    assert_holds(reopen(data_dir, name="set", fingerprint=fingerprint, make=fail), ARRAYS)
 
 
-def test_known_contents_are_made_where_they_are_not(data_dir: Path, folder: Path, builder: Builder) -> None:
+def test_known_contents_are_made_if_they_are_missing(data_dir: Path, folder: Path, builder: Builder) -> None:
     fingerprint = opened(data_dir, Builder()).fingerprint
     cut(built(folder) / "labels.npy")
-    assert_is(reopen(data_dir, name="set", fingerprint=fingerprint, make=lambda: opened(data_dir, builder)), ARRAYS)
+    assert_holds(reopen(data_dir, name="set", fingerprint=fingerprint, make=lambda: opened(data_dir, builder)), ARRAYS)
     assert builder.calls == 1
 
 
-def test_other_contents_are_refused(data_dir: Path, builder: Builder) -> None:
+def test_different_contents_are_rejected(data_dir: Path, builder: Builder) -> None:
     with pytest.raises(DataError, match=rf"{data_dir} was verified .* its set holds different samples now"):
         reopen(data_dir, name="set", fingerprint="0" * 64, make=lambda: opened(data_dir, builder))
 
@@ -222,7 +222,7 @@ def test_failed_build_leaves_nothing(data_dir: Path, folder: Path, builder: Buil
     with pytest.raises(DataError, match="is not a PNG"):
         opened(data_dir, fail)
     assert [path.name for path in folder.iterdir()] == ["lock"]
-    assert_is(opened(data_dir, builder), ARRAYS)
+    assert_holds(opened(data_dir, builder), ARRAYS)
 
 
 def test_full_disk_is_explained(data_dir: Path, folder: Path) -> None:
@@ -239,43 +239,43 @@ def test_full_disk_is_explained(data_dir: Path, folder: Path) -> None:
 Forked = multiprocessing.get_context("fork")
 
 
-def build_slowly(folder: Path, started: Any, go_on: Any) -> dict[str, object]:
+def build_slowly(folder: Path, started: Any, resume: Any) -> dict[str, object]:
     started.release()
     np.save(folder / "samples.npy", ARRAYS["samples"])
-    go_on.wait()
+    resume.wait()
     np.save(folder / "labels.npy", ARRAYS["labels"])
     return {"num_classes": 50}
 
 
-def open_and_tell(data_dir: Path, started: Any, go_on: Any, told: Any) -> None:
-    cached = opened(data_dir, lambda into: build_slowly(into, started, go_on))
-    told.put((cached.fingerprint, cached.array("labels").tolist()))
+def open_and_report(data_dir: Path, started: Any, resume: Any, results: Any) -> None:
+    cached = opened(data_dir, lambda into: build_slowly(into, started, resume))
+    results.put((cached.fingerprint, cached.array("labels").tolist()))
 
 
 def test_several_processes_at_once_build_once(data_dir: Path) -> None:
-    started, go_on, told = Forked.Semaphore(0), Forked.Event(), Forked.Queue()
-    processes = [Forked.Process(target=open_and_tell, args=(data_dir, started, go_on, told)) for _ in range(4)]
+    started, resume, results = Forked.Semaphore(0), Forked.Event(), Forked.Queue()
+    processes = [Forked.Process(target=open_and_report, args=(data_dir, started, resume, results)) for _ in range(4)]
     for process in processes:
         process.start()
     started.acquire()
-    go_on.set()
-    answers = [told.get(timeout=60) for _ in processes]
+    resume.set()
+    answers = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
-    assert not started.acquire(block=False), "a second build has begun"
+    assert not started.acquire(block=False), "a second build was started"
     assert answers == [(opened(data_dir, Builder()).fingerprint, list(range(50)))] * 4
 
 
-def test_killed_builder_leaves_nothing_that_is_used(data_dir: Path, folder: Path, builder: Builder) -> None:
-    started, go_on, told = Forked.Semaphore(0), Forked.Event(), Forked.Queue()
-    process = Forked.Process(target=open_and_tell, args=(data_dir, started, go_on, told))
+def test_unfinished_arrays_of_a_killed_builder_are_not_used(data_dir: Path, folder: Path, builder: Builder) -> None:
+    started, resume, results = Forked.Semaphore(0), Forked.Event(), Forked.Queue()
+    process = Forked.Process(target=open_and_report, args=(data_dir, started, resume, results))
     process.start()
     started.acquire()
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert list(folder.glob("building-*"))
-    assert_is(opened(data_dir, builder), ARRAYS)
+    assert_holds(opened(data_dir, builder), ARRAYS)
     assert builder.calls == 1
     assert not list(folder.glob("building-*"))
 
@@ -284,7 +284,7 @@ def test_killed_builder_leaves_nothing_that_is_used(data_dir: Path, folder: Path
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Let a folder refuse new files, to the superuser too."""
+    """Make a folder reject new files, even from the superuser."""
     mkdir = Path.mkdir
 
     def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
@@ -295,7 +295,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(Path, "mkdir", refuse)
 
 
-def test_user_folder_stands_in(
+def test_user_folder_is_used_if_the_data_folder_cannot_be_written(
     data_dir: Path,
     folder: Path,
     user_cache: Path,
@@ -305,11 +305,11 @@ def test_user_folder_stands_in(
 ) -> None:
     forbid(monkeypatch, folder)
     opened(data_dir, builder)
-    said = capsys.readouterr().err
-    assert f"set: {folder} can't be written (Permission denied), so decoded arrays go to {user_cache}" in said
-    assert_is(opened(data_dir, builder), ARRAYS)
+    message = capsys.readouterr().err
+    assert f"set: {folder} can't be written (Permission denied), so decoded arrays go to {user_cache}" in message
+    assert_holds(opened(data_dir, builder), ARRAYS)
     assert builder.calls == 1
-    assert capsys.readouterr().err == "", "said once, when something is written"
+    assert capsys.readouterr().err == "", "printed once, when something is written"
     assert not folder.exists()
 
 
@@ -319,7 +319,7 @@ def test_user_folder_keeps_data_folders_apart(
     forbid(monkeypatch, tmp_path / "data")
     opened(data_dir, builder, key="one")
     opened(tmp_path / "data" / "other", builder, key="two")
-    assert_is(opened(data_dir, builder, key="one"), ARRAYS)
+    assert_holds(opened(data_dir, builder, key="one"), ARRAYS)
     assert builder.calls == 2
 
 
@@ -328,12 +328,12 @@ def test_folder_that_cannot_be_written_can_be_read(
 ) -> None:
     opened(data_dir, builder)
     forbid(monkeypatch, folder)
-    assert_is(opened(data_dir, builder), ARRAYS)
+    assert_holds(opened(data_dir, builder), ARRAYS)
     assert builder.calls == 1
     assert not user_cache.exists()
 
 
-def test_folder_of_the_users_choice(
+def test_folder_chosen_by_the_user(
     data_dir: Path, folder: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLEXIFED_CACHE_DIR", str(tmp_path / "chosen"))
@@ -342,7 +342,7 @@ def test_folder_of_the_users_choice(
     assert list((tmp_path / "chosen").glob(f"*/set-*/{MANIFEST}"))
 
 
-def test_no_folder_at_all(data_dir: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_writable_folder(data_dir: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch, tmp_path)
     with pytest.raises(
         DataError, match=r"set: no folder for decoded arrays .*cache/set can't.*user.* FLEXIFED_CACHE_DIR"
@@ -373,7 +373,7 @@ def test_source_key_follows_names_sizes_and_times(tmp_path: Path) -> None:
     keys.append(key(root))
     assert len(set(keys)) == 5
     shutil.copytree(root, tmp_path / "two")
-    assert key(tmp_path / "two") == keys[-1], "wherever they lie"
+    assert key(tmp_path / "two") == keys[-1], "it does not depend on the location"
 
 
 def test_manifest_is_readable(data_dir: Path, folder: Path, builder: Builder) -> None:

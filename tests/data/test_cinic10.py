@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 def found(data_dir: Path) -> DatasetInfo:
     """A part of the set."""
-    with pytest.warns(FlexifedWarning, match="is not the whole published set"):
+    with pytest.warns(FlexifedWarning, match="is not the complete published set"):
         return find_dataset("cinic10", data="real", data_dir=data_dir)
 
 

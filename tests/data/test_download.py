@@ -1,4 +1,4 @@
-"""Downloads, from a server on this machine that cuts them off, forgets where they were, or serves something else."""
+"""Downloads from a local server that drops connections, ignores ranges, or serves the wrong contents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.name[0] != "."}
 
 
-def test_file_is_fetched_once_and_its_size_shown(
+def test_file_is_downloaded_once_and_its_size_shown(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
@@ -28,15 +28,15 @@ def test_file_is_fetched_once_and_its_size_shown(
     assert "downloading set.tar.gz, 100.0 kB, into " in capsys.readouterr().err
 
 
-def test_cut_download_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
+def test_interrupted_download_resumes(server: Server, tmp_path: Path) -> None:
     server.cut_after = 30_000
     assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
     assert server.asked == [None, "bytes=30000-", "bytes=60000-", "bytes=90000-"]
 
 
-def test_another_call_goes_on_where_the_last_one_was(server: Server, tmp_path: Path) -> None:
+def test_the_next_call_resumes_a_download(server: Server, tmp_path: Path) -> None:
     server.cut_after = 15_000
-    with pytest.raises(DataError, match=r"set.tar.gz could not .* cut off.* 75.0 kB of it have come, and the same com"):
+    with pytest.raises(DataError, match=r"set.tar.gz could not .* was lost.* 75.0 kB are downloaded; run the same com"):
         fetch(server.file(), tmp_path)
     assert len(server.asked) == ATTEMPTS
     assert names(tmp_path) == {"set.tar.gz.part"}
@@ -45,48 +45,50 @@ def test_another_call_goes_on_where_the_last_one_was(server: Server, tmp_path: P
     assert server.asked[-1] == "bytes=75000-"
 
 
-def test_server_without_ranges_begins_anew(server: Server, tmp_path: Path) -> None:
+def test_download_restarts_if_the_server_ignores_ranges(server: Server, tmp_path: Path) -> None:
     (tmp_path / "set.tar.gz.part").write_bytes(CONTENT[:100])
     server.knows_ranges = False
     assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("said", ["", "bytes 7-99999/100000", "nonsense"])
-def test_answer_that_is_another_part_begins_anew(said: str, server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content_range", ["", "bytes 7-99999/100000", "nonsense"])
+def test_download_restarts_if_the_server_sends_another_range(
+    content_range: str, server: Server, tmp_path: Path
+) -> None:
     (tmp_path / "set.tar.gz.part").write_bytes(CONTENT[:100])
-    server.range_of_answer = said
+    server.range_of_answer = content_range
     assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
     assert server.asked == ["bytes=100-", None]
 
 
-def test_part_that_is_whole_already(server: Server, tmp_path: Path) -> None:
+def test_complete_part_is_accepted(server: Server, tmp_path: Path) -> None:
     (tmp_path / "set.tar.gz.part").write_bytes(CONTENT)
     assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
 
 
-def test_something_else_is_not_kept(server: Server, tmp_path: Path) -> None:
+def test_wrong_contents_are_deleted(server: Server, tmp_path: Path) -> None:
     server.content = b"not the published file"
-    with pytest.raises(DataError, match=r"what came from http.* has the checksum md5:\w+ and should have md5:\w+"):
+    with pytest.raises(DataError, match=r"the file from http.* has the checksum md5:\w+; expected md5:\w+"):
         fetch(server.file(), tmp_path)
     assert names(tmp_path) == set()
 
 
-def test_damaged_part_is_given_up(server: Server, tmp_path: Path) -> None:
+def test_damaged_part_is_deleted(server: Server, tmp_path: Path) -> None:
     (tmp_path / "set.tar.gz.part").write_bytes(b"x" * 1000)
-    with pytest.raises(DataError, match="should have md5"):
+    with pytest.raises(DataError, match="expected md5"):
         fetch(server.file(), tmp_path)
     assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
 
 
-def test_other_addresses_are_tried(server: Server, tmp_path: Path) -> None:
-    gone, there = server.file("/gone"), server.file()
-    file = RemoteFile(name=there.name, urls=(*gone.urls, *there.urls), num_bytes=1, checksum=there.checksum)
+def test_other_urls_are_tried(server: Server, tmp_path: Path) -> None:
+    missing, present = server.file("/gone"), server.file()
+    file = RemoteFile(name=present.name, urls=(*missing.urls, *present.urls), num_bytes=1, checksum=present.checksum)
     assert fetch(file, tmp_path).read_bytes() == CONTENT
     with pytest.raises(DataError, match=r"HTTPError: HTTP Error 404"):
-        fetch(gone, tmp_path / "other")
+        fetch(missing, tmp_path / "other")
 
 
-def test_another_file_of_that_name_goes_aside(
+def test_another_file_of_that_name_is_renamed(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for index in range(2):
@@ -94,14 +96,16 @@ def test_another_file_of_that_name_goes_aside(
         fetch(server.file(), tmp_path)
     assert names(tmp_path) == {"set.tar.gz", "set.tar.gz.old", "set.tar.gz.old2"}
     assert (tmp_path / "set.tar.gz.old2").read_bytes() == b"1"
-    assert "is set.tar.gz.old2 now" in capsys.readouterr().err
+    assert "was renamed to set.tar.gz.old2" in capsys.readouterr().err
 
 
 def test_no_network(tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/set.tar.gz"
-        with pytest.raises(DataError, match=r"Connection refused.* It takes a network, and 5 bytes in a folder"):
+        with pytest.raises(
+            DataError, match=r"Connection refused.* It needs a network connection, and 5 bytes in a folder"
+        ):
             fetch(RemoteFile(name="set.tar.gz", urls=(url,), num_bytes=5, checksum="md5:0"), tmp_path)
 
 
