@@ -315,7 +315,7 @@ def test_all_missing_files_are_named(records: Records, tmp_path: Path) -> None:
 def test_whole_python_version_stands_in_for_a_damaged_binary_one(records: Records, tmp_path: Path) -> None:
     flip_pixel(write_binary(tmp_path, records) / "data_batch_1.bin")
     write_python(tmp_path, records)
-    with pytest.warns(FlexifedWarning, match=rf"{BINARY} is not the published set.*Using the whole copy in .*{PYTHON}"):
+    with pytest.warns(FlexifedWarning, match=rf"{BINARY} is not the published set.*Using the complete copy in .*{PYTHON}"):
         info = found(tmp_path)
     assert info.layout == "python"
 
@@ -694,7 +694,8 @@ def test_shards_are_disjoint_equal_and_reproducible(data: st.DataObject) -> None
     num_samples = data.draw(st.integers(num_shards, 500), "samples")
     seed = data.draw(st.integers(0, 2**32), "seed")
     shards, again = (
-        iid_shards(num_samples, num_shards, num_clients, np.random.default_rng(seed), what="training") for _ in range(2)
+        iid_shards(num_samples, num_shards, num_clients, np.random.default_rng(seed), split="training")
+        for _ in range(2)
     )
     assert [shard.tolist() for shard in shards] == [shard.tolist() for shard in again]
     assert [shard.size for shard in shards] == [num_samples // num_shards] * num_clients
@@ -707,9 +708,9 @@ def test_shards_are_disjoint_equal_and_reproducible(data: st.DataObject) -> None
 
 
 def test_shards_depend_on_the_generator_and_not_on_the_clients() -> None:
-    few = iid_shards(100, 10, 2, np.random.default_rng(0), what="training")
-    many = iid_shards(100, 10, 8, np.random.default_rng(0), what="training")
-    other = iid_shards(100, 10, 2, np.random.default_rng(1), what="training")
+    few = iid_shards(100, 10, 2, np.random.default_rng(0), split="training")
+    many = iid_shards(100, 10, 8, np.random.default_rng(0), split="training")
+    other = iid_shards(100, 10, 2, np.random.default_rng(1), split="training")
     assert [shard.tolist() for shard in few] == [shard.tolist() for shard in many[:2]]
     assert few[0].tolist() != other[0].tolist()
     assert few[0].tolist() != sorted(few[0].tolist())
@@ -717,9 +718,9 @@ def test_shards_depend_on_the_generator_and_not_on_the_clients() -> None:
 
 def test_too_many_shards() -> None:
     with pytest.raises(DataError, match="num_shards is 20, but there are only 19 test samples; ask for at most 19"):
-        iid_shards(19, 20, 8, np.random.default_rng(0), what="test")
+        iid_shards(19, 20, 8, np.random.default_rng(0), split="test")
     with pytest.raises(ConfigError, match="num_shards is 7, fewer than the 8 clients"):
-        iid_shards(100, 7, 8, np.random.default_rng(0), what="test")
+        iid_shards(100, 7, 8, np.random.default_rng(0), split="test")
 
 
 @given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 100))

@@ -1,13 +1,13 @@
-"""AG News as Zhang, Zhao and LeCun (2015) publish it: a class from 1 to 4, a title and a description a line.
+"""AG News as Zhang, Zhao and LeCun (2015) publish it: each line has a class from 1 to 4, a title and a description.
 
-A text is title, space, description, in lower case, as indices of characters. The 69 characters of Zhang's alphabet
-have 1 to 69, in the paper's order with the new line last; his list of 70 has the hyphen twice, so 70 never occurs.
-Everything else, the space too, is 0, and so is what lies past the end. Texts stand in reading order: Zhang's own
-program reverses them, Conneau et al. (2017) do not, and one order serves both families here. 1,024 characters are
-stored; CharCNN reads the first 1,014 (`flexifed.config.TEXT_LENGTHS`).
+A text is the title, a space and the description, in lower case, as character indices. The 69 characters of Zhang's
+alphabet have indices 1 to 69, in the paper's order with the newline last; his list of 70 contains the hyphen twice, so
+70 never occurs. All other characters, including the space, are 0, and so is the padding. Texts are in reading order:
+Zhang's own program reverses them, Conneau et al. (2017) do not, and here one order serves both families. 1,024
+characters are stored; CharCNN reads the first 1,014 (`flexifed.config.TEXT_LENGTHS`).
 
-Quotes are doubled inside a column. A backslash and an n stand for a new line, as the publisher's readme says; any
-other backslash stands for itself.
+Within a column, quotes are doubled. A backslash followed by n is a newline, as the publisher's readme says; any other
+backslash is literal.
 
 Source: https://github.com/zhangxiangxiao/Crepe, section 2.2 of the paper.
 """
@@ -39,10 +39,10 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+=<>()[]
 LENGTH = max(TEXT_LENGTHS.values())
 
 VERSION = 1
-"""Raise it when the same files would give other arrays or facts."""
+"""Increase it whenever the same files would give different arrays or facts."""
 
 PUBLISHED: Mapping[str, int] = MappingProxyType({"train": 120_000, "test": 7_600})
-"""Published texts of each split."""
+"""Number of published texts in each split."""
 ADDRESS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv"
 FILES: Mapping[str, RemoteFile] = MappingProxyType(
     {
@@ -60,13 +60,13 @@ FILES: Mapping[str, RemoteFile] = MappingProxyType(
         ),
     }
 )
-"""The published files, at the address that torchtext uses: the publisher's own folder is open to browsers only."""
+"""The published files, at the URL that torchtext uses: the publisher's own folder can only be reached by a browser."""
 
 _LABELS: Mapping[str, int] = MappingProxyType({str(label + 1): label for label in range(len(CLASSES))})
 
 
 class _Indices(dict[int, int]):
-    """For `str.translate`: code points to indices; 0 for all that the alphabet hasn't."""
+    """Maps code points to indices for `str.translate`; 0 for characters outside of the alphabet."""
 
     def __missing__(self, code_point: int) -> int:
         return 0
@@ -76,7 +76,7 @@ _INDICES = _Indices(dict.fromkeys(range(128), 0) | {ord(char): index for index, 
 
 
 def encode(title: str, description: str) -> bytes:
-    """One text as its characters' indices, `LENGTH` bytes.
+    """Encode a text as character indices, `LENGTH` bytes.
 
     >>> encode("Up-", "C3")[:7].hex(" ")
     '15 10 25 00 03 1e 00'
@@ -86,27 +86,27 @@ def encode(title: str, description: str) -> bytes:
 
 
 def find(data_dir: Path) -> DatasetInfo | None:
-    """Look for both files under a folder, and encode them where that was not done yet.
+    """Look for both files in a data folder, and encode them on first use.
 
     Returns:
-        None where the set's folder does not exist.
+        None if the folder `ag_news_csv` does not exist.
 
     Raises:
         DataError: a file is missing, can't be read, or has a line that is not a text with its class.
 
     Warns:
-        PartialDataWarning: they are not the published files.
+        PartialDataWarning: the files are not the published ones.
     """
     folder = data_dir / FOLDER
     if not is_folder(folder):
         return None
     arrays = _encoded(data_dir)
-    problems = list(_differences(arrays.facts))
-    if problems:
-        warnings.warn(PartialDataWarning("AG News", folder, "; ".join(problems)), stacklevel=2)
+    differences = list(_differences(arrays.facts))
+    if differences:
+        warnings.warn(PartialDataWarning("AG News", folder, "; ".join(differences)), stacklevel=2)
     return DatasetInfo(
         name=NAME,
-        source="real-partial" if problems else "real",
+        source="real-partial" if differences else "real",
         location=str(data_dir.absolute()),
         layout="csv",
         fingerprint=f"{NAME}-{arrays.fingerprint}",
@@ -120,10 +120,10 @@ def find(data_dir: Path) -> DatasetInfo | None:
 
 
 def open_real(info: DatasetInfo) -> Dataset:
-    """Map the texts that `find` has described, in any process; encode them on a machine that has not done so yet.
+    """Open the texts that `find` described, in any process; encode them first on a machine that has not done so yet.
 
     Raises:
-        DataError: they are not where they were found, or not as they were.
+        DataError: the files are missing, or have changed since they were found.
     """
     data_dir = Path(info.location)
     arrays = cache.reopen(
@@ -139,13 +139,13 @@ def open_real(info: DatasetInfo) -> Dataset:
 
 
 def remedy(data_dir: Path) -> str:
-    """Both ways to get the data, as a sentence."""
+    """How to get the data, by download or by hand, as a sentence."""
     size = decimal(sum(file.num_bytes for file in FILES.values()))
     return f"Run with --download ({size}), or put train.csv and test.csv from {ADDRESS}/ into {data_dir / FOLDER}."
 
 
 def layout(data_dir: Path) -> str:
-    """What is looked for, as a sentence."""
+    """Which files are expected, as a sentence."""
     train, test = PUBLISHED["train"], PUBLISHED["test"]
     return (
         f"{data_dir / FOLDER} holds train.csv and test.csv: {train:,} and {test:,} lines of class (1 to 4), title and "
@@ -154,7 +154,7 @@ def layout(data_dir: Path) -> str:
 
 
 def download(data_dir: Path) -> None:
-    """Fetch both files, and check them. A file that isn't the published one goes aside, as `train.csv.old`.
+    """Download and check both files. An existing file that isn't the published one is renamed to `train.csv.old`.
 
     Raises:
         DataError: no network, no space, a folder that can't be written, or a download that isn't the published file.
@@ -164,13 +164,13 @@ def download(data_dir: Path) -> None:
 
 
 def _differences(facts: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    """How the files that were encoded differ from the published ones."""
+    """How the encoded files differ from the published ones, one phrase per file."""
     for split, file in FILES.items():
         if facts[split]["texts"] != PUBLISHED[split]:
             yield f"{file.name} holds {facts[split]['texts']:,} of {PUBLISHED[split]:,} texts"
         elif f"md5:{facts[split]['md5']}" != file.checksum:
             expected = file.checksum.removeprefix("md5:")
-            yield f"{file.name} has the MD5 {facts[split]['md5']}, and the published file has {expected}"
+            yield f"{file.name} has the MD5 {facts[split]['md5']}, but the published file has {expected}"
 
 
 def _encoded(data_dir: Path) -> cache.CachedArrays:
@@ -190,7 +190,7 @@ def _encoded(data_dir: Path) -> cache.CachedArrays:
 
 
 def _encode_all(folder: Path, into: Path) -> dict[str, object]:
-    """Write texts and labels of both files; returns for each the number of texts and its MD5."""
+    """Write texts and labels of both files; return the number of texts and the MD5 of each file."""
     print(f"{NAME}: encoding the texts in {folder}, once", file=sys.stderr, flush=True)
     facts: dict[str, object] = {}
     for split, file in FILES.items():
@@ -210,14 +210,15 @@ def _encode_all(folder: Path, into: Path) -> dict[str, object]:
 
 
 def read_rows(content: bytes, path: Path) -> Iterator[tuple[int, str, str]]:
-    """Label (0 to 3), title and description of each row of a file, new lines as they are escaped.
+    """Yield the label (0 to 3), title and description of each row of a file; newlines are still escaped.
 
     Args:
-        content: the file's.
-        path: its name, for errors.
+        content: contents of the file.
+        path: path of the file, for error messages.
 
     Raises:
-        DataError: it holds no rows, is not UTF-8, or has a row of another form; with the row's first line, from 1.
+        DataError: the file holds no rows, is not UTF-8, or has an invalid row; the message gives the row's first line,
+            counted from 1.
     """
     try:
         text = content.decode()
@@ -240,7 +241,7 @@ def read_rows(content: bytes, path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _bad_line(path: Path, line: int, problem: str) -> DataError:
-    return DataError(f"{path}, line {line:,}: it {problem}. {_EXPECTED}")
+    return DataError(f"{path}, line {line:,} {problem}. {_EXPECTED}")
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
@@ -249,6 +250,6 @@ def _unreadable(path: Path, error: OSError) -> DataError:
 
 
 _EXPECTED = (
-    'Each line should be a class from 1 to 4, a title and a description, UTF-8, as in "3","Title","Description"; '
+    'Each line must hold a class from 1 to 4, a title and a description, in UTF-8, as in "3","Title","Description"; '
     f"get the published files from {ADDRESS}/train.csv and test.csv."
 )

@@ -1,7 +1,7 @@
-"""CIFAR-10 as its author publishes it, in the binary and in the Python version.
+"""CIFAR-10 as its author publishes it, in the binary or the Python version.
 
-Both hold the same 50,000 + 10,000 images in the same order. They are verified once, by `find`, against published
-checksums; the processes that train open what was verified. No file is unpickled before its checksum was compared.
+Both hold the same 50,000 + 10,000 images in the same order. `find` verifies them once against published checksums; the
+processes that train open the verified files. No file is unpickled before its checksum has been compared.
 
 Source: https://www.cs.toronto.edu/~kriz/cifar.html (Krizhevsky 2009, "Learning multiple layers of features from tiny
 images").
@@ -49,7 +49,7 @@ BINARY_SHA256: Mapping[str, str] = MappingProxyType(
 )
 
 FINGERPRINT = "cifar10-" + hashlib.sha256("".join(BINARY_SHA256.values()).encode()).hexdigest()
-"""Of the published contents, so the same for both versions: each is accepted only if it is the published one."""
+"""Fingerprint of the published contents; both versions have the same, since only published files are accepted."""
 
 ARCHIVE = RemoteFile(
     name="cifar-10-python.tar.gz",
@@ -60,13 +60,13 @@ ARCHIVE = RemoteFile(
 
 
 def find(data_dir: Path) -> DatasetInfo | None:
-    """Look for either version under a folder, and verify the first one that is there and whole; binary goes first.
+    """Look for either version in a data folder and verify it; the binary version is tried first.
 
     Returns:
-        None where neither version's folder exists.
+        None if neither version's folder exists.
 
     Raises:
-        DataError: files are missing or damaged and the other version is no help, or the folder can't be read.
+        DataError: files are missing or damaged and the other version can't be used either, or the folder can't be read.
 
     Warns:
         FlexifedWarning: the binary version is damaged, so the Python version is used.
@@ -84,7 +84,7 @@ def find(data_dir: Path) -> DatasetInfo | None:
         problems = check(data_dir / folder)
         if not problems:
             if damage:
-                message = f"{' '.join(damage)} Using the whole copy in {data_dir / folder} instead."
+                message = f"{' '.join(damage)} Using the complete copy in {data_dir / folder} instead."
                 warnings.warn(message, FlexifedWarning, stacklevel=2)
             return _info(data_dir, version)
         damage.append(f"CIFAR-10 in {data_dir / folder} is not the published set: {'; '.join(problems)}.")
@@ -94,12 +94,12 @@ def find(data_dir: Path) -> DatasetInfo | None:
 
 
 def remedy(data_dir: Path) -> str:
-    """Both ways to get the data, as a sentence."""
+    """How to get the data, by download or by hand, as a sentence."""
     return f"Run with --download ({ARCHIVE.size}), or unpack either version from {HOME} in {data_dir}."
 
 
 def layout(data_dir: Path) -> str:
-    """What is looked for, as a sentence."""
+    """Which files are expected, as a sentence."""
     return (
         f"{data_dir / BINARY_FOLDER} holds data_batch_1.bin to data_batch_5.bin and test_batch.bin, "
         f"{data_dir / PYTHON_FOLDER} holds data_batch_1 to data_batch_5, test_batch and batches.meta."
@@ -107,21 +107,21 @@ def layout(data_dir: Path) -> str:
 
 
 def open_real(info: DatasetInfo) -> Dataset:
-    """Open what `find` has verified, in this process or in another one.
+    """Open the files that `find` verified, in any process.
 
-    The binary version is not hashed again and costs no memory; the Python version is (by torchvision, before it
-    unpickles anything), and is held in memory whole, 180 MB.
+    The binary version is not hashed again and takes no memory. The Python version is hashed again (by torchvision,
+    before it unpickles anything) and held in memory, 180 MB.
 
     Raises:
-        DataError: the files are not where they were found, or not as they were.
+        DataError: the files are missing, or have changed since they were found.
     """
     return _open_binary(info) if info.layout == "binary" else _open_python(info)
 
 
 def download(data_dir: Path) -> None:
-    """Fetch the Python version from its author's address into a folder, check it and unpack it.
+    """Download the Python version from its author's site into a folder, check it and unpack it.
 
-    An archive that already lies there is used if it is whole. A damaged copy goes aside, to `cifar-10-batches-py.old`.
+    An intact archive that is already there is used. A damaged copy is renamed to `cifar-10-batches-py.old`.
 
     Raises:
         DataError: no network, no space, a folder that can't be written, or a download that isn't the published file.
@@ -134,14 +134,14 @@ def download(data_dir: Path) -> None:
 class RecordSplit:
     """A split in files of the binary version, which are mapped into memory only while samples are taken.
 
-    So an open split costs no memory, and pickles as the names of its files.
+    An open split therefore takes no memory, and is pickled as the names of its files.
     """
 
     files: tuple[Path, ...]
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """All labels, shape (len,); the first use reads through the files."""
+        """All labels, shape (len,); the first use reads all files."""
         return np.concatenate([_map_records(file)[:, 0] for file in self.files], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -151,17 +151,17 @@ class RecordSplit:
         """Copy samples; see `Split.take`.
 
         Raises:
-            DataError: a file has gone or has changed its size.
+            DataError: a file is missing or its size has changed.
         """
         check_indices(indices, len(self))
         images = np.empty((len(indices), *IMAGE_SHAPE), np.uint8)
         labels = np.empty(len(indices), np.int64)
-        in_file, record_index = np.divmod(indices, SAMPLES_PER_FILE)
-        for position in np.unique(in_file):
-            here = in_file == position
-            records = _map_records(self.files[position])[record_index[here]]
-            labels[here] = records[:, 0]
-            images[here] = records[:, 1:].reshape(-1, *IMAGE_SHAPE)
+        file_index, record_index = np.divmod(indices, SAMPLES_PER_FILE)
+        for index in np.unique(file_index):
+            in_file = file_index == index
+            records = _map_records(self.files[index])[record_index[in_file]]
+            labels[in_file] = records[:, 0]
+            images[in_file] = records[:, 1:].reshape(-1, *IMAGE_SHAPE)
         return torch.from_numpy(images), torch.from_numpy(labels)
 
 
@@ -176,7 +176,7 @@ def _info(data_dir: Path, layout: str) -> DatasetInfo:
         num_test=len(TEST_FILES) * SAMPLES_PER_FILE,
         num_classes=10,
         in_channels=3,
-        # As in the authors' program. The deviation is the mean of the images' own; over all pixels it is 0.247.
+        # From the authors' program. It averages the deviation within each image; over all pixels it would be 0.247.
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2023, 0.1994, 0.2010),
     )
@@ -187,7 +187,7 @@ def _binary_problems(folder: Path) -> list[str]:
 
 
 def _python_problems(folder: Path) -> list[str]:
-    """Check the files that torchvision will unpickle, against the checksums that it knows."""
+    """Check the files that torchvision will unpickle against its own checksums."""
     from torchvision.datasets import CIFAR10
 
     checksums = dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
@@ -197,20 +197,20 @@ def _python_problems(folder: Path) -> list[str]:
 def _problems(
     folder: Path, checksums: Mapping[str, str], algorithm: Callable[..., hashlib._Hash], num_bytes: int | None = None
 ) -> list[str]:
-    """What is wrong with a folder's files, one phrase for each file; empty if they are the published ones.
+    """Find out what is wrong with the files of a folder, one phrase per file; empty if they are the published ones.
 
     Args:
-        folder: where the files should be.
-        checksums: for each file its published checksum, in hexadecimal.
-        algorithm: makes the hash that the checksums are of.
-        num_bytes: the size of each file, where all have one; checked first, since it is quick.
+        folder: folder of the files.
+        checksums: published checksum of each file, in hexadecimal.
+        algorithm: makes the hash object for the checksums.
+        num_bytes: size of each file, if all have the same; checked first, since that is quick.
     """
     problems = []
     for name, expected in checksums.items():
         try:
-            found_bytes = (folder / name).stat().st_size
-            if num_bytes is not None and found_bytes != num_bytes:
-                problems.append(f"{name} has {found_bytes:,} bytes and should have {num_bytes:,}")
+            actual_bytes = (folder / name).stat().st_size
+            if num_bytes is not None and actual_bytes != num_bytes:
+                problems.append(f"{name} has {actual_bytes:,} bytes and should have {num_bytes:,}")
                 continue
             with open(folder / name, "rb") as file:
                 hashed = hashlib.file_digest(file, algorithm)
@@ -240,15 +240,15 @@ def _open_binary(info: DatasetInfo) -> Dataset:
 
 
 def _map_records(file: Path) -> NDArray[np.uint8]:
-    """Map a file of the binary version, shape (samples, bytes of a record), read-only.
+    """Map a file of the binary version, read-only, shape (samples, bytes per record).
 
     Raises:
-        DataError: it has gone, or has another size than when it was verified.
+        DataError: the file is missing, or its size has changed since it was verified.
     """
     num_bytes = SAMPLES_PER_FILE * RECORD_BYTES
     try:
-        if (found_bytes := file.stat().st_size) != num_bytes:
-            raise changed(file, f"it has {found_bytes:,} bytes and should have {num_bytes:,}")
+        if (actual_bytes := file.stat().st_size) != num_bytes:
+            raise changed(file, f"it has {actual_bytes:,} bytes and should have {num_bytes:,}")
         return np.memmap(file, np.uint8, mode="r", shape=(SAMPLES_PER_FILE, RECORD_BYTES))
     except OSError as error:
         raise changed(file, error.strerror or str(error)) from error
@@ -262,6 +262,8 @@ def _open_python(info: DatasetInfo) -> Dataset:
         loaded = [CIFAR10(info.location, train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise changed(folder, str(error)) from error
-    # torchvision moves the channels to the end; moved back, the view is contiguous as it was in the file.
-    train, test = (ArraySplit(one.data.transpose(0, 3, 1, 2), np.asarray(one.targets, np.int64)) for one in loaded)
+    # torchvision moves the channels to the end; moving them back gives a view that is contiguous as in the file.
+    train, test = (
+        ArraySplit(split.data.transpose(0, 3, 1, 2), np.asarray(split.targets, np.int64)) for split in loaded
+    )
     return Dataset(info, train, test)

@@ -1,4 +1,4 @@
-"""Who has which samples: i.i.d. shards, and the window of its shard that a client trains on in a round.
+"""Which samples a client has: i.i.d. shards, and the window of its shard that a client trains on in a round.
 
 Source: the FlexiFed authors' published program.
 """
@@ -12,26 +12,26 @@ from flexifed.errors import ConfigError, DataError
 
 
 def iid_shards(
-    num_samples: int, num_shards: int, num_clients: int, generator: np.random.Generator, *, what: str
+    num_samples: int, num_shards: int, num_clients: int, generator: np.random.Generator, *, split: str
 ) -> tuple[NDArray[np.int64], ...]:
     """Cut a random permutation of the samples into equal shards, and give one to each client.
 
     Args:
-        num_samples: samples of the split.
-        num_shards: shards of floor(num_samples / num_shards) samples; what is left over, nobody gets.
-        num_clients: client k gets shard k; further shards stay unused.
-        generator: the source of the permutation, drawn from once.
-        what: what is cut, for errors: `training`, `test`.
+        num_samples: number of samples in the split.
+        num_shards: number of shards, each of floor(num_samples / num_shards) samples; the remaining samples are unused.
+        num_clients: number of clients; client k gets shard k, and further shards are unused.
+        generator: source of the permutation; one permutation is drawn.
+        split: name of the split for error messages: `training` or `test`.
 
     Returns:
-        For each client the indices of its samples, shape (samples a shard,), in the permutation's order: a shard is
-        shuffled, however the data set is sorted.
+        The indices of each client's samples, shape (samples per shard,), in the order of the permutation, so a shard is
+        shuffled even if the data set is sorted.
 
     Raises:
-        ConfigError: fewer shards than clients.
-        DataError: fewer samples than shards.
+        ConfigError: there are fewer shards than clients.
+        DataError: there are fewer samples than shards.
 
-    >>> [shard.size for shard in iid_shards(11, 5, 2, np.random.default_rng(0), what="test")]
+    >>> [shard.size for shard in iid_shards(11, 5, 2, np.random.default_rng(0), split="test")]
     [2, 2]
     """
     if num_shards < num_clients:
@@ -41,7 +41,7 @@ def iid_shards(
         )
     if num_samples < num_shards:
         raise DataError(
-            f"num_shards is {num_shards}, but there are only {num_samples} {what} samples; "
+            f"num_shards is {num_shards}, but there are only {num_samples} {split} samples; "
             f"ask for at most {num_samples} shards or use a larger data set"
         )
     permutation = generator.permutation(num_samples).astype(np.int64, copy=False)
@@ -51,15 +51,15 @@ def iid_shards(
 
 
 def window(shard: NDArray[np.int64], round_index: int, windows_per_shard: int) -> NDArray[np.int64]:
-    """The part of its shard that a client trains on in a round: the next one each round, and round again.
+    """Return the part of its shard that a client trains on in a round; windows follow one another and wrap around.
 
     Args:
-        shard: indices of samples, shape (n,).
-        round_index: from 0.
-        windows_per_shard: w; the window holds floor(n / w) samples and begins at round_index * floor(n / w) mod n.
+        shard: sample indices, shape (n,).
+        round_index: index of the round, from 0.
+        windows_per_shard: w; a window holds floor(n / w) samples and begins at round_index * floor(n / w) mod n.
 
     Returns:
-        Indices of samples, shape (floor(n / w),), in the shard's order.
+        Sample indices, shape (floor(n / w),), in the order of the shard.
 
     Raises:
         ConfigError: the window would be empty.

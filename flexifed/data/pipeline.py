@@ -1,4 +1,4 @@
-"""From stored samples to what a model is fed, on the device and many samples at a time."""
+"""Pipelines that turn stored samples into a model's input, on the device and many samples at a time."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from flexifed.data.wav import SAMPLE_RATE
 
 MEL_BANDS = 32
 FFT_SAMPLES, HOP_SAMPLES = 1_024, 512
-"""A frame is 64 ms, the next begins 32 ms later: they are centred on samples 0, 512, ..., 15,872, which makes 32."""
+"""Frames of 64 ms every 32 ms, centred on samples 0, 512, ..., 15,872: 32 frames."""
 FLOOR = 1e-6
-"""Added to a band's power before the logarithm, which silence would send to minus infinity."""
+"""Added to the power of a band before the logarithm, which would be minus infinity for silence."""
 
 BLOCK = 32
-"""Waveforms whose spectra are made at a time: what lies between them and the spectrograms is large, and a processor's
+"""Number of waveforms whose spectra are computed at a time: the intermediate tensors are large, and a processor's
 caches are small."""
 
 
 class Pipeline(Protocol):
-    """What lies between a data set's stored samples and a model's input."""
+    """Turns stored samples of a data set into a model's input."""
 
     def prepare(self, samples: torch.Tensor) -> torch.Tensor:
-        """From stored samples (see `flexifed.data.LabelledSamples`) to what a model takes."""
+        """Turn stored samples (see `flexifed.data.LabelledSamples`) into a model's input."""
         ...
 
     def draw(self, count: int, generator: torch.Generator) -> Variation:
-        """Draw random variation of so many samples from a CPU generator."""
+        """Draw the random variation of `count` samples from a CPU generator."""
         ...
 
     def augment(self, samples: torch.Tensor, variation: Variation) -> torch.Tensor:
-        """From stored samples to what a model takes in training: with what was drawn for them, on their device."""
+        """Turn stored samples into a model's input for training, with a variation that is on their device."""
         ...
 
 
@@ -43,10 +43,10 @@ class ImagePipeline:
     """Per-channel normalisation of images; crop and flip for training.
 
     Args:
-        mean: for each channel, in 0 to 1.
-        std: for each channel, in 0 to 1.
-        device: where the images are.
-        channels_last: memory format of what comes out.
+        mean: mean of each channel, in 0 to 1.
+        std: standard deviation of each channel, in 0 to 1.
+        device: device of the images.
+        channels_last: memory format of the output.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, channels_last: bool) -> None:
@@ -56,7 +56,7 @@ class ImagePipeline:
         self._variation = CropAndFlip()
 
     def prepare(self, samples: torch.Tensor) -> torch.Tensor:
-        """From uint8 (batch, channels, height, width) to float32 of mean 0 and deviation 1 over the data set."""
+        """Turn uint8 (batch, channels, height, width) into float32, of mean 0 and deviation 1 over the data set."""
         return ((samples.float() - self._mean) / self._std).contiguous(memory_format=self._memory_format)
 
     def draw(self, count: int, generator: torch.Generator) -> Variation:
@@ -64,30 +64,30 @@ class ImagePipeline:
         return self._variation.draw(count, generator)
 
     def augment(self, samples: torch.Tensor, variation: Variation) -> torch.Tensor:
-        """`CropAndFlip`, then `prepare`."""
+        """Apply `CropAndFlip`, then `prepare`."""
         return self.prepare(self._variation.apply(samples, variation))
 
 
 class TextPipeline:
-    """Texts cut to the length that a family takes. They are not varied for training.
+    """Texts truncated to the length that a family takes. Training does not vary them.
 
     Args:
-        length: characters of an input, at most those that are stored.
+        length: number of characters of an input, at most the stored length.
     """
 
     def __init__(self, length: int) -> None:
         self._length = length
 
     def prepare(self, samples: torch.Tensor) -> torch.Tensor:
-        """From uint8 (batch, stored length) to int64 (batch, length)."""
+        """Turn uint8 (batch, stored length) into int64 (batch, length)."""
         return samples[:, : self._length].long()
 
     def draw(self, count: int, generator: torch.Generator) -> Variation:
-        """Nothing is drawn."""
+        """Draw nothing."""
         return ()
 
     def augment(self, samples: torch.Tensor, variation: Variation) -> torch.Tensor:
-        """As `prepare`."""
+        """Return the same as `prepare`."""
         return self.prepare(samples)
 
 
@@ -95,11 +95,11 @@ class SpeechPipeline:
     """Log-mel spectrograms of waveforms, as images of one channel; time shift and background noise for training.
 
     Args:
-        mean: of the log-mel values, one number.
-        std: their deviation, one number.
-        noise: int16 (noise samples,), what background noise is cut from.
-        device: where the waveforms are.
-        channels_last: memory format of what comes out.
+        mean: mean of the log-mel values, one number.
+        std: their standard deviation, one number.
+        noise: background noise, int16 (noise samples,).
+        device: device of the waveforms.
+        channels_last: memory format of the output.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class SpeechPipeline:
         device: torch.device,
         channels_last: bool,
     ) -> None:
-        from torchaudio.transforms import MelScale, Spectrogram  # only who hears speech waits for their import
+        from torchaudio.transforms import MelScale, Spectrogram  # slow to import, and only needed for speech
 
         self._spectrum: Any = Spectrogram(n_fft=FFT_SAMPLES, hop_length=HOP_SAMPLES, power=None).to(device)
         self._mel_scale: Any = MelScale(MEL_BANDS, SAMPLE_RATE, n_stft=FFT_SAMPLES // 2 + 1).to(device)
@@ -119,7 +119,7 @@ class SpeechPipeline:
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def prepare(self, samples: torch.Tensor) -> torch.Tensor:
-        """From int16 (batch, 16000) to float32 (batch, 1, 32 bands, 32 frames), of mean 0 and deviation 1."""
+        """Turn int16 (batch, 16000) into float32 (batch, 1, 32 bands, 32 frames), of mean 0 and deviation 1."""
         return self._features(_in_unit_range(samples))
 
     def draw(self, count: int, generator: torch.Generator) -> Variation:
@@ -127,7 +127,7 @@ class SpeechPipeline:
         return self._variation.draw(count, generator)
 
     def augment(self, samples: torch.Tensor, variation: Variation) -> torch.Tensor:
-        """The same of what `ShiftAndNoise` makes of the waveforms."""
+        """Apply `ShiftAndNoise` to the waveforms, then do the same as `prepare`."""
         return self._features(self._variation.apply(_in_unit_range(samples), variation))
 
     def _features(self, waveforms: torch.Tensor) -> torch.Tensor:
@@ -137,11 +137,11 @@ class SpeechPipeline:
 
     def _log_mel(self, waveforms: torch.Tensor) -> torch.Tensor:
         spectrum = self._spectrum(waveforms)
-        power = spectrum.real.square() + spectrum.imag.square()  # a fifth of the time of abs().square()
+        power = spectrum.real.square() + spectrum.imag.square()  # takes a fifth of the time of abs().square()
         log_mel: torch.Tensor = (self._mel_scale(power) + FLOOR).log_()
         return log_mel
 
 
 def _in_unit_range(samples: torch.Tensor) -> torch.Tensor:
-    """From int16 to float32 in -1 to 1."""
+    """Turn int16 into float32 in -1 to 1."""
     return samples.float() / 2**15

@@ -166,7 +166,7 @@ def make_shards(config: CellConfig, info: DatasetInfo) -> list[ClientShards]:
     """Every client's samples: training and test set, each cut i.i.d. by one generator, then shards to their limits."""
     generator = numpy_generator(config.seed, "partition")
     parts = [
-        iid_shards(count, config.partition.num_shards, config.partition.num_clients, generator, what=what)
+        iid_shards(count, config.partition.num_shards, config.partition.num_clients, generator, split=what)
         for count, what in ((info.num_train, "training"), (info.num_test, "test"))
     ]
     most = config.partition

@@ -1,4 +1,4 @@
-"""AG News from small files made here, and from the real ones."""
+"""AG News from small files written here, and from the real files."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def found(data_dir: Path) -> DatasetInfo:
-    """A part of the set."""
+    """The description of an incomplete set."""
     with pytest.warns(FlexifedWarning, match="is not the complete published set"):
         return find_dataset("agnews", data="real", data_dir=data_dir)
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, train: str = TRAIN, test: str = TEST) -> None:
-    """Let the loader take these files for the published ones."""
+    """Make the loader accept these files as the published ones."""
     files = {
         split: replace(agnews.FILES[split], checksum=f"md5:{hashlib.md5(content.encode()).hexdigest()}")
         for split, content in (("train", train), ("test", test))
@@ -55,7 +55,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, train: str = TRAIN, test: str = TES
 
 
 def decoded(text: torch.Tensor) -> str:
-    """The text that indices stand for; `_` for 0 is not in doubt, for the tests' texts have none."""
+    """Decode a text from its indices. `_` stands for 0: the texts of these tests contain no underscore."""
     return "".join("_" if index == 0 else agnews.ALPHABET[index - 1] for index in text.tolist())
 
 
@@ -65,7 +65,7 @@ def decoded(text: torch.Tensor) -> str:
 def test_alphabet_is_the_papers_without_its_second_hyphen() -> None:
     letters, digits = "abcdefghijklmnopqrstuvwxyz", "0123456789"
     others = "-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{}"
-    assert len(letters + digits + others) + 1 == 70, "the new line is one more"
+    assert len(letters + digits + others) + 1 == 70, "the newline is the last one"
     assert "".join(dict.fromkeys(letters + digits + others)) + "\n" == agnews.ALPHABET
     assert len(agnews.ALPHABET) == 69
 
@@ -106,7 +106,7 @@ def test_texts_are_read_in_their_order(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["charcnn", "vdcnn"])
-def test_families_read_as_much_as_they_take(family: str, folder: Path) -> None:
+def test_families_read_their_own_length(family: str, folder: Path) -> None:
     (folder / "test.csv").write_text('"1","' + "a" * 2000 + '","b"\n')
     dataset = open_dataset(found(folder.parent))
     pipeline = make_pipeline(dataset, family, device=torch.device("cpu"), channels_last=False)  # type: ignore[arg-type]
@@ -115,22 +115,22 @@ def test_families_read_as_much_as_they_take(family: str, folder: Path) -> None:
     assert texts.tolist() == [[1] * TEXT_LENGTHS[family]]
 
 
-def test_whole_set_is_real(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_set_is_real(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(monkeypatch)
     assert find_dataset("agnews", data="real", data_dir=folder.parent).source == "real"
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
-        (TEST.replace("Win", "Won"), r"test\.csv has the MD5 \w+, and the published file has \w+"),
+        (TEST.replace("Win", "Won"), r"test\.csv has the MD5 \w+, but the published file has \w+"),
         (ROWS[0], r"test\.csv holds 1 of 4 texts"),
     ],
 )
-def test_part_is_marked(content: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_part_is_marked(content: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(monkeypatch)
     (folder / "test.csv").write_text(content)
-    with pytest.warns(FlexifedWarning, match=said):
+    with pytest.warns(FlexifedWarning, match=message):
         assert find_dataset("agnews", data="auto", data_dir=folder.parent).source == "real-partial"
 
 
@@ -146,11 +146,11 @@ def test_same_arrays_from_warm_cold_and_deleted_caches(folder: Path, capsys: pyt
 
 
 def test_fingerprint_never_changes(folder: Path) -> None:
-    """Runs are named by it: a change of code that changes it loses them."""
+    """Run ids contain it: a code change that changes it loses all runs."""
     assert found(folder.parent).fingerprint == "agnews-ca6e28303cf1a8e88bc4f21ef9c621154a9869b50333b3ec45a1e7918e415d23"
 
 
-def test_changed_source_is_encoded_anew(folder: Path) -> None:
+def test_changed_source_is_encoded_again(folder: Path) -> None:
     before = found(folder.parent)
     (folder / "test.csv").write_text(TEST + '"2","Again",""\n')
     after = found(folder.parent)
@@ -160,40 +160,46 @@ def test_changed_source_is_encoded_anew(folder: Path) -> None:
         open_dataset(before)
 
 
-def put(*lines: str) -> Callable[[Path], None]:
+def write_lines(*lines: str) -> Callable[[Path], None]:
     return lambda file: file.write_bytes("".join(f"{line}\n" for line in lines).encode()) and None
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
-        (put(*ROWS, '"5","title","description"'), r"train\.csv, line 5: it has the class '5'"),
-        (put("Class Index,Title,Description", *ROWS), r"train\.csv, line 1: it has the class 'Class Index'"),
-        (put(*ROWS, '"1","title, description"'), r"train\.csv, line 5: it has 2 columns\. Each line should be a class"),
-        (put(*ROWS, "", ROWS[0]), r"train\.csv, line 5: it has 0 columns"),
-        (put('"1","two\nlines","are one row"', '"1"'), r"train\.csv, line 3: it has 1 columns"),
-        (put(*ROWS, '"1","a","never ends', ROWS[0], '"2","b","c'), r"train\.csv, line 5: it can't be read as CSV"),
-        (put(*ROWS, '"1","a","b"c'), r"train\.csv, line 5: it can't be read as CSV"),
-        (put(*ROWS, '"1","a","' + "x" * 200_000 + '"'), r"line 5: it can't be read as CSV \(field larger than field"),
-        (lambda file: file.write_bytes(b'"1","a","b"\n"1","\xe9","b"\n'), r"train\.csv, line 2: it is not UTF-8"),
+        (write_lines(*ROWS, '"5","title","description"'), r"train\.csv, line 5 has the class '5'"),
+        (write_lines("Class Index,Title,Description", *ROWS), r"train\.csv, line 1 has the class 'Class Index'"),
+        (
+            write_lines(*ROWS, '"1","title, description"'),
+            r"train\.csv, line 5 has 2 columns\. Each line must hold a class",
+        ),
+        (write_lines(*ROWS, "", ROWS[0]), r"train\.csv, line 5 has 0 columns"),
+        (write_lines('"1","two\nlines","are one row"', '"1"'), r"train\.csv, line 3 has 1 columns"),
+        (write_lines(*ROWS, '"1","a","never ends', ROWS[0], '"2","b","c'), r"train\.csv, line 5 can't be read as CSV"),
+        (write_lines(*ROWS, '"1","a","b"c'), r"train\.csv, line 5 can't be read as CSV"),
+        (
+            write_lines(*ROWS, '"1","a","' + "x" * 200_000 + '"'),
+            r"line 5 can't be read as CSV \(field larger than field",
+        ),
+        (lambda file: file.write_bytes(b'"1","a","b"\n"1","\xe9","b"\n'), r"train\.csv, line 2 is not UTF-8"),
         (lambda file: file.write_bytes(b""), r"train\.csv holds no texts"),
-        (lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n"), r"train\.csv, line 1: it is not UTF-8"),
+        (lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n"), r"train\.csv, line 1 is not UTF-8"),
         (lambda file: file.unlink(), r"train\.csv is missing\. .*\"3\",\"Title\",\"Description\""),
         (lambda file: (file.unlink(), file.mkdir()), r"train\.csv can't be read \(Is a directory\)"),
     ],
 )
 @pytest.mark.parametrize("data", ["auto", "real"])
 def test_damage_is_an_error_with_file_and_line(
-    damage: Callable[[Path], object], said: str, data: str, folder: Path
+    damage: Callable[[Path], object], message: str, data: str, folder: Path
 ) -> None:
     damage(folder / "train.csv")
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         find_dataset("agnews", data=data, data_dir=folder.parent)  # type: ignore[arg-type]
     assert str(folder / "train.csv") in str(caught.value)
-    assert not list((folder.parent / CACHE).glob("*/*/")), "nothing half-made stays"
+    assert not list((folder.parent / CACHE).glob("*/*/")), "no unfinished build is left"
 
 
-# The real ones
+# The real files
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +244,7 @@ def head(real: Path) -> bytes:
     kind=st.sampled_from(["bytes", "cut", "insert"]),
 )
 def test_changed_bytes_are_an_error_or_rows(places: list[float], values: bytes, kind: str, head: bytes) -> None:
-    """What is read from a changed file is what another reader of CSV sees, row by row, each with a class."""
+    """Rows read from a changed file are those that another CSV reader finds, and each has a class."""
     changed = bytearray(head)
     at = int(places[0] * len(head))
     if kind == "cut":

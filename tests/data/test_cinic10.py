@@ -1,4 +1,4 @@
-"""CINIC-10 from small folders of PNGs, made here or copied from the real ones."""
+"""CINIC-10 from small folders of PNGs, written here or copied from the real ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CLASSES = cinic10.CLASSES
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A set of two images of each class in each split, of random pixels."""
+    """A data set with two images of random pixels for each class in each split."""
     generator = np.random.default_rng(0)
     for split, name, index in itertools.product(cinic10.SPLITS, CLASSES, range(2)):
         image = Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8))
@@ -43,13 +43,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def found(data_dir: Path) -> DatasetInfo:
-    """A part of the set."""
+    """The description of an incomplete set."""
     with pytest.warns(FlexifedWarning, match="is not the complete published set"):
         return find_dataset("cinic10", data="real", data_dir=data_dir)
 
 
 def pixels(path: Path) -> NDArray[np.uint8]:
-    """As another library decodes them, shape (3, 32, 32)."""
+    """Decode a file with another library, shape (3, 32, 32)."""
     return np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
 
 
@@ -73,8 +73,8 @@ def test_part_is_marked_and_counted(folder: Path) -> None:
     assert "train 20 of 90,000, valid 20 of 90,000, test 20 of 90,000 images" in str(warning.message)
 
 
-def test_whole_set_is_real(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cinic10, "PUBLISHED_OF_CLASS", 2)
+def test_complete_set_is_real(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cinic10, "PUBLISHED_PER_CLASS", 2)
     assert find_dataset("cinic10", data="real", data_dir=folder.parent).source == "real"
     (folder / "valid" / "frog" / "image-1.png").rename(folder / "valid" / "cat" / "image-2.png")
     with pytest.warns(FlexifedWarning):
@@ -108,7 +108,7 @@ def test_same_arrays_from_warm_cold_and_deleted_caches(folder: Path, capsys: pyt
 
 
 def test_fingerprint_never_changes(tmp_path: Path) -> None:
-    """Runs are named by it: a change of code that changes it loses them."""
+    """Run ids contain it: a code change that changes it loses all runs."""
     for number, (split, name) in enumerate(itertools.product(cinic10.SPLITS, CLASSES)):
         path = tmp_path / "cinic10" / split / name / "image.png"
         path.parent.mkdir(parents=True)
@@ -118,21 +118,21 @@ def test_fingerprint_never_changes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("on_a_terminal", [False, True])
-def test_decoding_shows_a_bar_to_who_looks(
+def test_decoding_shows_a_bar_on_a_terminal(
     on_a_terminal: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR" if on_a_terminal else "NO_COLOR", "1")
     found(folder.parent)
-    said = capsys.readouterr().err
-    assert ("60/60" in said) == on_a_terminal
+    output = capsys.readouterr().err
+    assert ("60/60" in output) == on_a_terminal
     if not on_a_terminal:
-        assert [line.partition(" in ")[0] for line in said.splitlines()] == [
+        assert [line.partition(" in ")[0] for line in output.splitlines()] == [
             "cinic10: decoding 60 images",
             "cinic10: decoded",
         ]
 
 
-def test_changed_source_is_decoded_anew(folder: Path) -> None:
+def test_changed_source_is_decoded_again(folder: Path) -> None:
     before = found(folder.parent)
     shutil.copy(folder / "test" / "cat" / "image-0.png", folder / "test" / "dog" / "image-0.png")
     after = found(folder.parent)
@@ -143,10 +143,10 @@ def test_changed_source_is_decoded_anew(folder: Path) -> None:
         open_dataset(before)
 
 
-def test_source_that_goes_after_it_was_found(folder: Path) -> None:
+def test_source_that_is_deleted_after_it_was_found(folder: Path) -> None:
     info = found(folder.parent)
     shutil.rmtree(folder)
-    assert len(open_dataset(info).train) == 40, "the cache is enough"
+    assert len(open_dataset(info).train) == 40, "the cache suffices"
     shutil.rmtree(folder.parent / CACHE)
     with pytest.raises(DataError, match=r"cinic10/train is missing"):
         open_dataset(info)
@@ -164,8 +164,8 @@ def too_large(path: Path) -> None:
     Image.fromarray(np.zeros((64, 32, 3), np.uint8)).save(path)
 
 
-def said_to_be_huge(path: Path) -> None:
-    """A header of 2 GB an image, with a right checksum."""
+def claim_huge_size(path: Path) -> None:
+    """Write a header that declares 2 GB of pixels, with a correct checksum."""
     content = bytearray(path.read_bytes())
     content[16:24] = struct.pack(">II", 30_000, 30_000)
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
@@ -196,15 +196,15 @@ def make_folder(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (cut, r"bird/image-1\.png is damaged: .* CINIC-10 holds PNGs of 32x32 pixels"),
         (flip_pixel, r"bird/image-1\.png is damaged"),
         (lambda path: path.write_bytes(b""), r"bird/image-1\.png is not a PNG"),
         (not_a_png, r"bird/image-1\.png is not a PNG"),
         (too_large, r"bird/image-1\.png has 32x64 pixels; CINIC-10 holds PNGs of 32x32"),
-        (said_to_be_huge, r"bird/image-1\.png has 30000x30000 pixels"),
-        (sixteen_bits, r"bird/image-1\.png has 16 bits a channel"),
+        (claim_huge_size, r"bird/image-1\.png has 30000x30000 pixels"),
+        (sixteen_bits, r"bird/image-1\.png has 16 bits per channel"),
         (make_folder, r"bird/image-1\.png can't be read \(Is a directory\)"),
         (lambda path: shutil.copy(__file__, path.with_name("notes.txt")), r"bird/notes\.txt is not a PNG"),
         (rename_class, r"valid/bird is missing\. .* a folder of PNGs for each of airplane, .*truck"),
@@ -212,24 +212,24 @@ def make_folder(path: Path) -> None:
         (lambda path: shutil.rmtree(path.parent), r"valid/bird is missing"),
         (
             lambda path: shutil.rmtree(path.parents[1]),
-            r"cinic10/valid is missing\. .*should hold train, valid and test",
+            r"cinic10/valid is missing\. .*must hold train, valid and test",
         ),
-        (lambda path: [one.unlink() for one in path.parent.iterdir()], r"valid/bird holds no images"),
+        (lambda path: [file.unlink() for file in path.parent.iterdir()], r"valid/bird holds no images"),
     ],
 )
 @pytest.mark.parametrize("data", ["auto", "real"])
 def test_damage_is_an_error_with_the_files_name(
-    damage: Callable[[Path], object], said: str, data: str, folder: Path
+    damage: Callable[[Path], object], message: str, data: str, folder: Path
 ) -> None:
     damage(folder / "valid" / "bird" / "image-1.png")
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         find_dataset("cinic10", data=data, data_dir=folder.parent)  # type: ignore[arg-type]
     assert str(folder) in str(caught.value)
-    assert not list((folder.parent / CACHE).glob("*/*/")), "nothing half-made stays"
+    assert not list((folder.parent / CACHE).glob("*/*/")), "no unfinished build is left"
 
 
-def test_download_takes_the_place_of_a_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cinic10, "PUBLISHED_OF_CLASS", 2)
+def test_download_replaces_an_incomplete_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cinic10, "PUBLISHED_PER_CLASS", 2)
     archive = shutil.make_archive(str(folder.parent / "made"), "gztar", folder)
     shutil.rmtree(folder / "train" / "bird")
     (folder / "train" / "bird").mkdir()
@@ -240,8 +240,8 @@ def test_download_takes_the_place_of_a_part(folder: Path, monkeypatch: pytest.Mo
     assert len(list((folder.parent / "cinic10.old" / "train" / "bird").iterdir())) == 1
 
 
-class Heard(io.TextIOBase):
-    """What is written, in a queue."""
+class QueueWriter(io.TextIOBase):
+    """A text stream that puts everything written to it into a queue."""
 
     def __init__(self, texts: Any) -> None:
         self.texts = texts
@@ -251,37 +251,37 @@ class Heard(io.TextIOBase):
         return len(text)
 
 
-def download_and_tell(data_dir: Path, heard: Any, told: Any) -> None:
-    sys.stderr = Heard(heard)  # type: ignore[assignment]
-    told.put(find_dataset("cinic10", data="real", data_dir=data_dir, download=True))
+def download_and_report(data_dir: Path, output: Any, results: Any) -> None:
+    sys.stderr = QueueWriter(output)  # type: ignore[assignment]
+    results.put(find_dataset("cinic10", data="real", data_dir=data_dir, download=True))
 
 
 @pytest.mark.timeout(120)
 def test_two_processes_that_download_at_once_take_turns(
     folder: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cinic10, "PUBLISHED_OF_CLASS", 2)
+    monkeypatch.setattr(cinic10, "PUBLISHED_PER_CLASS", 2)
     server.content = Path(shutil.make_archive(str(tmp_path / "made"), "gztar", folder)).read_bytes()
     monkeypatch.setattr(cinic10, "ARCHIVE", server.file(content=server.content))
     server.may_answer.clear()
     forked = multiprocessing.get_context("fork")
-    told, data_dir, processes = forked.Queue(), tmp_path / "new", []
-    for said in ("downloading set.tar.gz", f"waiting for another process that downloads into {data_dir}"):
-        heard = forked.Queue()
-        processes.append(forked.Process(target=download_and_tell, args=(data_dir, heard, told)))
+    results, data_dir, processes = forked.Queue(), tmp_path / "new", []
+    for message in ("downloading set.tar.gz", f"waiting for another process that downloads into {data_dir}"):
+        output = forked.Queue()
+        processes.append(forked.Process(target=download_and_report, args=(data_dir, output, results)))
         processes[-1].start()
-        assert heard.get(timeout=60).startswith(said)
+        assert output.get(timeout=60).startswith(message)
     server.may_answer.set()
-    infos = [told.get(timeout=60) for _ in processes]
+    infos = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
     assert infos[0] == infos[1]
     assert infos[0].source == "real"
-    assert server.asked == [None], "the second one fetches nothing"
+    assert server.asked == [None], "the second process downloads nothing"
     assert {path.name for path in data_dir.iterdir() if path.name[0] != "."} == {"set.tar.gz", "cinic10"}
 
 
-# The real ones
+# The real files
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +319,7 @@ def test_real_pixels_have_the_normalisation_that_is_stated(real: Path, tmp_path:
 
 
 @pytest.fixture(scope="module")
-def some_real(real: Path) -> list[bytes]:
+def real_files(real: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted((real / "test").glob("*/*.png"))[::50]]
 
 
@@ -348,9 +348,9 @@ def changes(draw: st.DrawFn) -> Callable[[bytes], bytes]:
 @given(change=changes(), which=st.integers(0, 1000))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_changed_bytes_are_an_error_or_change_nothing(
-    change: Callable[[bytes], bytes], which: int, some_real: list[bytes], tmp_path: Path
+    change: Callable[[bytes], bytes], which: int, real_files: list[bytes], tmp_path: Path
 ) -> None:
-    content = some_real[which % len(some_real)]
+    content = real_files[which % len(real_files)]
     file = tmp_path / "image.png"
     file.write_bytes(content)
     expected = cinic10.decode_image(str(file))
@@ -359,8 +359,8 @@ def test_changed_bytes_are_an_error_or_change_nothing(
         np.testing.assert_array_equal(cinic10.decode_image(str(file)), expected)
 
 
-def test_all_of_many_files_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More files than a thread takes at a time."""
+def test_several_chunks_of_files_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are more files than a thread decodes at a time."""
     monkeypatch.setattr(cinic10, "CHUNK", 4)
     generator = np.random.default_rng(1)
     expected = generator.integers(0, 256, (11, 3, 32, 32), dtype=np.uint8)

@@ -227,9 +227,9 @@ CLIP = Path("tree/2_nohash_0.wav")
     [
         (lambda folder: (folder / CLIP).write_bytes(b""), "tree/2_nohash_0.wav can't be used: it has 0 bytes and "),
         (lambda folder: cut(folder / "tree/0_nohash_0.wav"), "0_nohash_0.wav can't be used: it has 16,022 bytes of"),
-        (lambda folder: (folder / CLIP).write_text("no sound"), "does not begin like a wav file. Expected a whole wav"),
+        (lambda folder: (folder / CLIP).write_text("no sound"), "does not begin like a wav file. Expected a complete"),
         (lambda folder: write_wav(folder / CLIP, np.zeros(0, np.int16)), "2_nohash_0.wav can't be used: it holds no s"),
-        (lambda folder: write_wav(folder / CLIP, np.zeros(99, np.int16), 8_000), "1 channels, 8,000 samples a second"),
+        (lambda folder: write_wav(folder / CLIP, np.zeros(99, np.int16), 8_000), "1 channels, 8,000 samples per sec"),
         (lambda folder: write_wav(folder / CLIP, np.zeros((9, 2), np.int16)), "it is PCM_16, 2 channels"),
         (lambda folder: write_wav(folder / CLIP, np.zeros(9, np.int16), subtype="FLOAT"), "it is FLOAT, 1 channels"),
         (lambda folder: ((folder / CLIP).unlink(), (folder / CLIP).mkdir()), "2_nohash_0.wav can't be used: .*dir"),
@@ -601,7 +601,7 @@ def test_real_clip_with_changed_bytes_is_read_or_refused(data_dir: Path, tmp_pat
         clip, error = None, str(caught)
     if clip is None:
         assert "changed.wav" in error
-        assert "Expected a whole wav file of 16-bit mono samples, 16,000 a second" in error
+        assert "Expected a complete wav file of 16-bit mono samples, 16,000 per second" in error
         return
     assert (clip.shape, clip.dtype) == ((16_000,), np.int16)
     assert length == len(whole) or content[40:44] != whole[40:44], "what was cut is refused"
