@@ -1,5 +1,5 @@
-"""The data floor. Formats are tested on a small set of random pixels, made here, whose checksums take the place of
-CIFAR-10's; the tests that take `data_dir` read the real one. Nothing downloads."""
+"""Data sets. Formats are tested on a small set of random pixels, made here, whose checksums replace those of CIFAR-10;
+the tests with the fixture `data_dir` read the real CIFAR-10. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def records(monkeypatch: pytest.MonkeyPatch) -> Records:
-    """A small published set: for each file its records, shape (20, 3073)."""
+    """A small published set: the records of each file, shape (20, 3073)."""
     generator = np.random.default_rng(0)
-    made = {}
+    records = {}
     for name in NAMES:
-        made[name] = generator.integers(0, 256, (FILE_SAMPLES, cifar10.RECORD_BYTES), dtype=np.uint8)
-        made[name][:, 0] %= 10
-    publish(monkeypatch, made)
-    return made
+        records[name] = generator.integers(0, 256, (FILE_SAMPLES, cifar10.RECORD_BYTES), dtype=np.uint8)
+        records[name][:, 0] %= 10
+    publish(monkeypatch, records)
+    return records
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, records: Records) -> None:
-    """Let the loaders, torchvision's included, take these records for the published ones."""
+    """Make the loaders, including torchvision's, accept these records as the published ones."""
     checksums = {name: hashlib.md5(encoded).hexdigest() for name, encoded in python_version(records).items()}
     hashes = {f"{name}.bin": hashlib.sha256(batch.tobytes()).hexdigest() for name, batch in records.items()}
     monkeypatch.setattr(cifar10, "SAMPLES_PER_FILE", len(records["test_batch"]))
@@ -81,7 +81,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, records: Records) -> None:
 
 
 def python_version(records: Records) -> dict[str, bytes]:
-    """The same samples as the Python version pickles them."""
+    """Pickle the same samples as in the Python version."""
     batches = {
         name: {"batch_label": name, "labels": batch[:, 0].tolist(), "data": batch[:, 1:].copy(), "filenames": []}
         for name, batch in records.items()
@@ -150,22 +150,22 @@ def test_info_is_small_and_survives_pickling(dataset: Dataset) -> None:
 def test_take_is_a_pure_function_of_each_index(dataset: Dataset) -> None:
     everything = np.arange(60)
     images, labels = dataset.train.take(everything)
-    some = np.array([59, 0, 21, 40, 21, 19, 20])  # unsorted, from several files, one twice
-    some_images, some_labels = dataset.train.take(some)
-    torch.testing.assert_close(some_images, images[some], rtol=0, atol=0)
-    torch.testing.assert_close(some_labels, labels[some], rtol=0, atol=0)
+    indices = np.array([59, 0, 21, 40, 21, 19, 20])  # unsorted, from several files, one twice
+    taken_images, taken_labels = dataset.train.take(indices)
+    torch.testing.assert_close(taken_images, images[indices], rtol=0, atol=0)
+    torch.testing.assert_close(taken_labels, labels[indices], rtol=0, atol=0)
     assert labels.tolist() == dataset.train.labels[:60].tolist()
     assert len({image.numpy().tobytes() for image in images}) == 60
 
 
-def test_take_gives_contiguous_memory_of_its_own(dataset: Dataset) -> None:
+def test_take_returns_new_contiguous_tensors(dataset: Dataset) -> None:
     indices = np.array([3, 1])
     images, labels = dataset.test.take(indices)
     assert images.shape == (2, 3, 32, 32)
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
     assert images.is_contiguous()
     before = images.clone()
-    images.add_(1)  # memory that can't be written would end the process here
+    images.add_(1)  # the process would crash here if the memory were read-only
     labels.add_(1)
     again, again_labels = dataset.test.take(indices)
     torch.testing.assert_close(again, before, rtol=0, atol=0)
@@ -179,18 +179,18 @@ def test_take_of_nothing_is_empty(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("outside", ["below", "above"])
-def test_take_refuses_indices_outside(dataset: Dataset, outside: str) -> None:
+def test_take_rejects_indices_outside_of_the_split(dataset: Dataset, outside: str) -> None:
     index = -1 if outside == "below" else len(dataset.test)
     with pytest.raises(IndexError, match=f"sample {index} of a split of {len(dataset.test)}"):
         dataset.test.take(np.array([0, index]))
 
 
-def test_array_split_wants_a_label_for_each_image() -> None:
+def test_array_split_needs_a_label_for_each_image() -> None:
     with pytest.raises(ValueError, match="2 samples don't match 3 labels"):
         ArraySplit(np.zeros((2, 3, 32, 32), np.uint8), np.zeros(3, np.int64))
 
 
-def test_array_split_of_a_view_gives_contiguous_images() -> None:
+def test_array_split_of_a_view_returns_contiguous_images() -> None:
     channels_last = np.arange(4 * 32 * 32 * 3, dtype=np.uint8).reshape(4, 32, 32, 3)
     images, _ = ArraySplit(channels_last.transpose(0, 3, 1, 2), np.arange(4)).take(np.array([2, 0]))
     assert images.is_contiguous()
@@ -201,7 +201,7 @@ def test_array_split_of_a_view_gives_contiguous_images() -> None:
 
 
 @pytest.mark.parametrize("layout", WRITERS)
-def test_published_samples_are_read_as_they_are(layout: str, records: Records, tmp_path: Path) -> None:
+def test_published_samples_are_read_unchanged(layout: str, records: Records, tmp_path: Path) -> None:
     WRITERS[layout](tmp_path, records)
     info = found(tmp_path)
     assert (info.source, info.layout, info.location) == ("real", layout, str(tmp_path))
@@ -214,7 +214,7 @@ def test_published_samples_are_read_as_they_are(layout: str, records: Records, t
         assert labels.tolist() == split.labels.tolist() == expected[:, 0].tolist()
 
 
-def test_fingerprint_is_of_the_contents_alone(records: Records, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_contents_only(records: Records, tmp_path: Path) -> None:
     for folder, write in (("one", write_binary), ("two", write_binary), ("three", write_python)):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder, records)
@@ -235,7 +235,7 @@ def test_nothing_there_is_none(tmp_path: Path) -> None:
     assert cifar10.find(tmp_path / "absent") is None
 
 
-def test_data_folder_that_is_no_folder(tmp_path: Path) -> None:
+def test_data_folder_that_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file can't be read as a folder \(Not a directory\)"):
         cifar10.find(tmp_path / "file")
@@ -263,7 +263,7 @@ def make_folder(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "file", "damage", "said"),
+    ("layout", "file", "damage", "message"),
     [
         ("binary", "data_batch_3.bin", remove, "data_batch_3.bin is missing"),
         ("binary", "test_batch.bin", cut, "test_batch.bin has 61,455 bytes and should have 61,460"),
@@ -278,16 +278,16 @@ def make_folder(file: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("data", ["auto", "real"])
-def test_damage_is_an_error_that_says_all(
-    layout: str, file: str, damage: Callable[[Path], None], said: str, data: str, records: Records, tmp_path: Path
+def test_damage_is_an_error_that_names_file_and_remedy(
+    layout: str, file: str, damage: Callable[[Path], None], message: str, data: str, records: Records, tmp_path: Path
 ) -> None:
     folder = WRITERS[layout](tmp_path, records)
     damage(folder / file)
     with pytest.raises(DataError) as caught:
         find_dataset("cifar10", data=data, data_dir=tmp_path)  # type: ignore[arg-type]
     text = str(caught.value)
-    assert f"CIFAR-10 in {folder} is not the published set: {said}" in text
-    assert text.count(";") == 0, "one file is damaged, so one is named"
+    assert f"CIFAR-10 in {folder} is not the published set: {message}" in text
+    assert text.count(";") == 0, "only the damaged file is named"
     check_remedy(text, tmp_path)
 
 
@@ -312,15 +312,17 @@ def test_all_missing_files_are_named(records: Records, tmp_path: Path) -> None:
     assert all(f"{name}.bin is missing" in str(caught.value) for name in NAMES)
 
 
-def test_whole_python_version_stands_in_for_a_damaged_binary_one(records: Records, tmp_path: Path) -> None:
+def test_python_version_replaces_a_damaged_binary_version(records: Records, tmp_path: Path) -> None:
     flip_pixel(write_binary(tmp_path, records) / "data_batch_1.bin")
     write_python(tmp_path, records)
-    with pytest.warns(FlexifedWarning, match=rf"{BINARY} is not the published set.*Using the complete copy in .*{PYTHON}"):
+    with pytest.warns(
+        FlexifedWarning, match=rf"{BINARY} is not the published set.*Using the complete copy in .*{PYTHON}"
+    ):
         info = found(tmp_path)
     assert info.layout == "python"
 
 
-def test_whole_binary_version_is_used_beside_a_damaged_python_one(records: Records, tmp_path: Path) -> None:
+def test_binary_version_is_used_if_the_python_version_is_damaged(records: Records, tmp_path: Path) -> None:
     write_binary(tmp_path, records)
     flip_pixel(write_python(tmp_path, records) / "data_batch_1")
     assert found(tmp_path).layout == "binary"
@@ -355,7 +357,7 @@ def test_nothing_is_unpickled_before_it_is_verified(file: str, records: Records,
         open_dataset(info)
     assert not witness.exists()
     pickle.loads((folder / file).read_bytes())
-    assert witness.exists(), "the trap itself works"
+    assert witness.exists(), "the file does run code when unpickled"
 
 
 @pytest.mark.parametrize(
@@ -374,7 +376,7 @@ def test_data_that_change_after_they_were_verified(
     assert "the same data under the same path" in str(caught.value)
 
 
-def test_binary_file_that_goes_while_it_is_open(records: Records, tmp_path: Path) -> None:
+def test_binary_file_that_changes_while_the_set_is_open(records: Records, tmp_path: Path) -> None:
     folder = write_binary(tmp_path, records)
     dataset = open_dataset(found(tmp_path))
     cut(folder / "data_batch_2.bin")
@@ -390,7 +392,7 @@ def test_open_binary_split_holds_no_samples(records: Records, tmp_path: Path) ->
     assert len(pickle.dumps(dataset.train)) < 2000
 
 
-# CIFAR-10, the real one
+# The real CIFAR-10
 
 
 def test_real_binary_version(data_dir: Path) -> None:
@@ -418,21 +420,21 @@ def test_real_pixels_have_the_normalisation_that_is_stated(data_dir: Path) -> No
     images, _ = open_dataset(info).train.take(np.arange(0, 50_000, 25))
     pixels = images.double() / 255
     torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.tensor(info.mean).double(), rtol=0, atol=0.01)
-    of_each_image = pixels.std((2, 3)).mean(0)
-    torch.testing.assert_close(of_each_image, torch.tensor(info.std).double(), rtol=0, atol=0.005)
+    mean_of_image_stds = pixels.std((2, 3)).mean(0)
+    torch.testing.assert_close(mean_of_image_stds, torch.tensor(info.std).double(), rtol=0, atol=0.005)
 
 
 def test_real_images_in_the_python_version(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = open_dataset(find_dataset("cifar10", data="real", data_dir=data_dir))
-    some = {}
+    batches = {}
     for index, name in enumerate(NAMES):
         split, first = (real.test, 0) if name == "test_batch" else (real.train, index * 10_000)
         images, labels = split.take(np.arange(first, first + 300))
-        some[name] = torch.cat([labels[:, None].to(torch.uint8), images.flatten(1)], dim=1).numpy()
-    publish(monkeypatch, some)
-    write_python(tmp_path, some)
+        batches[name] = torch.cat([labels[:, None].to(torch.uint8), images.flatten(1)], dim=1).numpy()
+    publish(monkeypatch, batches)
+    write_python(tmp_path, batches)
     dataset = open_dataset(find_dataset("cifar10", data="real", data_dir=tmp_path))
-    images, labels = dataset.train.take(np.arange(600, 900))  # the head of the third file
+    images, labels = dataset.train.take(np.arange(600, 900))  # the first 300 of the third file
     monkeypatch.undo()
     expected, expected_labels = real.train.take(np.arange(20_000, 20_300))
     torch.testing.assert_close(images, expected, rtol=0, atol=0)
@@ -450,10 +452,10 @@ def test_real_set_without_one_file(data_dir: Path, tmp_path: Path) -> None:
         find_dataset("cifar10", data="auto", data_dir=tmp_path)
 
 
-# Which data
+# The choice of data
 
 
-def test_auto_takes_real_data_where_they_are(records: Records, tmp_path: Path) -> None:
+def test_auto_takes_real_data_if_present(records: Records, tmp_path: Path) -> None:
     assert find_dataset("cifar10", data="auto", data_dir=tmp_path) == synthetic.info("cifar10")
     write_binary(tmp_path, records)
     assert find_dataset("cifar10", data="auto", data_dir=tmp_path).source == "real"
@@ -461,7 +463,7 @@ def test_auto_takes_real_data_where_they_are(records: Records, tmp_path: Path) -
     assert find_dataset("cifar10", data="synthetic", data_dir=tmp_path) == synthetic.info("cifar10")
 
 
-def test_real_and_nothing_there(tmp_path: Path) -> None:
+def test_real_data_are_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"cifar10: no real data in {tmp_path}") as caught:
         find_dataset("cifar10", data="real", data_dir=tmp_path)
     check_remedy(str(caught.value), tmp_path)
@@ -471,7 +473,7 @@ def test_real_and_nothing_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_data_folder_that_cannot_be_looked_at(name: str) -> None:
+def test_data_folder_that_cannot_be_accessed(name: str) -> None:
     with pytest.raises(DataError, match=r"can't be .*\(File name too long\)"):
         find_dataset(name, data="auto", data_dir=Path("x" * 300))
 
@@ -492,7 +494,7 @@ def test_home_folder_is_expanded(records: Records, tmp_path: Path, monkeypatch: 
 
 
 def write_archive(data_dir: Path, records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the archive where a download leaves it, so that it need not be fetched."""
+    """Write the archive to where a download would put it, so that nothing has to be downloaded."""
     data_dir.mkdir(exist_ok=True)
     archive = data_dir / cifar10.ARCHIVE.name
     with tarfile.open(archive, "w:gz") as opened:
@@ -516,7 +518,7 @@ def test_download_gets_what_is_missing_or_damaged(
     assert open_dataset(info).test.labels.tolist() == records["test_batch"][:, 0].tolist()
 
 
-def test_download_leaves_whole_data_alone(records: Records, tmp_path: Path) -> None:
+def test_download_keeps_complete_data(records: Records, tmp_path: Path) -> None:
     write_binary(tmp_path, records)
     assert find_dataset("cifar10", data="real", data_dir=tmp_path, download=True).layout == "binary"
 
@@ -532,7 +534,7 @@ def test_download_without_network(data: str, tmp_path: Path, monkeypatch: pytest
     check_remedy(str(caught.value), tmp_path / "new")
 
 
-def test_download_is_the_file_that_torchvision_knows() -> None:
+def test_download_is_the_file_of_torchvision() -> None:
     assert cifar10.ARCHIVE.urls == (CIFAR10.url,)
     assert cifar10.ARCHIVE.name == CIFAR10.filename
     assert cifar10.ARCHIVE.checksum == f"md5:{CIFAR10.tgz_md5}"
@@ -557,7 +559,7 @@ def test_download_into_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_stand_in_never_changes(info: DatasetInfo, digest: str) -> None:
-    """The bytes belong to the fingerprint: raise the module's `VERSION` with the digest."""
+    """The fingerprint stands for the bytes: if a digest changes, increase the module's `VERSION`."""
     dataset = open_dataset(info)
     indices = np.arange(0, 7_600, 757) if info.name == "agnews" else np.arange(0, 10_000, 997)
     content = b"".join(split.take(indices)[0].numpy().tobytes() for split in (dataset.train, dataset.test))
@@ -579,7 +581,7 @@ def test_stand_in_is_not_made_when_opened() -> None:
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert 1 << 20 < peak_bytes < 8 << 20, "the noise is 1 MiB, all samples are 184"
+    assert 1 << 20 < peak_bytes < 8 << 20, "the noise takes 1 MiB, all samples would take 184"
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cinic10", "agnews"])
@@ -624,11 +626,11 @@ def test_stand_in_has_the_published_size(name: str, sizes: tuple[int, int]) -> N
     assert labels.tolist() == dataset.train.labels[-1:].tolist() == [info.num_classes - 1]
 
 
-def test_texts_are_made_of_words_that_say_their_class() -> None:
+def test_texts_are_made_of_words_that_reveal_their_class() -> None:
     dataset = open_dataset(synthetic_texts.info())
     texts, labels = dataset.train.take(np.arange(600))
-    some, _ = dataset.train.take(np.array([599, 3]))
-    torch.testing.assert_close(some, texts[[599, 3]], rtol=0, atol=0)
+    taken, _ = dataset.train.take(np.array([599, 3]))
+    torch.testing.assert_close(taken, texts[[599, 3]], rtol=0, atol=0)
     assert texts.max() == synthetic_texts.LETTERS
     spoken = [bytes(text.tolist()).rstrip(b"\0").split(b"\0") for text in texts]
     assert {len(words) for words in spoken} <= set(range(20, 52))
@@ -700,11 +702,11 @@ def test_shards_are_disjoint_equal_and_reproducible(data: st.DataObject) -> None
     assert [shard.tolist() for shard in shards] == [shard.tolist() for shard in again]
     assert [shard.size for shard in shards] == [num_samples // num_shards] * num_clients
     assert {shard.dtype for shard in shards} == {np.dtype(np.int64)}
-    given_out = np.concatenate(shards)
-    assert len(set(given_out.tolist())) == given_out.size
-    assert 0 <= given_out.min() <= given_out.max() < num_samples
+    assigned = np.concatenate(shards)
+    assert len(set(assigned.tolist())) == assigned.size
+    assert 0 <= assigned.min() <= assigned.max() < num_samples
     permutation = np.random.default_rng(seed).permutation(num_samples)
-    assert given_out.tolist() == permutation[: given_out.size].tolist()
+    assert assigned.tolist() == permutation[: assigned.size].tolist()
 
 
 def test_shards_depend_on_the_generator_and_not_on_the_clients() -> None:
@@ -735,12 +737,12 @@ def test_windows_cover_the_shard_and_wrap(windows_per_shard: int, length: int, f
 
 @given(st.integers(1, 12), st.integers(1, 60), st.integers(0, 100))
 def test_windows_go_round_a_shard_that_does_not_divide(windows_per_shard: int, size: int, first_round: int) -> None:
-    """Laid end to end, the windows of all rounds are the shard over and over: a window may span its end."""
+    """Concatenated, the windows of all rounds repeat the shard over and over: a window may wrap around its end."""
     size = max(size, windows_per_shard)
     shard = np.arange(size) + 7
     length = size // windows_per_shard
-    laid = np.concatenate([window(shard, round_index, windows_per_shard) for round_index in range(first_round + 2)])
-    assert laid.tolist() == list(itertools.islice(itertools.cycle(shard.tolist()), (first_round + 2) * length))
+    windows = np.concatenate([window(shard, round_index, windows_per_shard) for round_index in range(first_round + 2)])
+    assert windows.tolist() == list(itertools.islice(itertools.cycle(shard.tolist()), (first_round + 2) * length))
 
 
 def test_window_in_the_middle_of_a_wrap() -> None:

@@ -1,4 +1,4 @@
-"""The wav files of Speech Commands as arrays; see `flexifed.data.speech_commands`."""
+"""Decode the wav files of Speech Commands into arrays; see `flexifed.data.speech_commands`."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from flexifed.errors import DataError
 
 CLIP_SAMPLES = SAMPLE_RATE
 READERS = 8
-"""Threads that read wav files; they wait for the disk more than they compute."""
+"""Number of threads that read wav files; they mostly wait for the disk."""
 BLOCK = 1_024
-"""Clips that are read before they are written."""
+"""Number of clips that are read before they are written."""
 MEASURED_CLIPS = 4_096
-"""About so many training clips, evenly spread, are what normalisation is measured on."""
+"""Approximate number of training clips, evenly spaced, on which normalisation is measured."""
 
 
 def decode(files: Files, folder: Path, version: Version, into: Path) -> dict[str, object]:
-    """Write both splits' clips and labels and the background noise.
+    """Write the clips and labels of both splits, and the background noise.
 
     Args:
-        files: of a version's folder.
-        folder: it.
-        version: it.
-        into: the folder of the arrays.
+        files: files of the version.
+        folder: folder of the version.
+        version: the version.
+        into: folder for the arrays.
 
     Returns:
-        The normalisation: `mean` and `std`.
+        `mean` and `std` for normalisation.
 
     Raises:
         DataError: a file is damaged, or the lists leave a split empty.
@@ -47,24 +47,24 @@ def decode(files: Files, folder: Path, version: Version, into: Path) -> dict[str
     print(f"{NAME}: decoding {num_clips:,} clips in {folder}, once", file=sys.stderr, flush=True)
     began = time.monotonic()
     testing = read_list(folder / TESTING_LIST, version.words)
-    if both := testing & read_list(folder / VALIDATION_LIST, version.words):
+    if in_both := testing & read_list(folder / VALIDATION_LIST, version.words):
         raise DataError(
-            f"{folder / TESTING_LIST} and {folder / VALIDATION_LIST} both name {min(both)}; a clip belongs to one"
+            f"{folder / TESTING_LIST} and {folder / VALIDATION_LIST} both name {min(in_both)}; a clip must be in one"
         )
     splits: dict[str, list[tuple[os.DirEntry[str], int]]] = {"train": [], "test": []}
     for label, (word, entries) in enumerate(files.clips.items()):
         for entry in entries:
             splits["test" if f"{word}/{entry.name}" in testing else "train"].append((entry, label))
-    for split, named in (("train", "all"), ("test", "none")):
+    for split, quantity in (("train", "all"), ("test", "none")):
         if not splits[split]:
             raise DataError(
-                f"{folder / TESTING_LIST} names {named} of the clips in {folder}, so the {split}ing set is empty"
+                f"{folder / TESTING_LIST} names {quantity} of the clips in {folder}, so the {split}ing set is empty"
             )
     with count_bar() as bar:
         task = bar.add_task(NAME, total=num_clips)
         for split, clips in splits.items():
-            wavs = [Path(entry) for entry, _ in clips]
-            _write_clips(into / f"{split}_samples.npy", wavs, written=lambda: bar.advance(task))
+            paths = [Path(entry) for entry, _ in clips]
+            _write_clips(into / f"{split}_samples.npy", paths, written=lambda: bar.advance(task))
             np.save(into / f"{split}_labels.npy", np.array([label for _, label in clips], np.int64))
     train_noise, test_noise = _read_noise([Path(entry) for entry in files.noises])
     np.save(into / "train_noise.npy", train_noise)
@@ -75,10 +75,12 @@ def decode(files: Files, folder: Path, version: Version, into: Path) -> dict[str
 
 
 def measure_normalisation(samples: NDArray[np.int16]) -> tuple[float, float]:
-    """Mean and deviation of log-mel values over evenly spread clips, rounded to what every machine agrees on.
+    """Measure the mean and standard deviation of log-mel values over evenly spaced clips.
+
+    They are rounded so that all machines get the same values.
 
     Args:
-        samples: clips, shape (clips, 16000).
+        samples: waveforms, shape (clips, 16000).
     """
     pipeline = SpeechPipeline((0.0,), (1.0,), np.empty(0, np.int16), torch.device("cpu"), channels_last=False)
     step = max(1, len(samples) // MEASURED_CLIPS)
@@ -93,6 +95,7 @@ def measure_normalisation(samples: NDArray[np.int16]) -> tuple[float, float]:
 
 
 def _write_clips(target: Path, files: Sequence[Path], written: Callable[[], None]) -> None:
+    """Write the clips to an array file; call `written` after each."""
     clips = np.lib.format.open_memmap(target, mode="w+", dtype=np.int16, shape=(len(files), CLIP_SAMPLES))
     with ThreadPoolExecutor(READERS) as readers:
         for start in range(0, len(files), BLOCK):
@@ -103,7 +106,7 @@ def _write_clips(target: Path, files: Sequence[Path], written: Callable[[], None
 
 
 def _read_noise(files: Sequence[Path]) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
-    """Background noises end to end: the first four fifths of each for training, the last fifth of each for testing."""
+    """Concatenate the background noises: the first four fifths of each for training, the last fifth for testing."""
     noises = [read_wav(file) for file in files]
     train = np.concatenate([noise[: len(noise) * 4 // 5] for noise in noises])
     test = np.concatenate([noise[len(noise) * 4 // 5 :] for noise in noises])

@@ -1,4 +1,4 @@
-"""What was published of Speech Commands, and which of it lies in a folder; see `flexifed.data.speech_commands`."""
+"""The published versions of Speech Commands, and the files of a version; see `flexifed.data.speech_commands`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ VALIDATION_LIST, TESTING_LIST = "validation_list.txt", "testing_list.txt"
 
 @dataclass(frozen=True)
 class Version:
-    """What was published: its name, its words in the order of their labels, and how many clips it has."""
+    """A published version.
+
+    Attributes:
+        name: `v0.01` or `v0.02`.
+        words: the words, in the order of their labels.
+        num_clips: number of clips.
+        num_test: number of test clips.
+    """
 
     name: str
     words: tuple[str, ...]
@@ -25,12 +32,12 @@ class Version:
 
     @property
     def folder(self) -> str:
-        """The folder of the version's words."""
+        """Name of the folder that holds the version."""
         return f"speech_commands_{self.name}"
 
     @property
     def url(self) -> str:
-        """The archive's address. It holds the words themselves, no folder around them."""
+        """URL of the archive, which has no top-level folder."""
         return f"http://download.tensorflow.org/data/{self.folder}.tar.gz"
 
 
@@ -53,7 +60,13 @@ VERSIONS = (V1, V2)
 
 @dataclass(frozen=True)
 class Files:
-    """What a version's folder holds, each in the order of names."""
+    """The files of a version, each kind in order of names.
+
+    Attributes:
+        clips: the clips of each word.
+        noises: the background noises.
+        lists: the lists of validation and test clips.
+    """
 
     clips: Mapping[str, list[os.DirEntry[str]]]
     noises: list[os.DirEntry[str]]
@@ -61,10 +74,10 @@ class Files:
 
     @classmethod
     def scan(cls, folder: Path, version: Version) -> Files:
-        """List a folder's files; contents are not read.
+        """List the files in a version's folder, without reading them.
 
         Raises:
-            DataError: what should be there isn't, or a word isn't one of the version's.
+            DataError: a folder or list is missing, or a folder is not a word of the version.
         """
         try:
             top = {entry.name: entry for entry in os.scandir(folder) if entry.name[0] != "."}
@@ -73,18 +86,18 @@ class Files:
             lists = [top[name] for name in (VALIDATION_LIST, TESTING_LIST) if name in top]
             problems = [f"{name}/ is missing" for name in missing]
             problems += [f"{name} is missing" for name in (VALIDATION_LIST, TESTING_LIST) if name not in top]
-            problems += [f"{name}/ is no word of {version.name}" for name in sorted(unknown)]
+            problems += [f"{name}/ is not a word of {version.name}" for name in sorted(unknown)]
             clips = {word: _wav_files(top[word]) for word in version.words if word in top}
             noises = _wav_files(top[NOISE_FOLDER]) if NOISE_FOLDER in top else []
         except OSError as error:
             raise DataError(f"{error.filename or folder} can't be read ({error.strerror})") from error
-        found = {**clips, NOISE_FOLDER: noises}
-        problems += [f"{name}/ holds no wav file" for name in found if name in top and not found[name]]
+        wav_files = {**clips, NOISE_FOLDER: noises}
+        problems += [f"{name}/ holds no wav file" for name in wav_files if name in top and not wav_files[name]]
         if problems:
             raise DataError(
                 f"Speech Commands in {folder} is not as published: {'; '.join(problems)}. {version.name} has a folder "
                 f"for each of {len(version.words)} words, {NOISE_FOLDER}, {VALIDATION_LIST} and {TESTING_LIST}; "
-                f"{version.url} has all of it."
+                f"{version.url} contains all of them."
             )
         return cls(clips, noises, lists)
 
@@ -94,16 +107,16 @@ class Files:
 
 
 def _wav_files(folder: os.DirEntry[str]) -> list[os.DirEntry[str]]:
-    """A folder's wav files in the order of names; hidden ones, which some systems leave behind, are none."""
+    """The wav files of a folder in order of names, without hidden files, which some systems leave behind."""
     entries = (entry for entry in os.scandir(folder) if entry.name.endswith(".wav") and entry.name[0] != ".")
     return sorted(entries, key=lambda entry: entry.name)
 
 
 def read_list(file: Path, words: Iterable[str]) -> frozenset[str]:
-    """The clips that a list names, as `word/file.wav`; they need not be there.
+    """Return the clips named in a list, as `word/file.wav`; the clips need not exist.
 
     Raises:
-        DataError: the list can't be read, or a line names no clip.
+        DataError: the list can't be read, or a line does not name a clip.
     """
     words = frozenset(words)
     try:
@@ -116,6 +129,6 @@ def read_list(file: Path, words: Iterable[str]) -> frozenset[str]:
         if not line.strip():
             continue
         if word not in words or not slash or not name.endswith(".wav") or "/" in name:
-            raise DataError(f"{file}, line {number}: {line[:80]!r} names no clip; expected a word/file.wav")
+            raise DataError(f"{file}, line {number}: {line[:80]!r} is not a clip; expected word/file.wav")
         named.add(f"{word}/{name}")
     return frozenset(named)

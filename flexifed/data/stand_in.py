@@ -1,5 +1,5 @@
-"""What the learnable stand-ins have in common: all that carries an index i is a hash of i, so a sample is a pure
-function of its index, and only what is asked for is made."""
+"""Common parts of the learnable stand-ins. Everything random about sample i is a hash of i, so a sample is a pure
+function of its index, and only the requested samples are made."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 from flexifed.data.dataset import LabelledSamples, check_indices
 from flexifed.seeding import derive_seed
 
-_ROOT_SEED = 0  # the data are one fixed set; a run's own seed has no part in them
+_ROOT_SEED = 0  # the data are fixed, independent of a run's seed
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StandInSplit(ABC):
-    """A split whose samples are made when they are taken; classes take turns, so all are equally frequent.
+    """A split whose samples are made when they are taken. All classes are equally frequent.
 
     Attributes:
-        num_samples: of the split.
-        num_classes: sample i is of class i modulo this.
-        seed: of the hashes that make the samples.
-        block: samples made at a time, so that the temporaries stay small.
+        num_samples: number of samples.
+        num_classes: number of classes; sample i has the label i modulo `num_classes`.
+        seed: seed of the hashes that determine the samples.
+        block: number of samples made at a time, which keeps temporary arrays small.
     """
 
     num_samples: int
@@ -52,7 +52,7 @@ class StandInSplit(ABC):
 
     @abstractmethod
     def empty(self, count: int) -> NDArray[Any]:
-        """An array for so many samples, its values undefined."""
+        """Return an uninitialised array for `count` samples."""
 
     @abstractmethod
     def make(self, indices: NDArray[np.int64]) -> NDArray[Any]:
@@ -60,18 +60,18 @@ class StandInSplit(ABC):
 
 
 def stream_seed(stream: int) -> int:
-    """The seed of one of the streams that stand-ins draw from, or begin their hashes with."""
+    """Return the seed of a random stream, for `random_bytes` or `hashes`."""
     return derive_seed(_ROOT_SEED, "synthetic", stream)
 
 
 def random_bytes(stream: int, count: int) -> NDArray[np.int8]:
-    """Random bytes of a stream, shape (count,): PCG64's raw bits, which NumPy promises not to change."""
+    """Return random bytes of a stream, shape (count,): PCG64's raw bits, which NumPy guarantees not to change."""
     raw = np.random.PCG64(stream_seed(stream)).random_raw(-(-count // 8))
     return raw.astype("<u8").view(np.int8)[:count]
 
 
 def hashes(indices: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
-    """SplitMix64 (Steele, Lea and Flood 2014) at position `index` of the stream that `seed` begins; shape (n,)."""
+    """Hash indices by SplitMix64 (Steele, Lea and Flood 2014): element `index` of the stream seeded with `seed`."""
     state = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -79,5 +79,5 @@ def hashes(indices: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
 
 
 def field(bits: NDArray[np.uint64], first: int, width: int) -> NDArray[np.int64]:
-    """`width` bits of each hash as a whole number."""
+    """Extract `width` bits of each hash, from bit `first`, as an integer."""
     return (bits >> np.uint64(first) & np.uint64((1 << width) - 1)).astype(np.int64)

@@ -1,13 +1,13 @@
-"""Learnable stand-ins for sets of small images, for running where no real data are: their results say nothing about
-Table 1. Those for CIFAR-10 and CINIC-10 differ in their patterns and in how many samples they have.
+"""Learnable stand-ins for image data sets, for runs without real data: their results say nothing about Table 1. Those
+for CIFAR-10 and CINIC-10 differ in their patterns and numbers of samples.
 
-Sample i of class c is a smooth pattern of the class, moved and scaled, on a smooth background that says nothing about
-the class, under noise:
+Sample i of class c is a smooth pattern of the class, shifted and scaled, on a smooth background that is independent of
+the class, with noise:
 
-    pixel = 128 + a_i * pattern_c[moved by s_i] + b_i * background_j(i)[moved by t_i] + noise[from offset o_i]
+    pixel = 128 + a_i * pattern_c[shifted by s_i] + b_i * background_j(i)[shifted by t_i] + noise[from offset o_i]
 
-All that carries an index i is a hash of i (`flexifed.data.stand_in`). Everything is integer arithmetic on random bytes:
-all machines see the same.
+All quantities with index i are hashes of i (`flexifed.data.stand_in`). Everything is integer arithmetic on random
+bytes, so all machines get the same images.
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ from flexifed.data.dataset import Dataset, DatasetInfo
 from flexifed.data.stand_in import StandInSplit, field, hashes, random_bytes, stream_seed
 
 VERSION = 1
-"""Raise it whenever a sample's bytes change; it is part of the fingerprint."""
+"""Increase it whenever the bytes of a sample change; it is part of the fingerprint."""
 
 NUM_CLASSES, NUM_BACKGROUNDS = 10, 16
 SIDE, CHANNELS = 32, 3
 GRID = 8
-"""Side of the coarse grid that patterns are interpolated from."""
+"""Side of the coarse grid from which patterns are interpolated."""
 STEP = SIDE // GRID
-"""Pixels from one grid point to the next; 32 pixels go once round the grid."""
+"""Pixels between neighbouring grid points; 32 pixels are one period of the grid."""
 MAX_SHIFT = 16
-"""A class's pattern moves by 0 to `MAX_SHIFT - 1` pixels each way."""
+"""The pattern of a class is shifted by 0 to `MAX_SHIFT - 1` pixels in each direction."""
 NOISE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class StandIn:
-    """What the stand-in of one data set has for itself.
+    """Parameters of the stand-in for one data set.
 
     Attributes:
-        first_stream: its patterns, backgrounds, noise, training and test samples come from five streams from here on.
-        mean: of each channel, of pixels in 0 to 1.
-        std: the deviation over all pixels.
+        first_stream: first of five random streams: patterns, backgrounds, noise, training and test samples.
+        num_train: number of training samples.
+        num_test: number of test samples.
+        mean: mean of each channel, for pixels in 0 to 1.
+        std: standard deviation over all pixels.
     """
 
     first_stream: int
@@ -74,7 +76,7 @@ STAND_INS: Mapping[str, StandIn] = MappingProxyType(
 
 
 def info(name: str = "cifar10") -> DatasetInfo:
-    """The description of a data set's stand-in: `cifar10` or `cinic10`."""
+    """Describe the stand-in for `cifar10` or `cinic10`."""
     stand_in = STAND_INS[name]
     return DatasetInfo(
         name=name,
@@ -92,7 +94,7 @@ def info(name: str = "cifar10") -> DatasetInfo:
 
 
 def open_synthetic(info: DatasetInfo) -> Dataset:
-    """Open a stand-in: 1 MiB of noise and a few patterns are drawn, no sample is made."""
+    """Open a stand-in. This draws 1 MiB of noise and a few patterns, but makes no sample."""
     first = STAND_INS[info.name].first_stream
     patterns = Patterns.draw(first)
     train, test = (
@@ -104,12 +106,13 @@ def open_synthetic(info: DatasetInfo) -> Dataset:
 
 @dataclass(frozen=True, eq=False)
 class Patterns:
-    """What samples are put together from.
+    """The components of the samples.
 
     Attributes:
-        classes: int16, shape (classes, 3, side, side), where side is an image's and the way it can move.
-        backgrounds: int16, shape (backgrounds, 3, side, side), with room to move by a whole image.
-        noise: int8, shape (`NOISE_BYTES`,).
+        classes: pattern of each class, int16, shape (classes, 3, side, side), where side is that of an image plus
+            `MAX_SHIFT`.
+        backgrounds: backgrounds, int16, shape (backgrounds, 3, side, side), where side is twice that of an image.
+        noise: noise, int8, shape (`NOISE_BYTES`,).
     """
 
     classes: NDArray[np.int16]
@@ -118,7 +121,7 @@ class Patterns:
 
     @classmethod
     def draw(cls, first_stream: int) -> Patterns:
-        """Draw the patterns of a stand-in, from three streams."""
+        """Draw the patterns of a stand-in from three streams."""
         return cls(
             _smooth(random_bytes(first_stream, NUM_CLASSES * CHANNELS * GRID * GRID), SIDE + MAX_SHIFT),
             _smooth(random_bytes(first_stream + 1, NUM_BACKGROUNDS * CHANNELS * GRID * GRID), 2 * SIDE),
@@ -128,17 +131,17 @@ class Patterns:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SyntheticImages(StandInSplit):
-    """Images made of patterns."""
+    """Images composed of patterns."""
 
     patterns: Patterns
     block = 512
 
     def empty(self, count: int) -> NDArray[np.uint8]:
-        """Shape (count, 3, 32, 32)."""
+        """Return an uninitialised array of shape (count, 3, 32, 32)."""
         return np.empty((count, CHANNELS, SIDE, SIDE), np.uint8)
 
     def make(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Images of shape (n, 3, 32, 32)."""
+        """Make images, shape (n, 3, 32, 32)."""
         where, how = hashes(indices, self.seed), hashes(indices, self.seed + 1)
         row, column = field(where, 0, 8) % MAX_SHIFT, field(where, 8, 8) % MAX_SHIFT
         background_row, background_column = field(where, 16, 5), field(where, 21, 5)
@@ -157,7 +160,7 @@ class SyntheticImages(StandInSplit):
 
 
 def _smooth(coarse: NDArray[np.int8], side: int) -> NDArray[np.int16]:
-    """Interpolate grids of `GRID` by `GRID` values linearly to 32 by 32 pixels, repeated to `side` by `side`.
+    """Interpolate grids of `GRID` by `GRID` values bilinearly to 32 by 32 pixels, repeated to `side` by `side`.
 
     Returns:
         Shape (patterns, 3, side, side), values from -128 to 127.
@@ -173,7 +176,7 @@ def _smooth(coarse: NDArray[np.int8], side: int) -> NDArray[np.int16]:
 
 
 def _windows(patterns: NDArray[np.int16]) -> NDArray[np.int16]:
-    """Every place an image can be cut from a pattern, a view: shape (patterns, 3, rows, columns, 32, 32)."""
+    """A view of all crops of image size: shape (patterns, 3, rows, columns, 32, 32)."""
     return np.lib.stride_tricks.sliding_window_view(patterns, (SIDE, SIDE), axis=(2, 3))
 
 

@@ -1,13 +1,13 @@
-"""A learnable stand-in of Speech Commands' shape, for running where no real data are; see `flexifed.data.synthetic`.
+"""A learnable stand-in with the shape of Speech Commands, for runs without real data; see `flexifed.data.synthetic`.
 
 A class is a "word" of three syllables, each of two gliding tones, said by eight "speakers" of different pitch. Sample i
-is a word moved in time, over another word that says nothing about the class, under noise:
+is a word shifted in time, mixed with another word that is independent of the class, and with noise:
 
-    sample = a_i * word_c[speaker s_i, moved by t_i]
-           + b_i * word_d(i)[speaker u_i, moved by v_i] + l_i * noise[from o_i]
+    sample = a_i * word_c[speaker s_i, shifted by t_i]
+           + b_i * word_d(i)[speaker u_i, shifted by v_i] + l_i * noise[from o_i]
 
-As with images, all that carries an index i is a hash of i, and everything is integer arithmetic on random bytes, the
-sine too: all machines see the same.
+As with images, all quantities with index i are hashes of i, and everything, including the sine, is integer arithmetic
+on random bytes, so all machines get the same waveforms.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from flexifed.data.stand_in import StandInSplit, field, hashes, random_bytes, st
 from flexifed.data.wav import SAMPLE_RATE
 
 VERSION = 1
-"""Raise it whenever a sample's bytes change; it is part of the fingerprint."""
+"""Increase it whenever the bytes of a sample change; it is part of the fingerprint."""
 
 SIZES: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     {"speech_commands": (30, 57_886, 6_835), "speech_commands_12": (12, 25_339, 3_081)}
 )
-"""Classes, training and test samples, about as in v0.01 of the real set."""
+"""Numbers of classes, training samples and test samples, about as in v0.01 of the real data."""
 
 CLIP_SAMPLES = SAMPLE_RATE
 SYLLABLE_SAMPLES, NUM_SYLLABLES = 3_200, 3
 WORD_BEGIN = 3_200
-"""Where a word begins in its clip, give or take half of `MAX_SHIFT`."""
+"""First sample of a word in its clip, give or take half of `MAX_SHIFT`."""
 MAX_SHIFT = 2_048
-"""A word moves by 0 to `MAX_SHIFT - 1` samples."""
+"""A word is shifted by 0 to `MAX_SHIFT - 1` samples."""
 TONES = ((0, 1), (1, 2))
-"""Of each tone in a syllable: which of the syllable's glides it follows, and what its amplitude is divided by."""
+"""For each tone of a syllable: index of the glide that it follows, and divisor of its amplitude."""
 PITCHES = (28, 29, 30, 31, 33, 34, 35, 36)
-"""Of each speaker, in 32nds."""
+"""Pitch of each speaker, in 32nds."""
 SINE_STEPS, AMPLITUDE = 1_024, 255
 NOISE_BYTES = 1 << 20
 
-_WORDS, _NOISE, _TRAIN, _TEST = range(30, 34)  # streams; other stand-ins have the lower ones
+_WORDS, _NOISE, _TRAIN, _TEST = range(30, 34)  # random streams; the other stand-ins use the lower numbers
 
 
 def info(name: str) -> DatasetInfo:
-    """The stand-in's description; `name` is one of `SIZES`."""
+    """Describe the stand-in for one of the data sets in `SIZES`."""
     num_classes, num_train, num_test = SIZES[name]
     return DatasetInfo(
         name=name,
@@ -66,7 +66,7 @@ def info(name: str) -> DatasetInfo:
 
 
 def open_synthetic(info: DatasetInfo) -> SpeechDataset:
-    """Open the stand-in: the words are made (a few MB), no sample is."""
+    """Open the stand-in. This makes the words (a few MB), but no sample."""
     words, noise = make_words(info.num_classes), random_bytes(_NOISE, NOISE_BYTES)
     train, test = (
         SyntheticSpeech(
@@ -79,11 +79,11 @@ def open_synthetic(info: DatasetInfo) -> SpeechDataset:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SyntheticSpeech(StandInSplit):
-    """Clips made of words.
+    """Clips composed of words.
 
     Attributes:
-        words: int16, shape (classes, speakers, samples of a clip and the way a word can move).
-        noise: int8, shape (`NOISE_BYTES`,).
+        words: the words, int16, shape (classes, speakers, `CLIP_SAMPLES + MAX_SHIFT`).
+        noise: noise, int8, shape (`NOISE_BYTES`,).
     """
 
     words: NDArray[np.int16]
@@ -91,11 +91,11 @@ class SyntheticSpeech(StandInSplit):
     block = 64
 
     def empty(self, count: int) -> NDArray[np.int16]:
-        """Shape (count, 16000)."""
+        """Return an uninitialised array of shape (count, 16000)."""
         return np.empty((count, CLIP_SAMPLES), np.int16)
 
     def make(self, indices: NDArray[np.int64]) -> NDArray[np.int16]:
-        """Waveforms of shape (n, 16000)."""
+        """Make waveforms, shape (n, 16000)."""
         where, how = hashes(indices, self.seed), hashes(indices, self.seed + 1)
         word = self._moved(self.labels[indices], field(where, 0, 3), field(where, 3, 16))
         behind = self._moved(field(how, 0, 8) % len(self.words), field(where, 19, 3), field(where, 22, 16))
@@ -114,7 +114,7 @@ class SyntheticSpeech(StandInSplit):
 
 
 def make_words(num_classes: int) -> NDArray[np.int16]:
-    """Every word as every speaker says it, shape (classes, speakers, samples), with silence before and after it."""
+    """Make each word for each speaker, with silence before and after it; shape (classes, speakers, samples)."""
     glides = random_bytes(_WORDS, num_classes * NUM_SYLLABLES * len(TONES) * 2).view(np.uint8)
     hertz = 200 + 13 * glides.reshape(num_classes, NUM_SYLLABLES, len(TONES), 2).astype(np.int64)
     words = np.zeros((num_classes, len(PITCHES), CLIP_SAMPLES + MAX_SHIFT), np.int16)
@@ -135,9 +135,9 @@ def make_words(num_classes: int) -> NDArray[np.int16]:
 
 
 def sine_table() -> NDArray[np.int64]:
-    """One turn of a sine in `SINE_STEPS` steps, int64, within half a percent of the amplitude.
+    """Return one period of a sine in `SINE_STEPS` steps, int64, accurate to half a percent of the amplitude.
 
-    Bhaskara I's approximation, 16 x (pi - x) / (5 pi^2 - 4 x (pi - x)) on half a turn: rational, so exact in integers.
+    Bhaskara I's approximation, 16 x (pi - x) / (5 pi^2 - 4 x (pi - x)) on half a period: rational, exact in integers.
     """
     half = SINE_STEPS // 2
     x = np.arange(half)

@@ -1,9 +1,9 @@
-"""A learnable stand-in of AG News's shape, for running where no real texts are: its results say nothing about Table 1.
+"""A learnable stand-in with the shape of AG News, for runs without real texts: its results say nothing about Table 1.
 
-A text is 20 to 51 words of 2 to 9 letters with spaces between them. Each class has four words of its own; of sixteen
-words of a text, four to eleven are its class's, three another class's, so that some texts mislead, and the rest come
-from a vocabulary that all classes use. All that carries an index i is a hash of i (`flexifed.data.stand_in`), so a text
-is the same on all machines.
+A text is 20 to 51 words of 2 to 9 letters, separated by spaces. Each class has four words of its own. Of sixteen words
+in a text, four to eleven belong to its class, three to another class, so that some texts are misleading, and the rest
+come from a vocabulary common to all classes. Everything random about text i is a hash of i (`flexifed.data.stand_in`),
+so a text is the same on all machines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flexifed.data.dataset import Dataset, DatasetInfo
 from flexifed.data.stand_in import StandInSplit, field, hashes, random_bytes, stream_seed
 
 VERSION = 1
-"""Raise it whenever a text's bytes change; it is part of the fingerprint."""
+"""Increase it whenever the bytes of a text change; it is part of the fingerprint."""
 
 NUM_TRAIN, NUM_TEST, NUM_CLASSES = 120_000, 7_600, 4
 LENGTH = max(TEXT_LENGTHS.values())
@@ -33,7 +33,7 @@ _FIRST_STREAM = 20
 
 
 def info(name: str = "agnews") -> DatasetInfo:
-    """The stand-in's description."""
+    """Describe the stand-in."""
     return DatasetInfo(
         name=name,
         source="synthetic",
@@ -50,7 +50,7 @@ def info(name: str = "agnews") -> DatasetInfo:
 
 
 def open_synthetic(info: DatasetInfo) -> Dataset:
-    """Open the stand-in: its words are drawn, no text is made."""
+    """Open the stand-in. This draws the words, but makes no text."""
     words = Words.draw()
     train, test = (
         SyntheticTexts(words=words, num_samples=count, num_classes=NUM_CLASSES, seed=stream_seed(stream))
@@ -61,12 +61,12 @@ def open_synthetic(info: DatasetInfo) -> Dataset:
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """What texts are put together from.
+    """The vocabulary of the texts.
 
     Attributes:
-        letters: uint8, shape (words, longest word): letters from 1 to 26, then 0. Common words come first, then those
-            of each class.
-        lengths: int64, shape (words,).
+        letters: letters of each word from 1 to 26, padded with 0, uint8, shape (words, longest word). Common words come
+            first, then those of each class.
+        lengths: length of each word, int64, shape (words,).
     """
 
     letters: NDArray[np.uint8]
@@ -85,19 +85,19 @@ class Words:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SyntheticTexts(StandInSplit):
-    """Texts made of words."""
+    """Texts composed of words."""
 
     words: Words
     block = 512
 
     def empty(self, count: int) -> NDArray[np.uint8]:
-        """Shape (count, `LENGTH`)."""
+        """Return an uninitialised array of shape (count, `LENGTH`)."""
         return np.empty((count, LENGTH), np.uint8)
 
     def make(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Texts of shape (n, `LENGTH`)."""
-        words, is_there = self._choose(indices)
-        lengths = self.words.lengths[words] * is_there
+        """Make texts, shape (n, `LENGTH`)."""
+        words, is_used = self._choose(indices)
+        lengths = self.words.lengths[words] * is_used
         starts = np.cumsum(lengths + 1, axis=1) - (lengths + 1)
         text, word, letter = np.nonzero(np.arange(LONGEST_WORD) < lengths[:, :, None])
         texts = np.zeros((len(indices), LENGTH), np.uint8)
@@ -105,13 +105,13 @@ class SyntheticTexts(StandInSplit):
         return texts
 
     def _choose(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """The words of texts, by their position in the vocabulary, and which of them stand there: (n, `MAX_WORDS`)."""
+        """Choose the words of texts, as vocabulary indices, and which of them are used; each (n, `MAX_WORDS`)."""
         bits = hashes(indices[:, None] * MAX_WORDS + np.arange(MAX_WORDS), self.seed)
         text, kind = bits[:, :1], field(bits, 0, 4)
         num_words = MIN_WORDS + field(text, 32, 5)
         share = 4 + field(text, 40, 3)
         label = indices[:, None] % NUM_CLASSES
         other = (label + 1 + field(text, 48, 8) % (NUM_CLASSES - 1)) % NUM_CLASSES
-        of_class = COMMON_WORDS + np.where(kind < share, label, other) * CLASS_WORDS + field(bits, 4, 2)
-        words = np.where(kind < share + 3, of_class, field(bits, 16, 9))
+        class_words = COMMON_WORDS + np.where(kind < share, label, other) * CLASS_WORDS + field(bits, 4, 2)
+        words = np.where(kind < share + 3, class_words, field(bits, 16, 9))
         return words, np.arange(MAX_WORDS) < num_words

@@ -1,4 +1,4 @@
-"""Speech Commands: a small set in the publisher's layout, made here, and the real files where `data_dir` has them."""
+"""Speech Commands from a small set in the published layout, written here, and from the real files in `data_dir`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache that no other test sees, and never one beside real data."""
+    """A separate cache for each test, never in the folder of real data."""
     monkeypatch.setenv("FLEXIFED_CACHE_DIR", str(tmp_path / "cache"))
 
 
@@ -48,7 +48,7 @@ def write_wav(file: Path, samples: NDArray[np.int16], rate: int = 16_000, subtyp
 
 
 def write_set(folder: Path, version: Version) -> None:
-    """Seven clips of each word, some short and one long; the last is for testing, the one before for validation."""
+    """Write seven clips of each word, some short, one long; the last is for testing, the one before for validation."""
     generator = np.random.default_rng(0)
     for word in version.words:
         for clip in range(CLIPS_OF_WORD):
@@ -70,7 +70,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(written: Path, tmp_path: Path) -> Path:
-    """A copy of the small v0.02, for a test to damage."""
+    """A copy of the small v0.02 that a test may damage."""
     target = tmp_path / "data" / "SpeechCommands" / V2.folder
     shutil.copytree(written / V2.folder, target)
     return target
@@ -135,10 +135,11 @@ def test_all_of_a_release_that_is_not_the_papers_is_another_task(
     monkeypatch.setattr(speech_commands, "VERSIONS", (V1, replace(V2, num_clips=245, num_test=35)))
     info = found(tmp_path)
     assert (info.source, info.layout, info.num_classes) == ("real-other", "v0.02", 35)
-    assert find_dataset(NAME_12, data="real", data_dir=tmp_path).source == "real", "which has twelve in both"
+    twelve = find_dataset(NAME_12, data="real", data_dir=tmp_path)
+    assert twelve.source == "real", "both versions have the same twelve classes"
 
 
-def test_all_that_was_published_is_real(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_set_is_real(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speech_commands, "VERSIONS", (replace(V1, num_clips=210, num_test=30), V2))
     assert found(written).source == "real"
     assert opened(written).info.source == "real"
@@ -159,7 +160,7 @@ def test_contents_decide_the_fingerprint(folder: Path, tmp_path: Path) -> None:
 @PARTIAL
 @pytest.mark.parametrize(("name", "prefix"), [(NAME, "speech_commands-v0.01"), (NAME_12, "speech_commands_12-1-v0.01")])
 def test_fingerprint_never_changes(name: str, prefix: str, tmp_path: Path) -> None:
-    """Runs are named by it: a change of code that changes it loses them."""
+    """Run ids contain it: a code change that changes it loses all runs."""
     folder = tmp_path / V1.folder
     for number, word in enumerate(V1.words):
         for clip in range(2):
@@ -172,12 +173,14 @@ def test_fingerprint_never_changes(name: str, prefix: str, tmp_path: Path) -> No
 
 
 @PARTIAL
-def test_it_opens_where_it_was_not_decoded_yet(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_opens_on_a_machine_that_has_not_decoded_it(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     info = found(written)
     expected = all_of(open_dataset(info).test)
     monkeypatch.setenv("FLEXIFED_CACHE_DIR", str(tmp_path / "another machine"))
     again = all_of(open_dataset(info).test)
-    assert all(torch.equal(one, other) for one, other in zip(expected, again, strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(expected, again, strict=True))
 
 
 @PARTIAL
@@ -223,7 +226,7 @@ CLIP = Path("tree/2_nohash_0.wav")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda folder: (folder / CLIP).write_bytes(b""), "tree/2_nohash_0.wav can't be used: it has 0 bytes and "),
         (lambda folder: cut(folder / "tree/0_nohash_0.wav"), "0_nohash_0.wav can't be used: it has 16,022 bytes of"),
@@ -236,19 +239,21 @@ CLIP = Path("tree/2_nohash_0.wav")
         (lambda folder: shutil.rmtree(folder / "tree"), "not as published: tree/ is missing.*each of 35 words"),
         (lambda folder: shutil.rmtree(folder / "_background_noise_"), "_background_noise_/ is missing"),
         (lambda folder: write_wav(folder / "_background_noise_/hum.wav", np.zeros(9, np.int16)), "at least 5 s"),
-        (lambda folder: (folder / "extra").mkdir(), "extra/ is no word of v0.02"),
+        (lambda folder: (folder / "extra").mkdir(), "extra/ is not a word of v0.02"),
         (lambda folder: [file.unlink() for file in (folder / "up").iterdir()], "up/ holds no wav file"),
         (lambda folder: (folder / "testing_list.txt").unlink(), "testing_list.txt is missing"),
         (lambda folder: (folder / "validation_list.txt").unlink(), "validation_list.txt is missing"),
         (lambda folder: (folder / "testing_list.txt").write_text(""), "testing_list.txt names none of the clips"),
-        (lambda folder: (folder / "testing_list.txt").write_text("\nbed\n"), "testing_list.txt, line 2: 'bed' names "),
+        (lambda folder: (folder / "testing_list.txt").write_text("\nbed\n"), "testing_list.txt, line 2: 'bed' is not "),
         (lambda folder: (folder / "testing_list.txt").write_bytes(b"\xff"), "testing_list.txt can't be read as a list"),
         (lambda folder: shutil.copy(folder / "testing_list.txt", folder / "validation_list.txt"), "both name backwar"),
     ],
 )  # fmt: skip
-def test_damage_is_an_error_that_says_what_and_where(change: Callable[[Path], object], said: str, folder: Path) -> None:
+def test_damage_is_an_error_that_says_what_and_where(
+    change: Callable[[Path], object], message: str, folder: Path
+) -> None:
     change(folder)
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         speech_commands.find(folder.parent.parent)
     assert str(folder) in str(caught.value)
 
@@ -261,7 +266,7 @@ def test_sizes_in_a_header_that_were_changed_give_the_samples_or_an_error(tmp_pa
     whole = int.from_bytes(content[4:8], "little")
     for size in (0, 4, 36, whole // 2, whole - 2, whole + 2, 2 * whole, 2**32 - 1):
         file.write_bytes(content[:4] + size.to_bytes(4, "little") + content[8:])
-        assert read_wav(file).tolist() == samples.tolist(), "of the whole file's size nothing depends"
+        assert read_wav(file).tolist() == samples.tolist(), "the total size is ignored"
     for size in (0, 2, 1_000, 1_998, 2_002, 4_000, 2**32 - 1):
         file.write_bytes(content[:40] + size.to_bytes(4, "little") + content[44:])
         with pytest.raises(
@@ -275,7 +280,7 @@ def test_sizes_in_a_header_that_were_changed_give_the_samples_or_an_error(tmp_pa
 
 
 @PARTIAL
-def test_hidden_and_other_files_are_passed_over(folder: Path) -> None:
+def test_hidden_and_other_files_are_skipped(folder: Path) -> None:
     before = found(folder.parent.parent)
     for name in ("._0_nohash_0.wav", "notes.txt"):
         (folder / "tree" / name).write_text("not a clip")
@@ -284,7 +289,7 @@ def test_hidden_and_other_files_are_passed_over(folder: Path) -> None:
     assert found(folder.parent.parent) == before
 
 
-def test_list_may_name_clips_that_are_not_there(tmp_path: Path) -> None:
+def test_list_may_name_missing_clips(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("bed/a.wav\r\n\nup/b.wav")
     assert read_list(tmp_path / "list.txt", V1.words) == {"bed/a.wav", "up/b.wav"}
 
@@ -314,17 +319,17 @@ def test_twelve_classes_have_their_shares(version: Version, written: Path, tmp_p
     assert twelve.info.num_classes == 12
     assert twelve.info.fingerprint != words.info.fingerprint
     assert (twelve.info.num_train, twelve.info.num_test) == (60 + 6 + 6, 10 + 1 + 1)
-    for split, of_words, commands in ((twelve.train, words.train, 60), (twelve.test, words.test, 10)):
+    for split, word_split, commands in ((twelve.train, words.train, 60), (twelve.test, words.test, 10)):
         samples, labels = all_of(split)
         counts = np.bincount(labels, minlength=12)
         assert counts.tolist() == [commands // 10] * 12 if commands == 60 else [1] * 12
-        clips, word_labels = all_of(of_words)
+        clips, word_labels = all_of(word_split)
         word_of = {clip.tobytes(): version.words[label] for clip, label in zip(clips.numpy(), word_labels, strict=True)}
         for sample, label in zip(samples.numpy(), labels.tolist(), strict=True):
             word = word_of.get(sample.tobytes())
             if label == SILENCE:
                 assert word is None
-                assert 0 < np.abs(sample.astype(int)).max() < 100, "the noise is that soft"
+                assert 0 < np.abs(sample.astype(int)).max() < 100, "the noise has this amplitude"
             elif label == UNKNOWN:
                 assert word is not None
                 assert word not in COMMANDS
@@ -336,10 +341,10 @@ def test_twelve_classes_have_their_shares(version: Version, written: Path, tmp_p
 def test_twelve_classes_are_a_pure_function_of_each_index(written: Path) -> None:
     train = opened(written, NAME_12).train
     samples, labels = all_of(train)
-    some = np.array([71, 0, 66, 35, 70, 71])
-    again, again_labels = opened(written, NAME_12).train.take(some)
-    assert torch.equal(again, samples[some])
-    assert torch.equal(again_labels, labels[some])
+    indices = np.array([71, 0, 66, 35, 70, 71])
+    again, again_labels = opened(written, NAME_12).train.take(indices)
+    assert torch.equal(again, samples[indices])
+    assert torch.equal(again_labels, labels[indices])
     assert len({sample.numpy().tobytes() for sample in samples[labels == SILENCE]}) == 6
     with pytest.raises(IndexError, match="sample 72 of a split of 72"):
         train.take(np.array([72]))
@@ -358,7 +363,7 @@ def waveforms(count: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(-20_000, 20_000, (count, 16_000), dtype=np.int16))
 
 
-def test_features_are_torchaudios(pipeline: SpeechPipeline) -> None:
+def test_features_equal_those_of_torchaudio(pipeline: SpeechPipeline) -> None:
     samples = waveforms(70)
     samples[3, 5_000:] = 0
     samples[4] = 0
@@ -367,9 +372,9 @@ def test_features_are_torchaudios(pipeline: SpeechPipeline) -> None:
     assert inputs.dtype == torch.float32
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     plain = MelSpectrogram(sample_rate=16_000, n_fft=1_024, hop_length=512, n_mels=32)
-    for sample, one in zip(samples, inputs, strict=True):
+    for sample, spectrogram in zip(samples, inputs, strict=True):
         expected = ((plain(sample / 32_768) + 1e-6).log() + 4) / 3
-        torch.testing.assert_close(one[0], expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(spectrogram[0], expected, rtol=0, atol=1e-4)
 
 
 def test_features_of_a_clip_do_not_depend_on_its_batch(pipeline: SpeechPipeline) -> None:
@@ -389,7 +394,7 @@ def test_same_draws_give_the_same_inputs(pipeline: SpeechPipeline) -> None:
     assert not torch.equal(first, second)
     assert first.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(samples, before)
-    assert torch.equal(pipeline.prepare(samples), pipeline.prepare(samples)), "scoring never varies"
+    assert torch.equal(pipeline.prepare(samples), pipeline.prepare(samples)), "scoring is deterministic"
 
 
 def varied(variation: ShiftAndNoise, clean: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -405,23 +410,23 @@ def test_no_shift_and_no_volume_change_nothing() -> None:
 
 @given(st.integers(0, 2_000), st.integers(0, 2**32))
 @settings(max_examples=25)
-def test_shift_moves_by_at_most_so_much_and_fills_with_silence(max_shift: int, seed: int) -> None:
+def test_shift_is_at_most_max_shift_and_pads_with_silence(max_shift: int, seed: int) -> None:
     clean = torch.zeros(8, 16_000)
     clean[:, 0], clean[:, 8_000], clean[:, 15_999] = 0.25, 0.5, 0.75
     generator = torch.Generator().manual_seed(seed)
     moved = varied(ShiftAndNoise(torch.zeros(16_000), 16_000, max_shift=max_shift), clean, generator)
-    for one in moved:
-        shift = int(one.argmax()) - 8_000 if one.max() == 0.5 else None
-        if shift is None:  # the end is still there, so it moved to the left or stayed
-            shift = int(one.argmax()) - 15_999
+    for waveform in moved:
+        shift = int(waveform.argmax()) - 8_000 if waveform.max() == 0.5 else None
+        if shift is None:  # the end is still present, so the waveform moved to the left or not at all
+            shift = int(waveform.argmax()) - 15_999
         assert abs(shift) <= max_shift
         expected = {0: 0.25, 8_000: 0.5, 15_999: 0.75}
-        assert {int(place): one[place].item() for place in one.nonzero()[:, 0]} == {
+        assert {int(place): waveform[place].item() for place in waveform.nonzero()[:, 0]} == {
             place + shift: value for place, value in expected.items() if 0 <= place + shift < 16_000
         }
 
 
-def test_noise_is_added_to_most_at_up_to_its_volume() -> None:
+def test_noise_is_added_to_most_waveforms_at_up_to_max_volume() -> None:
     silence, noise = torch.zeros(2_000, 100), torch.ones(150)
     noisy = varied(ShiftAndNoise(noise, 100, max_shift=0), silence)
     volumes = noisy[:, 0]
@@ -432,9 +437,9 @@ def test_noise_is_added_to_most_at_up_to_its_volume() -> None:
 
 
 def test_noise_is_cut_from_anywhere_and_sums_are_clipped() -> None:
-    places = torch.arange(1_001) / 1_000
+    ramp = torch.arange(1_001) / 1_000
     silence = torch.zeros(3_000, 1)
-    quiet = ShiftAndNoise(places, 1, max_shift=0, noise_probability=1.0, max_volume=1e-3)
+    quiet = ShiftAndNoise(ramp, 1, max_shift=0, noise_probability=1.0, max_volume=1e-3)
     assert varied(quiet, silence).max() > 9e-4
     loud = ShiftAndNoise(torch.ones(9), 4, max_shift=0, noise_probability=1.0)
     assert torch.equal(varied(loud, torch.ones(9, 4)), torch.ones(9, 4))
@@ -451,7 +456,7 @@ def test_noise_is_cut_from_anywhere_and_sums_are_clipped() -> None:
     ],
 )
 def test_stand_in_never_changes(name: str, digest: str, tmp_path: Path) -> None:
-    """The bytes belong to the fingerprint: raise `synthetic_speech.VERSION` with the digests."""
+    """The fingerprint stands for the bytes: if a digest changes, increase `synthetic_speech.VERSION`."""
     info = find_dataset(name, data="auto", data_dir=tmp_path)
     dataset = open_dataset(info)
     assert info.fingerprint == f"{name}-synthetic-1"
@@ -461,7 +466,7 @@ def test_stand_in_never_changes(name: str, digest: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [NAME, NAME_12])
-def test_stand_in_is_as_it_says(name: str, tmp_path: Path) -> None:
+def test_stand_in_matches_its_description(name: str, tmp_path: Path) -> None:
     info = find_dataset(name, data="synthetic", data_dir=tmp_path)
     dataset = open_dataset(info)
     assert (len(dataset.train), len(dataset.test)) == (info.num_train, info.num_test)
@@ -473,7 +478,7 @@ def test_stand_in_is_as_it_says(name: str, tmp_path: Path) -> None:
     assert labels.tolist() == dataset.train.labels[:1_500].tolist()
     assert torch.equal(dataset.train.take(np.array([99, 3]))[0], samples[[99, 3]])
     assert len({sample.numpy().tobytes() for sample in samples}) == 1_500
-    assert samples.int().abs().max() < 32_000, "nothing comes near the end of the range"
+    assert samples.int().abs().max() < 32_000, "no value comes near the limits of int16"
     inputs = make_pipeline(dataset, "resnet", device=CPU, channels_last=False).prepare(samples)
     assert inputs.mean().item() == pytest.approx(0, abs=0.05)
     assert inputs.std().item() == pytest.approx(1, abs=0.05)
@@ -491,10 +496,12 @@ def test_stand_in_can_be_learned(tmp_path: Path) -> None:
     assert 0.4 < (nearest == test_labels).double().mean() < 0.95
 
 
-# Getting it
+# Download
 
 
-def test_download_unpacks_where_torchaudio_does(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_unpacks_to_the_folder_that_torchaudio_uses(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     archive = tmp_path / speech_commands.V1_ARCHIVE.name
     with tarfile.open(archive, "w:gz") as made:
         for entry in sorted((written / V1.folder).iterdir()):
@@ -507,13 +514,13 @@ def test_download_unpacks_where_torchaudio_does(written: Path, tmp_path: Path, m
     assert (tmp_path / "SpeechCommands" / V1.folder / "testing_list.txt").exists()
 
 
-def test_checksum_is_the_one_that_torchaudio_has() -> None:
+def test_checksum_is_that_of_torchaudio() -> None:
     from torchaudio.datasets import speechcommands
 
     assert speech_commands.V1_ARCHIVE.checksum == f"sha256:{speechcommands._CHECKSUMS[V1.url]}"
 
 
-def test_no_real_data_says_how_to_get_them(tmp_path: Path) -> None:
+def test_error_for_missing_data_says_how_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         find_dataset(NAME_12, data="real", data_dir=tmp_path)
     for part in (V1.url, V2.url, "--download", "1.5 GB", str(tmp_path / "SpeechCommands" / V1.folder)):
@@ -525,14 +532,14 @@ def test_no_real_data_says_how_to_get_them(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def real(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Dataset, Path]]:
-    """The version's folder, the opened data set, and the cache's place."""
-    place = tmp_path_factory.mktemp("real-cache")
+    """The version's folder, the opened data set, and the cache folder."""
+    cache = tmp_path_factory.mktemp("real-cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLEXIFED_CACHE_DIR", str(place))
+        patch.setenv("FLEXIFED_CACHE_DIR", str(cache))
         located = speech_commands._locate(data_dir)
         if located is None:
             pytest.skip(f"no Speech Commands in {data_dir}")
-        yield located[1], opened(data_dir), place
+        yield located[1], opened(data_dir), cache
 
 
 def test_real_clips_are_what_soundfile_reads(real: tuple[Path, Dataset, Path]) -> None:
@@ -543,11 +550,11 @@ def test_real_clips_are_what_soundfile_reads(real: tuple[Path, Dataset, Path]) -
     test = [file for file in files if f"{file.parent.name}/{file.name}" in testing]
     assert (len(train), len(test)) == (dataset.info.num_train, dataset.info.num_test)
     words = sorted({file.parent.name for file in files})
-    for split, of_split in ((dataset.train, train), (dataset.test, test)):
-        assert split.labels.tolist() == [words.index(file.parent.name) for file in of_split]
-        some = np.arange(0, len(split), max(1, len(split) // 100))
-        for sample, index in zip(split.take(some)[0].numpy(), some, strict=True):
-            expected, _ = soundfile.read(of_split[index], dtype="int16")
+    for split, split_files in ((dataset.train, train), (dataset.test, test)):
+        assert split.labels.tolist() == [words.index(file.parent.name) for file in split_files]
+        indices = np.arange(0, len(split), max(1, len(split) // 100))
+        for sample, index in zip(split.take(indices)[0].numpy(), indices, strict=True):
+            expected, _ = soundfile.read(split_files[index], dtype="int16")
             assert sample[: len(expected)].tolist() == expected.tolist()
             assert not sample[len(expected) :].any()
 
@@ -564,13 +571,13 @@ def test_real_features_are_normalised(real: tuple[Path, Dataset, Path]) -> None:
 
 
 def test_real_twelve_classes(real: tuple[Path, Dataset, Path], data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, dataset, place = real
-    monkeypatch.setenv("FLEXIFED_CACHE_DIR", str(place))
+    folder, dataset, cache = real
+    monkeypatch.setenv("FLEXIFED_CACHE_DIR", str(cache))
     twelve = opened(data_dir, NAME_12)
     words = sorted(path.name for path in folder.glob("[!_]*/"))
-    for split, of_words in ((twelve.train, dataset.train), (twelve.test, dataset.test)):
-        of_word = np.bincount(of_words.labels, minlength=len(words))
-        expected = [of_word[words.index(command)] for command in COMMANDS]
+    for split, word_split in ((twelve.train, dataset.train), (twelve.test, dataset.test)):
+        word_counts = np.bincount(word_split.labels, minlength=len(words))
+        expected = [word_counts[words.index(command)] for command in COMMANDS]
         tenth = -(-sum(expected) // 10)
         assert np.bincount(split.labels).tolist() == [tenth, tenth, *expected]
         assert all_of(split)[0].int().abs().amax(1).min() > 0
@@ -585,8 +592,8 @@ def real_wav(data_dir: Path) -> bytes:
 
 @given(data=st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_real_clip_with_changed_bytes_is_read_or_refused(data_dir: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """Whatever is in a file: an error that names it, or the samples that lie in it."""
+def test_real_clip_with_changed_bytes_is_read_or_rejected(data_dir: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Any file gives an error that names it, or the samples in it."""
     whole = real_wav(data_dir)
     content = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 4), "changes")):
@@ -604,7 +611,7 @@ def test_real_clip_with_changed_bytes_is_read_or_refused(data_dir: Path, tmp_pat
         assert "Expected a complete wav file of 16-bit mono samples, 16,000 per second" in error
         return
     assert (clip.shape, clip.dtype) == ((16_000,), np.int16)
-    assert length == len(whole) or content[40:44] != whole[40:44], "what was cut is refused"
+    assert length == len(whole) or content[40:44] != whole[40:44], "a truncated file is rejected"
     if bytes(content[:44]) == whole[:44]:
         samples = np.frombuffer(bytes(content[44:]), "<i2")[:16_000]
         assert clip[: len(samples)].tolist() == samples.tolist()
