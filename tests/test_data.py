@@ -112,7 +112,7 @@ def flip_byte(file: Path, position: int) -> None:
     file.write_bytes(content)
 
 
-def found(data_dir: Path) -> DatasetInfo:
+def find(data_dir: Path) -> DatasetInfo:
     info = cifar10.find(data_dir)
     assert info is not None
     return info
@@ -126,7 +126,7 @@ def dataset(request: pytest.FixtureRequest, records: Records, tmp_path: Path) ->
     if request.param == "synthetic":
         return open_dataset(synthetic.info("cifar10"))
     WRITERS[request.param](tmp_path, records)
-    return open_dataset(found(tmp_path))
+    return open_dataset(find(tmp_path))
 
 
 # Every split
@@ -203,7 +203,7 @@ def test_array_split_of_a_view_returns_contiguous_images() -> None:
 @pytest.mark.parametrize("layout", WRITERS)
 def test_published_samples_are_read_unchanged(layout: str, records: Records, tmp_path: Path) -> None:
     WRITERS[layout](tmp_path, records)
-    info = found(tmp_path)
+    info = find(tmp_path)
     assert (info.source, info.layout, info.location) == ("real", layout, str(tmp_path))
     dataset = open_dataset(info)
     train = np.concatenate([records[name] for name in cifar10.TRAIN_FILES])
@@ -218,7 +218,7 @@ def test_fingerprint_depends_on_the_contents_only(records: Records, tmp_path: Pa
     for folder, write in (("one", write_binary), ("two", write_binary), ("three", write_python)):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder, records)
-    infos = [found(tmp_path / folder) for folder in ("one", "two", "three")]
+    infos = [find(tmp_path / folder) for folder in ("one", "two", "three")]
     assert len({info.location for info in infos}) == 3
     assert len({info.fingerprint for info in infos}) == 1
     assert synthetic.info("cifar10").fingerprint != infos[0].fingerprint
@@ -227,7 +227,7 @@ def test_fingerprint_depends_on_the_contents_only(records: Records, tmp_path: Pa
 def test_location_is_absolute(records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_binary(tmp_path, records)
     monkeypatch.chdir(tmp_path)
-    assert found(Path(".")).location == str(tmp_path)
+    assert find(Path(".")).location == str(tmp_path)
 
 
 def test_nothing_there_is_none(tmp_path: Path) -> None:
@@ -318,14 +318,14 @@ def test_python_version_replaces_a_damaged_binary_version(records: Records, tmp_
     with pytest.warns(
         FlexifedWarning, match=rf"{BINARY} is not the published set.*Using the complete copy in .*{PYTHON}"
     ):
-        info = found(tmp_path)
+        info = find(tmp_path)
     assert info.layout == "python"
 
 
 def test_binary_version_is_used_if_the_python_version_is_damaged(records: Records, tmp_path: Path) -> None:
     write_binary(tmp_path, records)
     flip_pixel(write_python(tmp_path, records) / "data_batch_1")
-    assert found(tmp_path).layout == "binary"
+    assert find(tmp_path).layout == "binary"
 
 
 def test_both_versions_damaged(records: Records, tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ class Explosive:
 @pytest.mark.parametrize("file", ["data_batch_1", "batches.meta"])
 def test_nothing_is_unpickled_before_it_is_verified(file: str, records: Records, tmp_path: Path) -> None:
     folder = write_python(tmp_path, records)
-    info = found(tmp_path)
+    info = find(tmp_path)
     witness = tmp_path / "witness"
     (folder / file).write_bytes(pickle.dumps(Explosive(witness)))
     with pytest.raises(DataError, match="is not the published set"):
@@ -368,7 +368,7 @@ def test_data_that_change_after_they_were_verified(
     layout: str, file: str, damage: Callable[[Path], None], records: Records, tmp_path: Path
 ) -> None:
     folder = WRITERS[layout](tmp_path, records)
-    info = found(tmp_path)
+    info = find(tmp_path)
     damage(folder / file)
     with pytest.raises(DataError, match="verified when the run began") as caught:
         open_dataset(info)
@@ -378,7 +378,7 @@ def test_data_that_change_after_they_were_verified(
 
 def test_binary_file_that_changes_while_the_set_is_open(records: Records, tmp_path: Path) -> None:
     folder = write_binary(tmp_path, records)
-    dataset = open_dataset(found(tmp_path))
+    dataset = open_dataset(find(tmp_path))
     cut(folder / "data_batch_2.bin")
     dataset.train.take(np.array([0, 45]))
     with pytest.raises(DataError, match=r"data_batch_2\.bin was verified .* it has 61,455 bytes"):
@@ -387,7 +387,7 @@ def test_binary_file_that_changes_while_the_set_is_open(records: Records, tmp_pa
 
 def test_open_binary_split_holds_no_samples(records: Records, tmp_path: Path) -> None:
     write_binary(tmp_path, records)
-    dataset = open_dataset(found(tmp_path))
+    dataset = open_dataset(find(tmp_path))
     dataset.train.take(np.arange(50))
     assert len(pickle.dumps(dataset.train)) < 2000
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexifed.data.dataset import changed
+from flexifed.data.dataset import data_changed
 from flexifed.data.locks import locked
 from flexifed.errors import DataError
 
@@ -72,7 +72,7 @@ def cached_arrays(data_dir: Path, *, name: str, version: int, source_key: str, b
     times; contents are read only if a file's time has changed.
 
     Args:
-        data_dir: the data folder. The cache is a subfolder of it, unless $FLEXIFED_CACHE_DIR names another place. If
+        data_dir: the data folder. The cache is a subfolder of it, unless $FLEXIFED_CACHE_DIR names another folder. If
             that subfolder can't be written, it is still read; new arrays then go to `flexifed` in $XDG_CACHE_HOME, or
             in ~/.cache.
         name: name of the arrays and of their cache folder.
@@ -85,15 +85,15 @@ def cached_arrays(data_dir: Path, *, name: str, version: int, source_key: str, b
         DataError: no folder can be written, or there is no space. Errors of `build` are passed on.
     """
     key = f"{name}-{hashlib.sha256(f'{version}/{source_key}'.encode()).hexdigest()[:16]}"
-    places = _places(data_dir, name)
-    for place in places:
-        if (opened := _open(place / key)) is not None:
+    cache_folders = _cache_folders(data_dir, name)
+    for cache_folder in cache_folders:
+        if (opened := _open(cache_folder / key)) is not None:
             return opened
-    place = _writable(places, name)
-    with locked(place / "lock", f"{name}: waiting for another process that decodes it into {place}"):
-        if (opened := _open(place / key)) is None:
-            opened = _build(place, key, name, build)
-            for old in place.glob(f"{name}-{'?' * 16}"):
+    cache_folder = _writable_folder(cache_folders, name)
+    with locked(cache_folder / "lock", f"{name}: waiting for another process that decodes it into {cache_folder}"):
+        if (opened := _open(cache_folder / key)) is None:
+            opened = _build(cache_folder, key, name, build)
+            for old in cache_folder.glob(f"{name}-{'?' * 16}"):
                 if old.name != key:
                     shutil.rmtree(old, ignore_errors=True)
     return opened
@@ -111,13 +111,13 @@ def reopen(data_dir: Path, *, name: str, fingerprint: str, make: Callable[[], Ca
     Raises:
         DataError: `make` returned different arrays. Errors of `make` are passed on.
     """
-    for place in _places(data_dir, name):
-        for manifest in sorted(place.glob(f"{name}-{'?' * 16}/{MANIFEST}")):
+    for cache_folder in _cache_folders(data_dir, name):
+        for manifest in sorted(cache_folder.glob(f"{name}-{'?' * 16}/{MANIFEST}")):
             if (opened := _open(manifest.parent)) is not None and opened.fingerprint == fingerprint:
                 return opened
     made = make()
     if made.fingerprint != fingerprint:
-        raise changed(data_dir, f"its {name} holds different samples now (SHA-256 {made.fingerprint[:16]}...)")
+        raise data_changed(data_dir, f"its {name} holds different samples now (SHA-256 {made.fingerprint[:16]}...)")
     return made
 
 
@@ -161,24 +161,24 @@ def _open(folder: Path) -> CachedArrays | None:
         return None
 
 
-def _build(place: Path, key: str, name: str, build: Build) -> CachedArrays:
+def _build(cache_folder: Path, key: str, name: str, build: Build) -> CachedArrays:
     """Build the arrays in a temporary folder and rename it."""
-    with _writing(place, name):
-        for unfinished in place.glob("building-*"):
+    with _writing(cache_folder, name):
+        for unfinished in cache_folder.glob("building-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
-        folder = place / f"building-{uuid.uuid4().hex}"
+        folder = cache_folder / f"building-{uuid.uuid4().hex}"
         folder.mkdir()
         try:
             facts = build(folder)
             _commit(folder, facts)
-            shutil.rmtree(place / key, ignore_errors=True)  # a damaged build
-            folder.rename(place / key)
-            _flush(place)
+            shutil.rmtree(cache_folder / key, ignore_errors=True)  # a damaged build
+            folder.rename(cache_folder / key)
+            _flush(cache_folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    if (opened := _open(place / key)) is None:
-        raise DataError(f"{name}: {place / key} changed while it was built; is another program writing there?")
+    if (opened := _open(cache_folder / key)) is None:
+        raise DataError(f"{name}: {cache_folder / key} changed while it was built; is another program writing there?")
     return opened
 
 
@@ -219,7 +219,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _places(data_dir: Path, name: str) -> tuple[Path, ...]:
+def _cache_folders(data_dir: Path, name: str) -> tuple[Path, ...]:
     """Folders that may hold the arrays, the preferred one first.
 
     Outside of `data_dir`, the arrays of each data folder and name have a subfolder of their own.
@@ -231,24 +231,24 @@ def _places(data_dir: Path, name: str) -> tuple[Path, ...]:
     return (folder, Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexifed" / own)
 
 
-def _writable(places: Sequence[Path], name: str) -> Path:
+def _writable_folder(cache_folders: Sequence[Path], name: str) -> Path:
     """The first folder that can be created and written.
 
     Raises:
         DataError: none can.
     """
     problems = []
-    for place in places:
+    for cache_folder in cache_folders:
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            with open(place / "lock", "a"), TemporaryFile(dir=place):
+            cache_folder.mkdir(parents=True, exist_ok=True)
+            with open(cache_folder / "lock", "a"), TemporaryFile(dir=cache_folder):
                 pass
         except OSError as error:
-            problems.append(f"{place} can't be written ({error.strerror})")
+            problems.append(f"{cache_folder} can't be written ({error.strerror})")
             continue
         if problems:
-            print(f"{name}: {problems[0]}, so decoded arrays go to {place}", file=sys.stderr, flush=True)
-        return place
+            print(f"{name}: {problems[0]}, so decoded arrays go to {cache_folder}", file=sys.stderr, flush=True)
+        return cache_folder
     raise DataError(
         f"{name}: no folder for decoded arrays on {socket.gethostname()}: {'; '.join(problems)}. "
         "Make one of them writable, or name another in FLEXIFED_CACHE_DIR."
@@ -256,12 +256,12 @@ def _writable(places: Sequence[Path], name: str) -> Path:
 
 
 @contextmanager
-def _writing(place: Path, name: str) -> Iterator[None]:
+def _writing(cache_folder: Path, name: str) -> Iterator[None]:
     """Turn an OSError raised in this block into a DataError that says how to fix it."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{name}: decoded arrays can't be written to {place} on {socket.gethostname()}: {error}. "
+            f"{name}: decoded arrays can't be written to {cache_folder} on {socket.gethostname()}: {error}. "
             "Make room or fix the folder, or name another in FLEXIFED_CACHE_DIR."
         ) from error

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, LabelledSamples, changed, check_indices
+from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, LabelledSamples, check_indices, data_changed
 from flexifed.data.download import RemoteFile, fetch, unpack
 from flexifed.errors import DataError, FlexifedWarning
 
@@ -248,10 +248,10 @@ def _map_records(file: Path) -> NDArray[np.uint8]:
     num_bytes = SAMPLES_PER_FILE * RECORD_BYTES
     try:
         if (actual_bytes := file.stat().st_size) != num_bytes:
-            raise changed(file, f"it has {actual_bytes:,} bytes and should have {num_bytes:,}")
+            raise data_changed(file, f"it has {actual_bytes:,} bytes and should have {num_bytes:,}")
         return np.memmap(file, np.uint8, mode="r", shape=(SAMPLES_PER_FILE, RECORD_BYTES))
     except OSError as error:
-        raise changed(file, error.strerror or str(error)) from error
+        raise data_changed(file, error.strerror or str(error)) from error
 
 
 def _open_python(info: DatasetInfo) -> Dataset:
@@ -261,7 +261,7 @@ def _open_python(info: DatasetInfo) -> Dataset:
     try:
         loaded = [CIFAR10(info.location, train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise changed(folder, str(error)) from error
+        raise data_changed(folder, str(error)) from error
     # torchvision moves the channels to the end; moving them back gives a view that is contiguous as in the file.
     train, test = (
         ArraySplit(split.data.transpose(0, 3, 1, 2), np.asarray(split.targets, np.int64)) for split in loaded

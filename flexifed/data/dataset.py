@@ -177,7 +177,7 @@ def is_folder(path: Path) -> bool:
         ) from error
 
 
-def changed(path: Path, reason: str) -> DataError:
+def data_changed(path: Path, reason: str) -> DataError:
     """The error for data that changed after the run began, or that are not the same on all machines."""
     return DataError(
         f"{path} was verified when the run began and can't be opened now, on {socket.gethostname()}: {reason}. "

@@ -27,7 +27,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexifed.data.cache import CachedArrays, cached_arrays, reopen, source_key
-from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, PartialDataWarning, SpeechDataset, Split, changed
+from flexifed.data.dataset import (
+    ArraySplit,
+    Dataset,
+    DatasetInfo,
+    PartialDataWarning,
+    SpeechDataset,
+    Split,
+    data_changed,
+)
 from flexifed.data.download import RemoteFile, fetch, unpack
 from flexifed.data.speech_commands_12 import NUM_CLASSES as NUM_TWELVE
 from flexifed.data.speech_commands_12 import VERSION as TWELVE_VERSION
@@ -159,7 +167,7 @@ def open_real(info: DatasetInfo) -> Dataset:
 
     def make() -> CachedArrays:
         if (located := _locate(data_dir)) is None or located[0] != version:
-            raise changed(data_dir / version.folder, "it is not there")
+            raise data_changed(data_dir / version.folder, "it is not there")
         return _decoded(data_dir, *located)
 
     fingerprint = info.fingerprint.removeprefix(task.fingerprint_prefix(version))

@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def found(data_dir: Path) -> DatasetInfo:
+def find_partial(data_dir: Path) -> DatasetInfo:
     """The description of an incomplete set."""
     with pytest.warns(FlexifedWarning, match="is not the complete published set"):
         return find_dataset("agnews", data="real", data_dir=data_dir)
@@ -89,7 +89,7 @@ def test_every_text_is_encoded_character_by_character(title: str, description: s
 
 
 def test_texts_are_read_in_their_order(folder: Path) -> None:
-    info = found(folder.parent)
+    info = find_partial(folder.parent)
     assert (info.source, info.layout, info.num_train, info.num_test) == ("real-partial", "csv", 8, 4)
     assert (info.num_classes, info.in_channels, info.mean, info.std) == (4, None, (), ())
     dataset = open_dataset(info)
@@ -108,7 +108,7 @@ def test_texts_are_read_in_their_order(folder: Path) -> None:
 @pytest.mark.parametrize("family", ["charcnn", "vdcnn"])
 def test_families_read_their_own_length(family: str, folder: Path) -> None:
     (folder / "test.csv").write_text('"1","' + "a" * 2000 + '","b"\n')
-    dataset = open_dataset(found(folder.parent))
+    dataset = open_dataset(find_partial(folder.parent))
     pipeline = make_pipeline(dataset, family, device=torch.device("cpu"), channels_last=False)  # type: ignore[arg-type]
     texts = pipeline.prepare(dataset.test.take(np.array([0]))[0])
     assert texts.dtype == torch.int64
@@ -141,19 +141,22 @@ def test_nothing_there_is_none(tmp_path: Path) -> None:
 
 
 def test_same_arrays_from_warm_cold_and_deleted_caches(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_same_from_every_cache(lambda: found(folder.parent), folder.parent)
+    assert_same_from_every_cache(lambda: find_partial(folder.parent), folder.parent)
     assert capsys.readouterr().err.count("encoding the texts") == 3
 
 
 def test_fingerprint_never_changes(folder: Path) -> None:
     """Run ids contain it: a code change that changes it loses all runs."""
-    assert found(folder.parent).fingerprint == "agnews-ca6e28303cf1a8e88bc4f21ef9c621154a9869b50333b3ec45a1e7918e415d23"
+    assert (
+        find_partial(folder.parent).fingerprint
+        == "agnews-ca6e28303cf1a8e88bc4f21ef9c621154a9869b50333b3ec45a1e7918e415d23"
+    )
 
 
 def test_changed_source_is_encoded_again(folder: Path) -> None:
-    before = found(folder.parent)
+    before = find_partial(folder.parent)
     (folder / "test.csv").write_text(TEST + '"2","Again",""\n')
-    after = found(folder.parent)
+    after = find_partial(folder.parent)
     assert (before.num_test, after.num_test) == (4, 5)
     assert before.fingerprint != after.fingerprint
     with pytest.raises(DataError, match=r"was verified when the run began .* holds different samples now"):
@@ -215,7 +218,7 @@ def test_real_texts(real: Path, tmp_path: Path) -> None:
     if train_lines == agnews.PUBLISHED["train"]:
         info = find_dataset("agnews", data="real", data_dir=tmp_path)
     else:
-        info = found(tmp_path)
+        info = find_partial(tmp_path)
     assert info.source == ("real" if train_lines == agnews.PUBLISHED["train"] else "real-partial")
     assert (info.num_train, info.num_test) == (train_lines, 7_600)
     dataset = open_dataset(info)

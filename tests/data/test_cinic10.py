@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "cinic10"
 
 
-def found(data_dir: Path) -> DatasetInfo:
+def find_partial(data_dir: Path) -> DatasetInfo:
     """The description of an incomplete set."""
     with pytest.warns(FlexifedWarning, match="is not the complete published set"):
         return find_dataset("cinic10", data="real", data_dir=data_dir)
@@ -54,7 +54,7 @@ def pixels(path: Path) -> NDArray[np.uint8]:
 
 
 def test_images_are_in_order_of_split_class_and_name(folder: Path) -> None:
-    info = found(folder.parent)
+    info = find_partial(folder.parent)
     assert (info.source, info.layout, info.num_train, info.num_test) == ("real-partial", "png", 40, 20)
     dataset = open_dataset(info)
     for split, parts in ((dataset.train, ("train", "valid")), (dataset.test, ("test",))):
@@ -82,9 +82,9 @@ def test_complete_set_is_real(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_folder_as_the_publisher_names_it(folder: Path) -> None:
-    expected = found(folder.parent)
+    expected = find_partial(folder.parent)
     folder.rename(folder.with_name("CINIC-10"))
-    assert found(folder.parent) == expected
+    assert find_partial(folder.parent) == expected
 
 
 def test_nothing_there_is_none(tmp_path: Path) -> None:
@@ -97,13 +97,13 @@ def test_grey_and_hidden_files(folder: Path) -> None:
     grey = folder / "train" / "cat" / "image-0.png"
     Image.open(grey).convert("L").save(grey)
     (folder / "train" / "cat" / ".DS_Store").touch()
-    images, _ = open_dataset(found(folder.parent)).train.take(np.array([6]))
+    images, _ = open_dataset(find_partial(folder.parent)).train.take(np.array([6]))
     np.testing.assert_array_equal(images[0].numpy(), pixels(grey))
     assert (images[0, 0] == images[0, 1]).all()
 
 
 def test_same_arrays_from_warm_cold_and_deleted_caches(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_same_from_every_cache(lambda: found(folder.parent), folder.parent)
+    assert_same_from_every_cache(lambda: find_partial(folder.parent), folder.parent)
     assert capsys.readouterr().err.count("decoding 60 images") == 3
 
 
@@ -114,7 +114,9 @@ def test_fingerprint_never_changes(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True)
         values = np.arange(3 * 32 * 32) * (2 * number + 1) % 256
         Image.fromarray(values.astype(np.uint8).reshape(32, 32, 3)).save(path)
-    assert found(tmp_path).fingerprint == "cinic10-59e1fe36221a3e6b965163950c461dedbbfd379abf7a87a6385696ac392069e9"
+    assert (
+        find_partial(tmp_path).fingerprint == "cinic10-59e1fe36221a3e6b965163950c461dedbbfd379abf7a87a6385696ac392069e9"
+    )
 
 
 @pytest.mark.parametrize("on_a_terminal", [False, True])
@@ -122,7 +124,7 @@ def test_decoding_shows_a_bar_on_a_terminal(
     on_a_terminal: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR" if on_a_terminal else "NO_COLOR", "1")
-    found(folder.parent)
+    find_partial(folder.parent)
     output = capsys.readouterr().err
     assert ("60/60" in output) == on_a_terminal
     if not on_a_terminal:
@@ -133,9 +135,9 @@ def test_decoding_shows_a_bar_on_a_terminal(
 
 
 def test_changed_source_is_decoded_again(folder: Path) -> None:
-    before = found(folder.parent)
+    before = find_partial(folder.parent)
     shutil.copy(folder / "test" / "cat" / "image-0.png", folder / "test" / "dog" / "image-0.png")
-    after = found(folder.parent)
+    after = find_partial(folder.parent)
     assert before.fingerprint != after.fingerprint
     images, _ = open_dataset(after).test.take(np.array([6, 10]))
     assert (images[0] == images[1]).all()
@@ -144,7 +146,7 @@ def test_changed_source_is_decoded_again(folder: Path) -> None:
 
 
 def test_source_that_is_deleted_after_it_was_found(folder: Path) -> None:
-    info = found(folder.parent)
+    info = find_partial(folder.parent)
     shutil.rmtree(folder)
     assert len(open_dataset(info).train) == 40, "the cache suffices"
     shutil.rmtree(folder.parent / CACHE)
@@ -311,7 +313,7 @@ def test_real_images(real: Path, tmp_path: Path) -> None:
 
 def test_real_pixels_have_the_normalisation_that_is_stated(real: Path, tmp_path: Path) -> None:
     (tmp_path / "cinic10").symlink_to(real.absolute())
-    info = found(tmp_path)
+    info = find_partial(tmp_path)
     images, _ = open_dataset(info).train.take(np.arange(info.num_train))
     values = images.double().numpy() / 255
     np.testing.assert_allclose(values.mean((0, 2, 3)), info.mean, atol=0.02)

@@ -76,7 +76,7 @@ def folder(written: Path, tmp_path: Path) -> Path:
     return target
 
 
-def found(data_dir: Path, name: str = NAME) -> DatasetInfo:
+def find(data_dir: Path, name: str = NAME) -> DatasetInfo:
     info = speech_commands.find(data_dir, name)
     assert info is not None
     return info
@@ -84,7 +84,7 @@ def found(data_dir: Path, name: str = NAME) -> DatasetInfo:
 
 def opened(data_dir: Path, name: str = NAME) -> Dataset:
     with warnings.catch_warnings(action="ignore", category=FlexifedWarning):
-        return open_dataset(found(data_dir, name))
+        return open_dataset(find(data_dir, name))
 
 
 def all_of(split: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,10 +121,10 @@ def test_training_is_all_but_the_testing_list(written: Path) -> None:
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("version", [V1, V2], ids=["v0.01", "v0.02"])
 def test_either_version_is_found_in_either_place(version: Version, nested: bool, written: Path, tmp_path: Path) -> None:
-    place = tmp_path / "SpeechCommands" if nested else tmp_path
-    shutil.copytree(written / version.folder, place / version.folder)
+    parent = tmp_path / "SpeechCommands" if nested else tmp_path
+    shutil.copytree(written / version.folder, parent / version.folder)
     with pytest.warns(FlexifedWarning, match="210 of 64,721 clips, 30 of|245 of 105,829 clips, 35 of"):
-        info = found(tmp_path)
+        info = find(tmp_path)
     assert (info.source, info.layout, info.num_classes) == ("real-partial", version.name, len(version.words))
 
 
@@ -133,7 +133,7 @@ def test_all_of_a_release_that_is_not_the_papers_is_another_task(
 ) -> None:
     shutil.copytree(written / V2.folder, tmp_path / V2.folder)
     monkeypatch.setattr(speech_commands, "VERSIONS", (V1, replace(V2, num_clips=245, num_test=35)))
-    info = found(tmp_path)
+    info = find(tmp_path)
     assert (info.source, info.layout, info.num_classes) == ("real-other", "v0.02", 35)
     twelve = find_dataset(NAME_12, data="real", data_dir=tmp_path)
     assert twelve.source == "real", "both versions have the same twelve classes"
@@ -141,18 +141,18 @@ def test_all_of_a_release_that_is_not_the_papers_is_another_task(
 
 def test_complete_set_is_real(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speech_commands, "VERSIONS", (replace(V1, num_clips=210, num_test=30), V2))
-    assert found(written).source == "real"
+    assert find(written).source == "real"
     assert opened(written).info.source == "real"
 
 
 @PARTIAL
 def test_contents_decide_the_fingerprint(folder: Path, tmp_path: Path) -> None:
     data_dir = folder.parent.parent
-    before = found(data_dir)
+    before = find(data_dir)
     shutil.copytree(data_dir, tmp_path / "elsewhere")
-    assert found(tmp_path / "elsewhere").fingerprint == before.fingerprint
+    assert find(tmp_path / "elsewhere").fingerprint == before.fingerprint
     write_wav(folder / "bed" / "0_nohash_0.wav", np.ones(16_000, np.int16))
-    assert found(data_dir).fingerprint != before.fingerprint
+    assert find(data_dir).fingerprint != before.fingerprint
     with pytest.raises(DataError, match=r"can't be opened now.*the same data under the same path"):
         open_dataset(before)
 
@@ -169,14 +169,14 @@ def test_fingerprint_never_changes(name: str, prefix: str, tmp_path: Path) -> No
     (folder / "validation_list.txt").touch()
     (folder / "testing_list.txt").write_text("".join(f"{word}/1.wav\n" for word in V1.words))
     digest = "9c6d5a3ac9bd3c7f65790137cc0d7f8703cf7cfd9e50f4b7e3c5437b7088993f"
-    assert found(tmp_path, name).fingerprint == f"{prefix}-{digest}"
+    assert find(tmp_path, name).fingerprint == f"{prefix}-{digest}"
 
 
 @PARTIAL
 def test_it_opens_on_a_machine_that_has_not_decoded_it(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = found(written)
+    info = find(written)
     expected = all_of(open_dataset(info).test)
     monkeypatch.setenv("FLEXIFED_CACHE_DIR", str(tmp_path / "another machine"))
     again = all_of(open_dataset(info).test)
@@ -197,7 +197,7 @@ def test_a_cell_ends_the_same_with_a_cold_a_warm_and_a_deleted_cache(
     )
 
     def digests() -> tuple[str, ...]:
-        info = found(written)
+        info = find(written)
         federation = Federation(config, info, LocalHosts(config, info, make_shards(config, info)))
         federation.play_round()
         return federation.state_sha256()
@@ -281,12 +281,12 @@ def test_sizes_in_a_header_that_were_changed_give_the_samples_or_an_error(tmp_pa
 
 @PARTIAL
 def test_hidden_and_other_files_are_skipped(folder: Path) -> None:
-    before = found(folder.parent.parent)
+    before = find(folder.parent.parent)
     for name in ("._0_nohash_0.wav", "notes.txt"):
         (folder / "tree" / name).write_text("not a clip")
     (folder / ".hidden").mkdir()
     (folder / "README.md").write_text("as published")
-    assert found(folder.parent.parent) == before
+    assert find(folder.parent.parent) == before
 
 
 def test_list_may_name_missing_clips(tmp_path: Path) -> None:
