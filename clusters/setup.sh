@@ -65,6 +65,14 @@ else
   mv "$versions.$$" "$versions"
 fi
 
+# Ray would count a GPU that PyTorch can't use, and every cell there would fail.
+if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q . &&
+  ! "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "setup.sh: PyTorch can't use the GPU of $(hostname); its CUDA needs an NVIDIA driver of release 580 or later," \
+    "here is $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)" >&2
+  exit 1
+fi
+
 # What Ray's processes and every login find in their environment. The token in ~/.ray/auth_token came with the files.
 # `ray job stop` kills after so many seconds; a run that is asked to stop first ends its round, and writes a checkpoint.
 cat >"$HOME/.flexifed.sh" <<END

@@ -119,14 +119,21 @@ class Machine:
     folder: Path
     shared: Path
 
-    def set_up(self, **environ: str) -> subprocess.CompletedProcess[str]:
+    def add_program(self, name: str, text: str) -> None:
+        path = self.folder / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def set_up(self, python: str = "exit 0", **environ: str) -> subprocess.CompletedProcess[str]:
         home, programs = self.folder / "home", self.folder / "bin"
         for path in (home / "flexifed", programs):
             path.mkdir(parents=True, exist_ok=True)
         (home / "flexifed" / "pyproject.toml").write_text("[project]\n")
-        flexifed = home / ".venvs" / "flexifed" / "bin" / "flexifed"
-        flexifed.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in {flexifed: STUB, **{programs / name: text for name, text in STUBS.items()}}.items():
+        installed = home / ".venvs" / "flexifed" / "bin"
+        installed.mkdir(parents=True, exist_ok=True)
+        in_venv = {installed / "flexifed": STUB, installed / "python": f"#!/bin/sh\n{python}\n"}
+        for path, text in {**in_venv, **{programs / name: text for name, text in STUBS.items()}}.items():
             path.write_text(text)
             path.chmod(0o755)
         (home / ".venvs" / "flexifed" / "pyvenv.cfg").write_text("implementation = CPython\nversion_info = 3.12.3\n")
@@ -311,3 +318,21 @@ def test_states_rows_and_cells_that_differ_are_found(
     assert f"DIFFERENT: missing: {file_in(there)}\n" in capsys.readouterr().out
     assert compare([str(there), str(there)]) == 2
     assert "no results in" in capsys.readouterr().err
+
+
+NVIDIA_SMI = """#!/bin/sh
+case $1 in
+  --list-gpus) echo 'GPU 0: NVIDIA A10G' ;;
+  *) echo 535.54.03 ;;
+esac
+"""
+
+
+def test_a_gpu_that_pytorch_cannot_use_stops_the_set_up(machine: Callable[[str], Machine]) -> None:
+    host = machine("host")
+    assert host.set_up(python="exit 1").returncode == 0, "no GPU, so none has to be usable"
+    host.add_program("nvidia-smi", NVIDIA_SMI)
+    assert host.set_up(python="exit 0").returncode == 0
+    done = host.set_up(python="exit 1")
+    assert done.returncode == 1
+    assert "needs an NVIDIA driver of release 580 or later, here is 535.54.03" in done.stderr
