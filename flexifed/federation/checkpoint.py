@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -32,6 +33,7 @@ KEPT = 2
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
 _GROUPS = "shared"  # what the names of all files with groups begin with
+_DIGITS = re.compile("[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,7 @@ class Checkpoints:
 
     def newest_round(self) -> int:
         """The round that the newest checkpoint goes on with, 0 without one. Its files are not looked at."""
-        committed = (folder for folder in self._folders() if (folder / MANIFEST).exists())
-        return next((int(folder.name.removeprefix("round-")) for folder in committed), 0)
+        return next((_round_of(folder) for folder in self._folders() if (folder / MANIFEST).exists()), 0)
 
     def end(self, *, keep_final: bool) -> None:
         """The cell has ended: remove all checkpoints, or all but the last, from which more rounds can go on."""
@@ -133,9 +134,9 @@ class Checkpoints:
 
     def _folders(self) -> list[Path]:
         """Newest first, up to the run's last round."""
-        latest = None if self._at_most is None else self._folder(self._at_most)
-        found = sorted(self._root.glob("round-*"), reverse=True) if self._root.exists() else []
-        return [folder for folder in found if latest is None or folder <= latest]
+        folders = [path for path in self._root.glob("round-*") if _DIGITS.fullmatch(path.name.removeprefix("round-"))]
+        in_order = sorted(folders, key=_round_of, reverse=True)  # by number: from a million rounds on, names get longer
+        return [folder for folder in in_order if self._at_most is None or _round_of(folder) <= self._at_most]
 
     def _delete_others(self) -> None:
         """Delete what is not known to be good: the older ones, and those that a kill or damage has left."""
@@ -164,6 +165,11 @@ class Checkpoints:
             if found != expected:
                 raise ValueError(f"{name} is damaged (SHA-256 {found[:8]}..., expected {expected[:8]}...)")
         return Checkpoint(content["next_round"], folder, content["files"])
+
+
+def _round_of(folder: Path) -> int:
+    """The round in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("round-"))
 
 
 def _digest(content: object) -> str:

@@ -88,6 +88,21 @@ def test_a_longer_runs_checkpoint_is_left_alone(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["round-000012", "round-000020"]
 
 
+def test_checkpoints_are_ordered_by_round_from_a_million_rounds_on_too(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "run", 1_000_001)
+    for next_round in (999_998, 999_999, 1_000_000):
+        save(checkpoints, next_round)
+    assert sorted(os.listdir(tmp_path)) == ["round-1000000", "round-999999"]
+    reopened = Checkpoints(tmp_path, "run", 1_000_001)
+    assert reopened.newest_round() == 1_000_000
+    newest = reopened.latest(pytest.fail)
+    assert newest is not None
+    assert newest.next_round == 1_000_000
+    shorter = Checkpoints(tmp_path, "run", 999_999).latest(pytest.fail)
+    assert shorter is not None
+    assert shorter.next_round == 999_999
+
+
 def test_a_checkpoint_that_the_rows_do_not_go_with_is_passed_over(tmp_path: Path) -> None:
     checkpoints, _ = opened(tmp_path)
     for next_round in (4, 6):
