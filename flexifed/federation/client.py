@@ -36,24 +36,31 @@ class ClientShards:
     test: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClientRound:
-    """What one client measured in one round; None where it did not train.
+    """What one client measured in one round.
 
-    Accuracy is 0 to 1, losses are mean cross-entropies in nats, `bytes_*` what the scheme makes a client send and get.
-    Seconds of wall time, in which clients that overlap have their turns too; `train_started` is Unix time. Those of
-    training include the copies of what was trained.
+    Attributes:
+        client: index of the client.
+        accuracy: 0 to 1, on the client's test shard.
+        loss: mean cross-entropy on the test shard, in nats.
+        train_loss: mean cross-entropy in training, in nats; None if the client did not train.
+        bytes_up: bytes that the scheme makes the client send; 0 if it did not train.
+        bytes_down: bytes that the scheme makes the client receive.
+        eval_s: wall time of scoring, in seconds. If clients overlap, their steps in between count too.
+        train_s: wall time of training, as `eval_s`, with the copies of the trained tensors; None without training.
+        train_started: Unix time at which training started; None without training.
     """
 
     client: int
     accuracy: float
     loss: float
-    train_loss: float | None
-    bytes_up: int
+    train_loss: float | None = None
+    bytes_up: int = 0
     bytes_down: int
     eval_s: float
-    train_s: float | None
-    train_started: float | None
+    train_s: float | None = None
+    train_started: float | None = None
 
 
 class Client:
@@ -129,31 +136,21 @@ class Client:
             started = time.perf_counter()
             score = yield from self._score(round_index)
             eval_s = time.perf_counter() - started
-        measured = ClientRound(
+        scored = ClientRound(
             client=self.index,
             accuracy=score.accuracy,
             loss=score.loss,
-            train_loss=None,
-            bytes_up=0,
             bytes_down=0 if shared is None else self._plan.bytes_per_round(self.index),
             eval_s=eval_s,
-            train_s=None,
-            train_started=None,
         )
         if not train:
-            return measured, None
+            return scored, None
         with self._stage(round_index, "training"):
             train_started, started = time.time(), time.perf_counter()
-            loss = yield from self._train(round_index)
-            extremes = self._extremes()
-            contribution, kept = self._take_out()
-            yield
-            train_loss = loss.item()
-            self._check_finite(train_loss, extremes.tolist())
+            train_loss, contribution = yield from self._train(round_index)
             train_s = time.perf_counter() - started
-            self._kept = kept
         trained = replace(
-            measured,
+            scored,
             train_loss=train_loss,
             bytes_up=self._plan.bytes_per_round(self.index),
             train_s=train_s,
@@ -207,7 +204,18 @@ class Client:
             raise ArithmeticError(f"the loss on the test shard is {score.loss}; {self._remedy}")
         return score
 
-    def _train(self, round_index: int) -> Steps[torch.Tensor]:
+    def _train(self, round_index: int) -> Steps[tuple[float, GroupState]]:
+        """Train on the round's window, and keep the personal tensors; returns the mean loss and the shared tensors."""
+        loss = yield from self._train_epochs(round_index)
+        extremes = self._extremes()
+        contribution, kept = self._take_out()
+        yield
+        train_loss = loss.item()
+        self._check_finite(train_loss, extremes.tolist())
+        self._kept = kept
+        return train_loss, contribution
+
+    def _train_epochs(self, round_index: int) -> Steps[torch.Tensor]:
         seed = self._config.seed
         samples = window(np.arange(self.num_train), round_index, self._config.partition.windows_per_shard)
         rows = torch.from_numpy(samples).to(self._device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from flexifed.config import CellConfig
-from flexifed.core.aggregate import BlockSums, GroupState, State, blocks_of, combine_blocks, sum_block
+from flexifed.core.aggregate import BlockSums, GroupState, blocks_of, combine_blocks, sum_block
 from flexifed.core.schemes import SharingPlan, sharing_plan
 from flexifed.data import DatasetInfo, make_pipeline, open_dataset
 from flexifed.errors import DeviceMemoryError
@@ -24,6 +24,8 @@ from flexifed.training.streams import Stream, overlap
 from flexifed.training.workspace import Workspace
 
 _CLIENTS = "clients-"
+Play = tuple[Client, ClientRound, GroupState | None]
+"""A client, what it measured in a round, and the tensors that it shares; None if it did not train."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,20 @@ class ClientHost:
         shortages = device_shortages(self._device)
         measured: list[ClientRound] = []
         blocks: dict[int, BlockSums] = {}
+
+        def contributions(plays: Iterable[Play]) -> Iterator[tuple[GroupState, float]]:
+            """Note what clients measured, and pass on what they share, with their weights."""
+            for client, client_round, contribution in plays:
+                measured.append(client_round)
+                if contribution is not None:
+                    yield contribution, client_weight(self._config, client.num_train)
+
         with numeric_settings(self._config.numerics):
-            played = self._play(round_index, self._complete(shared), train, measured)
-            for number, members in groupby(played, key=lambda one: one[0]):
-                blocks[number] = sum_block((contribution, weight) for _, contribution, weight in members)
+            plays = self._play(round_index, self._complete(shared), train)
+            for block, members in groupby(plays, key=lambda play: play[0].index // self._config.sharing.reduce_block):
+                sums = sum_block(contributions(members))
+                if train:
+                    blocks[block] = sums
             if train:
                 self._own_means = combine_blocks(self._plan, blocks.values(), self._own_groups)
         if self._device.type == "cuda":
@@ -127,20 +139,12 @@ class ClientHost:
         }
         return HostRound(tuple(measured), leaving)
 
-    def _play(
-        self, round_index: int, shared: GroupState | None, train: bool, measured: list[ClientRound]
-    ) -> Iterator[tuple[int, GroupState, float]]:
-        """Let clients play, as many at a time as there are streams.
-
-        What they measured goes to a list. What they share goes to the caller: the block, the tensors, the weight.
-        """
-        for together in blocks_of(self._clients, len(self._streams)):
-            plays = [client.play_round(round_index, shared, train=train) for client in together]
-            for client, (one, contribution) in zip(together, overlap(plays, self._streams), strict=True):
-                measured.append(one)
-                if contribution is not None:
-                    block = client.index // self._config.sharing.reduce_block
-                    yield block, contribution, client_weight(self._config, client.num_train)
+    def _play(self, round_index: int, shared: GroupState | None, train: bool) -> Iterator[Play]:
+        """Let the clients play, as many at a time as there are streams."""
+        for clients in blocks_of(self._clients, len(self._streams)):
+            rounds = [client.play_round(round_index, shared, train=train) for client in clients]
+            for client, (client_round, contribution) in zip(clients, overlap(rounds, self._streams), strict=True):
+                yield client, client_round, contribution
 
     def device_name(self) -> str:
         """What the clients compute on."""
@@ -168,11 +172,6 @@ class ClientHost:
         for client in self._clients:
             client.restore(kept[client.index])
         self._own_means = self._on_device(read_groups(checkpoint, self._own_groups))
-
-    def states(self, shared: GroupState | None) -> dict[int, State]:
-        """What each client holds, by client; see `Client.state`."""
-        held = self._complete(shared)
-        return {client.index: client.state(held) for client in self._clients}
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
         """The digest of what each client holds, by client."""

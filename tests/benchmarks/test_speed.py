@@ -88,7 +88,16 @@ def test_the_exponent_of_a_power_is_that_power(aggregate_benchmark: Any, power: 
 
 def test_work_that_overlaps_counts_once(round_benchmark: Any) -> None:
     def client(index: int, started: float, train_s: float, eval_s: float) -> ClientRound:
-        return ClientRound(index, 0.5, 1.0, 1.0, 0, 0, eval_s=eval_s, train_s=train_s, train_started=started)
+        return ClientRound(
+            client=index,
+            accuracy=0.5,
+            loss=1.0,
+            train_loss=1.0,
+            bytes_down=0,
+            eval_s=eval_s,
+            train_s=train_s,
+            train_started=started,
+        )
 
     clients = (client(0, 0.0, 1.0, 0.5), client(1, 0.0, 3.0, 0.25), client(2, 1.5, 2.0, 0.5))
     result = RoundResult(0, clients, host_of=(0, 1, 0), round_s=4.0, aggregate_s=0.0)
@@ -108,7 +117,16 @@ def test_the_share_of_the_peak_is_of_the_time_in_which_anyone_trains(round_bench
         training=TrainingConfig(local_epochs=3),
     )
     clients = tuple(
-        ClientRound(index, 0.5, 1.0, 1.0, 0, 0, eval_s=0.1, train_s=seconds, train_started=0.0)
+        ClientRound(
+            client=index,
+            accuracy=0.5,
+            loss=1.0,
+            train_loss=1.0,
+            bytes_down=0,
+            eval_s=0.1,
+            train_s=seconds,
+            train_started=0.0,
+        )
         for index, seconds in ((0, 2.0), (1, 2.0), (2, 1.0))
     )
     result = RoundResult(0, clients, host_of=(0, 0, 1), round_s=2.5, aggregate_s=0.0)

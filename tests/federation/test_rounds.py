@@ -307,8 +307,8 @@ def clients_of(hosts: LocalHosts) -> list[Client]:
 
 def states_of(hosts: LocalHosts, shared: GroupState | None) -> list[State]:
     """What each client holds, in client order."""
-    held = {client: state for host in hosts._hosts for client, state in host.states(shared).items()}
-    return [held[client] for client in range(NUM_CLIENTS)]
+    states = {client.index: client.state(host._complete(shared)) for host in hosts._hosts for client in host._clients}
+    return [states[client] for client in range(NUM_CLIENTS)]
 
 
 def test_hosts_that_would_cut_a_block_are_refused_with_the_remedy() -> None:

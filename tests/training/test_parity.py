@@ -59,7 +59,9 @@ def federated_weights(config: CellConfig) -> dict[str, torch.Tensor]:
     federation = Federation(config, INFO, hosts)
     for _ in range(ROUNDS):
         federation.play_round()
-    return dict(hosts._hosts[0].states(federation.shared)[0])
+    (host,) = hosts._hosts
+    (client,) = host._clients
+    return dict(client.state(host._complete(federation.shared)))
 
 
 def plain_weights(config: CellConfig, shard: ClientShards) -> dict[str, torch.Tensor]:

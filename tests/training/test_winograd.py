@@ -211,7 +211,11 @@ def states_after_a_round(config: CellConfig, clients_per_host: int = 4) -> dict[
     hosts = LocalHosts(config, INFO, make_shards(config, INFO), clients_per_host=clients_per_host)
     federation = Federation(config, INFO, hosts)
     federation.play_round()
-    return {client: dict(state) for host in hosts._hosts for client, state in host.states(federation.shared).items()}
+    return {
+        client.index: dict(client.state(host._complete(federation.shared)))
+        for host in hosts._hosts
+        for client in host._clients
+    }
 
 
 @pytest.mark.parametrize(
