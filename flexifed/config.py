@@ -107,6 +107,11 @@ class PartitionConfig:
                 f"ask for at least {self.num_clients} shards or for fewer clients"
             )
 
+    @property
+    def client_versions(self) -> tuple[int, ...]:
+        """The version of each client, from 0; see `client_version`."""
+        return tuple(map(client_version, range(self.num_clients)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -238,7 +243,7 @@ class CellConfig:
 
     def version(self, client: int) -> str:
         """`v1` to `v4`."""
-        return f"v{client % len(self.versions) + 1}"
+        return f"v{client_version(client) + 1}"
 
     def run_id(self, data_fingerprint: str) -> str:
         """Sixteen hexadecimal digits for all that decides the numbers: this config and the data.
@@ -266,10 +271,14 @@ def _without_none(items: list[tuple[str, object]]) -> dict[str, object]:
     return {name: value for name, value in items if value is not None}
 
 
+def client_version(client: int) -> int:
+    """The version of a client, from 0: clients take the versions in turn, from the shallowest to the deepest."""
+    return client % NUM_VERSIONS
+
+
 def client_model(family: FamilyName, client: int) -> str:
-    """The model of a client: versions go round, so that consecutive clients hold all of them."""
-    versions = FAMILIES[family]
-    return versions[client % len(versions)]
+    """The model of a client; see `client_version`."""
+    return FAMILIES[family][client_version(client)]
 
 
 def _check_integer(config: object, name: str, minimum: int, maximum: int = _LARGEST_INTEGER) -> None:

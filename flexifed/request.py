@@ -46,7 +46,7 @@ class GridRequest:
         self._wanted()
         self._check_share(options.device)
         if options.clients_per_actor is not None:
-            assign_clients(options.partition.num_clients, options.clients_per_actor, options.sharing.reduce_block)
+            assign_clients(options.partition.client_versions, options.clients_per_actor, options.sharing.reduce_block)
         device: Device = "cuda" if options.device == "auto" else options.device  # which may take more settings
         for cell in {cell.dataset: cell for cell in self.cells}.values():
             shards = make_shards(options.cell_config(cell, options.seeds[0], device), self.infos[cell.dataset])

@@ -66,7 +66,9 @@ class LocalHosts:
         clients_per_host: int | None = None,
         streams: int = 1,
     ) -> None:
-        self.clients = assign_clients(len(shards), clients_per_host or len(shards), config.sharing.reduce_block)
+        self.clients = assign_clients(
+            config.partition.client_versions, clients_per_host or len(shards), config.sharing.reduce_block
+        )
         self._hosts = [
             ClientHost(config, info, clients, [shards[client] for client in clients], streams)
             for clients in self.clients

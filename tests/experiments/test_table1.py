@@ -149,7 +149,7 @@ def test_a_results_folder_that_cannot_be_written_is_refused(
         (["--num-shards", "5000", "--windows-per-shard", "11"], "windows_per_shard is 11, but a shard has only 10"),
         (
             ["--reduce-block", "4", "--clients-per-actor", "3"],
-            "clients_per_actor is 3, no multiple of reduce_block (4)",
+            "clients_per_actor is 3, not a multiple of reduce_block (4)",
         ),
         (["--gpus-per-client", "-1"], "gpus_per_client is -1.0; it must be a number of at least 0"),
         (

@@ -39,6 +39,7 @@ from flexifed.training.workspace import Workspace
 
 INFO = synthetic.info()
 NUM_CLIENTS = 8
+VERSIONS = (0, 1, 2, 3, 0, 1, 2, 3)
 Backend = Callable[[CellConfig, Sequence[ClientShards], int], Hosts]
 """Hosts for a config, its shards, and a number of clients in each."""
 Run = Callable[..., tuple[list[RoundResult], tuple[str, ...]]]
@@ -103,7 +104,7 @@ def on_ray(
     shards: Sequence[ClientShards],
     clients_per_actor: int,
 ) -> Hosts:
-    clients = tuple(assign_clients(NUM_CLIENTS, clients_per_actor, config.sharing.reduce_block))
+    clients = tuple(assign_clients(config.partition.client_versions, clients_per_actor, config.sharing.reduce_block))
     hosts = kind(actors, len(clients))
     hosts.begin(config, INFO, CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0), shards)
     expected = "tensors stay on" if kind is LendingActors else "tensors travel"
@@ -167,7 +168,7 @@ def assert_like_the_reference(run: Run, config: CellConfig, clients_per_host: in
     expected_results, expected_digests = reference(config)
     assert digests == expected_digests
     assert measured(results) == measured(expected_results)
-    assigned = assign_clients(NUM_CLIENTS, clients_per_host, config.sharing.reduce_block)
+    assigned = assign_clients(config.partition.client_versions, clients_per_host, config.sharing.reduce_block)
     host_of = {client: host for host, clients in enumerate(assigned) for client in clients}
     hosts = tuple(host_of[client] for client in range(NUM_CLIENTS))
     assert [result.host_of for result in results] == [hosts] * 3
@@ -316,8 +317,8 @@ def test_hosts_that_would_cut_a_block_are_refused_with_the_remedy() -> None:
     with pytest.raises(ConfigError) as caught:
         LocalHosts(config, INFO, make_shards(config, INFO), clients_per_host=6)
     assert str(caught.value) == (
-        "clients_per_actor is 6, no multiple of reduce_block (4); a block of clients lives in one process: "
-        "use 8 clients an actor"
+        "clients_per_actor is 6, not a multiple of reduce_block (4); all clients of a block live in one process: "
+        "use 8 clients per actor"
     )
 
 
@@ -327,7 +328,7 @@ def test_clients_are_dealt_out_once_each_in_whole_blocks(
 ) -> None:
     if clients_per_host < num_clients and clients_per_host % reduce_block:
         clients_per_host = reduce_block * -(-clients_per_host // reduce_block)
-    hosts = assign_clients(num_clients, clients_per_host, reduce_block)
+    hosts = assign_clients([client % 4 for client in range(num_clients)], clients_per_host, reduce_block)
     assert sorted(client for clients in hosts for client in clients) == [*range(num_clients)]
     assert all(len(clients) <= clients_per_host for clients in hosts)
     assert len(hosts) == -(-num_clients // clients_per_host)
@@ -338,14 +339,14 @@ def test_clients_are_dealt_out_once_each_in_whole_blocks(
 
 
 def test_a_host_with_a_deep_model_gets_a_shallow_one_beside_it() -> None:
-    assert assign_clients(8, 2, 1) == [(0, 3), (1, 2), (4, 7), (5, 6)]
-    assert assign_clients(8, 4, 4) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert assign_clients(VERSIONS, 2, 1) == [(0, 3), (1, 2), (4, 7), (5, 6)]
+    assert assign_clients(VERSIONS, 4, 4) == [(0, 1, 2, 3), (4, 5, 6, 7)]
 
 
 def test_clients_of_one_architecture_live_together_where_that_takes_no_longer() -> None:
-    assert assign_clients(8, 4, 1) == [(0, 3, 4, 7), (1, 2, 5, 6)]
-    assert assign_clients(10, 5, 1) == [(0, 3, 4, 7, 8), (1, 2, 5, 6, 9)]
-    assert assign_clients(5, 1, 1) == [(0,), (1,), (2,), (3,), (4,)], "no host may stay empty"
+    assert assign_clients(VERSIONS, 4, 1) == [(0, 3, 4, 7), (1, 2, 5, 6)]
+    assert assign_clients([*VERSIONS, 0, 1], 5, 1) == [(0, 3, 4, 7, 8), (1, 2, 5, 6, 9)]
+    assert assign_clients([0, 1, 2, 3, 0], 1, 1) == [(0,), (1,), (2,), (3,), (4,)], "no host may stay empty"
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -425,7 +426,7 @@ class OneOfEachSize:
     """Hosts of four clients each, whose shared values are so far apart in size that any other order has another sum."""
 
     values = (1e30, -1e30, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-    clients = tuple(assign_clients(NUM_CLIENTS, 4, 1))
+    clients = tuple(assign_clients(VERSIONS, 4, 1))
 
     def __init__(self, plan: SharingPlan) -> None:
         self.plan = plan
@@ -658,7 +659,7 @@ def test_where_lending_does_not_work_tensors_travel_and_the_log_can_say_why(eigh
             raise RuntimeError("CUDA error: operation not supported\nSearch for it.\nCompile with `TORCH_USE_CUDA_DSA`")
 
     config = cell()
-    clients = tuple(assign_clients(NUM_CLIENTS, 4, 1))
+    clients = tuple(assign_clients(VERSIONS, 4, 1))
     hosts = Unlucky(eight_actors, len(clients))
     placement = CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0)
     hosts.begin(config, INFO, placement, make_shards(config, INFO))
@@ -673,7 +674,7 @@ def test_where_lending_does_not_work_tensors_travel_and_the_log_can_say_why(eigh
 def test_processes_lend_anew_in_each_cell_whatever_came_before(eight_actors: ActorHosts) -> None:
     """Cells follow one another in the same processes: a larger one, one that shares nothing, and the first again."""
     hosts = LendingActors(eight_actors, 4)
-    clients = tuple(assign_clients(NUM_CLIENTS, 2, 1))
+    clients = tuple(assign_clients(VERSIONS, 2, 1))
     placement = CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0)
     small, large = cell(), cell(model=ModelConfig(width=0.06))
     for config in (small, large, cell("standalone"), small, small):
@@ -685,7 +686,7 @@ def test_processes_lend_anew_in_each_cell_whatever_came_before(eight_actors: Act
 @pytest.mark.slow
 @pytest.mark.ray
 def test_tensors_travel_if_somebody_wants_them_to(eight_actors: ActorHosts) -> None:
-    hosts, clients = LendingActors(eight_actors, 2), tuple(assign_clients(NUM_CLIENTS, 4, 1))
+    hosts, clients = LendingActors(eight_actors, 2), tuple(assign_clients(VERSIONS, 4, 1))
     placement = CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0, cuda_ipc=False)
     hosts.begin(cell(), INFO, placement, make_shards(cell(), INFO))
     assert hosts.exchange == "tensors travel through Ray's object store"
@@ -696,7 +697,7 @@ def test_tensors_travel_if_somebody_wants_them_to(eight_actors: ActorHosts) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch sees none")
 def test_on_a_gpu_tensors_stay_there_and_bits_are_those_of_tensors_that_travel(eight_actors: ActorHosts) -> None:
     config = cell(device="cuda")
-    clients = tuple(assign_clients(NUM_CLIENTS, 1, 1))
+    clients = tuple(assign_clients(VERSIONS, 1, 1))
     runs = []
     for cuda_ipc in (True, False):
         hosts = SomeActors(eight_actors, len(clients))
