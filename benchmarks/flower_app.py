@@ -45,8 +45,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from flexifed.data import LabelledSamples, make_pipeline, open_dataset
 from flexifed.data.partition import window
-from flexifed.federation.rounds import make_shards
-from flexifed.models import build_model
+from flexifed.federation.cell import cell_model, make_shards
 from flexifed.seeding import derive_seed, torch_generator
 from flexifed.training import evaluate, local, streams
 from flexifed.training.memory import keep_freed_memory
@@ -71,13 +70,8 @@ class Task:
 
     def model(self, client: int) -> nn.Module:
         """The model of a client, with the weights that all of its architecture begin with."""
-        model = build_model(
-            self.config.model_name(client),
-            num_classes=self.info.num_classes,
-            in_channels=self.info.in_channels,
-            width=self.config.model.width,
-            generator=torch_generator(self.config.seed, "init"),
-        )
+        generator = torch_generator(self.config.seed, "init")
+        model = cell_model(self.config, self.info, self.config.model_name(client), generator=generator)
         return model.to(memory_format=torch.channels_last)
 
     def window(self, client: int, round_index: int) -> torch.Tensor:

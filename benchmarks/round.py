@@ -52,7 +52,8 @@ from flexifed.cells.run import CellRun
 from flexifed.cells.session import CellSession
 from flexifed.config import SCHEMES, CellConfig, ModelConfig, NumericsConfig, Precision
 from flexifed.data import find_dataset, open_dataset
-from flexifed.federation.rounds import Federation, LocalHosts, RoundResult, make_shards
+from flexifed.federation.cell import make_shards
+from flexifed.federation.rounds import Federation, LocalHosts, RoundResult
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, place_cell

@@ -16,14 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-import flexifed
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import State
 from flexifed.core.schemes import SharingPlan
 from flexifed.data import Dataset, Split
 from flexifed.data.partition import window
-from flexifed.federation.client import ClientShards
-from flexifed.federation.host import cell_plan
+from flexifed.federation.cell import ClientShards, cell_model, cell_plan
 
 
 class Images(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
@@ -86,11 +84,7 @@ class SequentialLoop:
         return scores
 
     def _build(self, client: int) -> nn.Module:
-        info, config = self._data.info, self._config
-        name = config.model_name(client)
-        return flexifed.build_model(
-            name, num_classes=info.num_classes, in_channels=info.in_channels, width=config.model.width
-        ).to(self._device)
+        return cell_model(self._config, self._data.info, self._config.model_name(client)).to(self._device)
 
     @torch.no_grad()
     def _score(self, model: nn.Module, indices: np.ndarray) -> float:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.filesize import decimal
 
+from flexifed.federation.cell import state_bytes
 from flexifed.federation.checkpoint import KEPT
-from flexifed.federation.host import state_bytes
 from flexifed.orchestra import estimate
 from flexifed.orchestra.placement import Resources
 from flexifed.request import GridRequest

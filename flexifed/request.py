@@ -11,7 +11,7 @@ from flexifed.data import DatasetInfo
 from flexifed.data.partition import window
 from flexifed.errors import ConfigError
 from flexifed.federation.assignment import assign_clients
-from flexifed.federation.rounds import make_shards
+from flexifed.federation.cell import make_shards
 from flexifed.grid import CellName, GridOptions
 from flexifed.orchestra.cluster import has_gpus
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell

@@ -24,8 +24,9 @@ from test_data import BINARY, NAMES, PYTHON, Explosive, publish, python_version,
 from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
 from flexifed.data import cifar10, find_dataset, open_dataset
 from flexifed.errors import DataError, ResultsError
+from flexifed.federation.cell import make_shards
 from flexifed.federation.checkpoint import MANIFEST, Checkpoints, read_tensors
-from flexifed.federation.rounds import Federation, LocalHosts, make_shards
+from flexifed.federation.rounds import Federation, LocalHosts
 
 FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 LONG = settings(FUZZ, max_examples=3000)

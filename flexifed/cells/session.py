@@ -16,9 +16,9 @@ from flexifed.cells.provenance import attempts, provenance
 from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig
 from flexifed.errors import ResultsError
+from flexifed.federation.cell import ClientShards, make_shards
 from flexifed.federation.checkpoint import Checkpoint
-from flexifed.federation.client import ClientShards
-from flexifed.federation.rounds import Federation, Hosts, RoundResult, make_shards
+from flexifed.federation.rounds import Federation, Hosts, RoundResult
 from flexifed.results.runlog import RunLog
 from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, write_table
 

@@ -19,21 +19,13 @@ from flexifed.core.schemes import SharingPlan
 from flexifed.data import Dataset, Pipeline
 from flexifed.data.partition import window
 from flexifed.errors import ClientError, FlexifedError
-from flexifed.models import build_model
+from flexifed.federation.cell import ClientShards, cell_model
 from flexifed.seeding import Purpose, derive_seed, torch_generator
 from flexifed.training.evaluate import Score, evaluate
 from flexifed.training.local import train
 from flexifed.training.numerics import seeded_dropout
 from flexifed.training.streams import Steps
 from flexifed.training.workspace import Workspace
-
-
-@dataclass(frozen=True)
-class ClientShards:
-    """A client's samples, as indices into the training and the test set."""
-
-    train: np.ndarray
-    test: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +93,10 @@ class Client:
         self._train_samples, self._train_labels = (part.to(self._device) for part in data.train.take(shards.train))
         self._test_samples, self._test_labels = (part.to(self._device) for part in data.test.take(shards.test))
         stream = () if config.model.init == "shared" else (index,)
-        initial = build_model(
+        initial = cell_model(
+            config,
+            data.info,
             config.model_name(index),
-            num_classes=data.info.num_classes,
-            in_channels=data.info.in_channels,
-            width=config.model.width,
             generator=torch_generator(config.seed, "init", *stream),
             device=self._device,
         )

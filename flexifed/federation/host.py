@@ -11,17 +11,15 @@ import torch
 
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import BlockSums, GroupState, blocks_of, combine_blocks, sum_block
-from flexifed.core.schemes import SharingPlan, sharing_plan
 from flexifed.data import DatasetInfo, make_pipeline, open_dataset
 from flexifed.errors import DeviceMemoryError
 from flexifed.federation.assignment import name_clients
+from flexifed.federation.cell import ClientShards, cell_plan, client_weight, make_workspace
 from flexifed.federation.checkpoint import Checkpoint, read_groups, read_tensors, write_groups, write_tensors
-from flexifed.federation.client import Client, ClientRound, ClientShards
-from flexifed.models import build_model, model_signature
+from flexifed.federation.client import Client, ClientRound
 from flexifed.training.memory import device_shortages
 from flexifed.training.numerics import device_name, numeric_settings
 from flexifed.training.streams import Stream, overlap
-from flexifed.training.workspace import Workspace
 
 _CLIENTS = "clients-"
 Play = tuple[Client, ClientRound, GroupState | None]
@@ -81,7 +79,7 @@ class ClientHost:
             for together in blocks_of(in_turn, streams)
             for position, name in enumerate(together)
         ]
-        workspaces = {place: make_workspace(place[0], config, info) for place in sorted(set(places))}
+        workspaces = {place: make_workspace(config, info, place[0]) for place in sorted(set(places))}
         self._clients = [
             Client(
                 index,
@@ -186,47 +184,3 @@ class ClientHost:
 
     def _on_device(self, state: GroupState) -> GroupState:
         return {group: tuple(tensor.to(self._device) for tensor in tensors) for group, tensors in state.items()}
-
-
-def make_workspace(name: str, config: CellConfig, info: DatasetInfo) -> Workspace:
-    """A model whose values don't matter; clients of its architecture take turns in it."""
-    model = build_model(
-        name, num_classes=info.num_classes, in_channels=info.in_channels, width=config.model.width, device=config.device
-    )
-    if config.numerics.channels_last:
-        for parameter in model.parameters():
-            if parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return Workspace(model, config.training, config.numerics)
-
-
-def cell_plan(config: CellConfig, info: DatasetInfo) -> SharingPlan:
-    """The sharing plan of a cell. Every process derives it from the config; it never travels."""
-    signatures = {
-        name: model_signature(
-            name, num_classes=info.num_classes, in_channels=info.in_channels, width=config.model.width
-        )
-        for name in config.versions
-    }
-    return sharing_plan(
-        [signatures[config.model_name(client)] for client in range(config.partition.num_clients)],
-        config.scheme,
-        weighting=config.sharing.weighting,
-        batch_norm_buffers=config.sharing.batch_norm_buffers,
-        classifier=config.sharing.classifier,
-    )
-
-
-def state_bytes(config: CellConfig, info: DatasetInfo) -> int:
-    """Bytes of a cell's whole state, as a checkpoint holds it: one tensor for each group, and what is personal."""
-    plan = cell_plan(config, info)
-    personal = 0
-    for client, architecture in enumerate(plan.architecture_of):
-        whole = sum(spec.num_bytes for layer in plan.signatures[client].layers for spec in layer.tensors)
-        personal += whole - sum(group.num_bytes for group in plan.groups_of(architecture))
-    return personal + sum(group.num_bytes for group in plan.groups)
-
-
-def client_weight(config: CellConfig, num_train: int) -> float:
-    """A client's weight in a mean: FedAvg's number of samples, or 1."""
-    return float(num_train) if config.sharing.weighting == "samples" else 1.0

@@ -17,12 +17,11 @@ import torch
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import GroupState, combine_blocks
 from flexifed.data import DatasetInfo
-from flexifed.data.partition import iid_shards
 from flexifed.federation.assignment import assign_clients
+from flexifed.federation.cell import ClientShards, cell_plan
 from flexifed.federation.checkpoint import SHARED, Checkpoint, read_groups, write_groups
-from flexifed.federation.client import ClientRound, ClientShards
-from flexifed.federation.host import ClientHost, HostRound, cell_plan
-from flexifed.seeding import numpy_generator
+from flexifed.federation.client import ClientRound
+from flexifed.federation.host import ClientHost, HostRound
 from flexifed.training.numerics import numeric_settings
 
 
@@ -162,14 +161,3 @@ class Federation:
         self.shared = read_groups(checkpoint, self._groups)
         self.next_round = checkpoint.next_round
         self._hosts.restore(checkpoint)
-
-
-def make_shards(config: CellConfig, info: DatasetInfo) -> list[ClientShards]:
-    """Every client's samples: training and test set, each cut i.i.d. by one generator, then shards to their limits."""
-    generator = numpy_generator(config.seed, "partition")
-    parts = [
-        iid_shards(count, config.partition.num_shards, config.partition.num_clients, generator, split=what)
-        for count, what in ((info.num_train, "training"), (info.num_test, "test"))
-    ]
-    most = config.partition
-    return [ClientShards(train[: most.max_train], test[: most.max_test]) for train, test in zip(*parts, strict=True)]

@@ -17,9 +17,9 @@ from flexifed.core.aggregate import GroupState
 from flexifed.data import DatasetInfo
 from flexifed.errors import FlexifedError
 from flexifed.federation.assignment import name_clients
+from flexifed.federation.cell import ClientShards, cell_plan
 from flexifed.federation.checkpoint import Checkpoint
-from flexifed.federation.client import ClientShards
-from flexifed.federation.host import HostRound, cell_plan
+from flexifed.federation.host import HostRound
 from flexifed.orchestra.client_actor import ClientActor, first_line
 from flexifed.orchestra.lending import Lending, collect, is_sample, lending_on, sample
 from flexifed.orchestra.placement import CellPlacement

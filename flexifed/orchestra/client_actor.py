@@ -16,8 +16,8 @@ from flexifed.core.aggregate import GroupState
 from flexifed.data import DatasetInfo
 from flexifed.errors import ClientError, DeviceMemoryError, ResourceError
 from flexifed.federation.assignment import name_clients
+from flexifed.federation.cell import ClientShards
 from flexifed.federation.checkpoint import Checkpoint
-from flexifed.federation.client import ClientShards
 from flexifed.federation.host import ClientHost, HostRound
 from flexifed.orchestra.lending import Gpu, Lending, collect, is_sample, lending_on, sample
 from flexifed.orchestra.wire import ObjectStore, Packed, Transport, pack, unpack

@@ -13,8 +13,7 @@ import torch
 from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig
 from flexifed.data import DatasetInfo, make_pipeline, open_dataset
-from flexifed.federation.host import make_workspace
-from flexifed.federation.rounds import make_shards
+from flexifed.federation.cell import make_shards, make_workspace
 from flexifed.orchestra.cluster import usable_cpus, usable_gpus
 from flexifed.orchestra.placement import CellPlacement, Resources, how_many_fit
 from flexifed.seeding import torch_generator
@@ -91,7 +90,7 @@ def _seconds_per_sample(name: str, config: CellConfig, info: DatasetInfo) -> tup
     pipeline = make_pipeline(data, config.family, device=device, channels_last=config.numerics.channels_last)
     batch = min(config.training.batch_size, _MOST_SAMPLES)
     timed = _STEPS_ON_A_GPU * config.training.batch_size if on_gpu else batch
-    workspace = make_workspace(name, config, info)
+    workspace = make_workspace(config, info, name)
     streams = {"batches": torch_generator(0, "batches"), "augmentation": torch_generator(0, "augmentation")}
     train_s = eval_s = 0.0
     with numeric_settings(config.numerics):

@@ -29,7 +29,8 @@ from flexifed.data.speech_commands_12 import COMMANDS, SILENCE, UNKNOWN
 from flexifed.data.speech_commands_files import NAME, V1, V2, Version, read_list
 from flexifed.data.wav import read_clip, read_wav
 from flexifed.errors import DataError, FlexifedWarning
-from flexifed.federation.rounds import Federation, LocalHosts, make_shards
+from flexifed.federation.cell import make_shards
+from flexifed.federation.rounds import Federation, LocalHosts
 
 CLIPS_OF_WORD = 7
 PARTIAL = pytest.mark.filterwarnings("ignore::flexifed.errors.FlexifedWarning")

@@ -25,10 +25,11 @@ from flexifed.core.schemes import SharingPlan
 from flexifed.data import synthetic
 from flexifed.errors import ClientError, ConfigError, DeviceMemoryError, ResultsError
 from flexifed.federation.assignment import assign_clients
+from flexifed.federation.cell import ClientShards, cell_plan, make_shards
 from flexifed.federation.checkpoint import SHARED, Checkpoint
-from flexifed.federation.client import Client, ClientRound, ClientShards
-from flexifed.federation.host import HostRound, cell_plan
-from flexifed.federation.rounds import Federation, Hosts, LocalHosts, RoundResult, make_shards
+from flexifed.federation.client import Client, ClientRound
+from flexifed.federation.host import HostRound
+from flexifed.federation.rounds import Federation, Hosts, LocalHosts, RoundResult
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
 from flexifed.orchestra.lending import lending_on
@@ -600,7 +601,8 @@ import sys
 from pathlib import Path
 from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
 from flexifed.data import find_dataset
-from flexifed.federation.rounds import Federation, LocalHosts, make_shards
+from flexifed.federation.cell import make_shards
+from flexifed.federation.rounds import Federation, LocalHosts
 
 for dataset, family in [
     ("cifar10", "vgg"),

@@ -19,7 +19,8 @@ from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingCo
 from flexifed.data import find_dataset
 from flexifed.errors import ResourceError
 from flexifed.federation.assignment import assign_clients
-from flexifed.federation.rounds import Federation, Hosts, LocalHosts, make_shards
+from flexifed.federation.cell import make_shards
+from flexifed.federation.rounds import Federation, Hosts, LocalHosts
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
 from flexifed.orchestra.estimate import this_machine

@@ -219,7 +219,9 @@ def test_blocks_decide_the_default_number_of_clients_in_an_actor() -> None:
 
 
 def test_actors_that_would_cut_a_block_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"clients_per_actor is 3, not a multiple of reduce_block \(2\).*use 4 clients"):
+    with pytest.raises(
+        ConfigError, match=r"clients_per_actor is 3, not a multiple of reduce_block \(2\).*use 4 clients"
+    ):
         place(cell(reduce_block=2), [{"CPU": 8}], clients_per_actor=3)
 
 

@@ -16,8 +16,8 @@ from flexifed.cells.run import CellRun
 from flexifed.cells.session import CellSession
 from flexifed.config import SCHEMES, CellConfig, ModelConfig, PartitionConfig, SchemeName, TrainingConfig
 from flexifed.data import find_dataset
+from flexifed.federation.cell import state_bytes
 from flexifed.federation.checkpoint import MANIFEST, SHARED, Checkpoints, read_tensors
-from flexifed.federation.host import state_bytes
 from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.orchestra import estimate
 from flexifed.orchestra.placement import PlacementOptions, place_cell

@@ -22,7 +22,8 @@ from flexifed.config import CellConfig, ModelConfig, NumericsConfig, PartitionCo
 from flexifed.data import find_dataset
 from flexifed.data.pipeline import ImagePipeline
 from flexifed.errors import ConfigError
-from flexifed.federation.rounds import Federation, LocalHosts, make_shards
+from flexifed.federation.cell import make_shards
+from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.models import build_model
 from flexifed.training.graph import CudaGraphs, Record, RecordedStep
 from flexifed.training.local import train

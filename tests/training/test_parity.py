@@ -25,8 +25,8 @@ from flexifed.data import open_dataset, synthetic
 from flexifed.data.augment import CropAndFlip
 from flexifed.data.pipeline import ImagePipeline
 from flexifed.errors import ClientError, ConfigError
-from flexifed.federation.client import ClientShards
-from flexifed.federation.rounds import Federation, LocalHosts, make_shards
+from flexifed.federation.cell import ClientShards, make_shards
+from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.models import build_model
 from flexifed.seeding import derive_seed, torch_generator
 from flexifed.training.evaluate import Score, evaluate

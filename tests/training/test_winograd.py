@@ -14,7 +14,8 @@ from torch.nn import functional
 from flexifed.config import CellConfig, FamilyName, ModelConfig, NumericsConfig, PartitionConfig, TrainingConfig
 from flexifed.data import synthetic
 from flexifed.errors import ConfigError
-from flexifed.federation.rounds import Federation, LocalHosts, make_shards
+from flexifed.federation.cell import make_shards
+from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.models import build_model
 from flexifed.training import winograd
 from flexifed.training.winograd import WinogradConv2d, convolve, fits, use_winograd

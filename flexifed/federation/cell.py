@@ -1,0 +1,96 @@
+"""What a cell's config and data set determine: shards, models, the sharing plan. Every process derives the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from flexifed.config import CellConfig
+from flexifed.core.schemes import SharingPlan, sharing_plan
+from flexifed.core.signature import signature
+from flexifed.data import DatasetInfo
+from flexifed.data.partition import iid_shards
+from flexifed.models import build_model
+from flexifed.seeding import numpy_generator
+from flexifed.training.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class ClientShards:
+    """A client's samples, as indices into the training set and the test set."""
+
+    train: np.ndarray
+    test: np.ndarray
+
+
+def make_shards(config: CellConfig, info: DatasetInfo) -> list[ClientShards]:
+    """Partition the training set and the test set i.i.d. with one generator, then cut each shard to its limit."""
+    generator = numpy_generator(config.seed, "partition")
+    partition = config.partition
+    parts = [
+        iid_shards(count, partition.num_shards, partition.num_clients, generator, split=split)
+        for count, split in ((info.num_train, "training"), (info.num_test, "test"))
+    ]
+    return [
+        ClientShards(train[: partition.max_train], test[: partition.max_test])
+        for train, test in zip(*parts, strict=True)
+    ]
+
+
+def cell_model(
+    config: CellConfig,
+    info: DatasetInfo,
+    name: str,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Build a model by its name, in the cell's width, for the data set's channels and classes; see `build_model`."""
+    return build_model(
+        name,
+        num_classes=info.num_classes,
+        in_channels=info.in_channels,
+        width=config.model.width,
+        generator=generator,
+        device=device,
+    )
+
+
+def make_workspace(config: CellConfig, info: DatasetInfo, name: str) -> Workspace:
+    """Build a workspace for clients with the model of this name. Its initial weights don't matter."""
+    model = cell_model(config, info, name, device=config.device)
+    if config.numerics.channels_last:
+        for parameter in model.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return Workspace(model, config.training, config.numerics)
+
+
+def cell_plan(config: CellConfig, info: DatasetInfo) -> SharingPlan:
+    """Derive the sharing plan of a cell. Plans are never sent from process to process."""
+    signatures = {name: signature(cell_model(config, info, name, device="meta")) for name in config.versions}
+    return sharing_plan(
+        [signatures[config.model_name(client)] for client in range(config.partition.num_clients)],
+        config.scheme,
+        weighting=config.sharing.weighting,
+        batch_norm_buffers=config.sharing.batch_norm_buffers,
+        classifier=config.sharing.classifier,
+    )
+
+
+def state_bytes(config: CellConfig, info: DatasetInfo) -> int:
+    """Size in bytes of a cell's state in a checkpoint: each group's tensors once, and all personal tensors."""
+    plan = cell_plan(config, info)
+    personal = 0
+    for client, architecture in enumerate(plan.architecture_of):
+        whole = sum(spec.num_bytes for layer in plan.signatures[client].layers for spec in layer.tensors)
+        personal += whole - sum(group.num_bytes for group in plan.groups_of(architecture))
+    return personal + sum(group.num_bytes for group in plan.groups)
+
+
+def client_weight(config: CellConfig, num_train: int) -> float:
+    """A client's weight in a mean: its number of training samples (FedAvg), or 1."""
+    return float(num_train) if config.sharing.weighting == "samples" else 1.0
