@@ -49,7 +49,7 @@ from peak import peak_rate, share_of_peak
 from sequential import SequentialLoop
 
 from flexifed.cells.run import CellRun
-from flexifed.cells.session import CellSession
+from flexifed.cells.session import CellSession, open_log
 from flexifed.config import SCHEMES, CellConfig, ModelConfig, NumericsConfig, Precision
 from flexifed.data import find_dataset, open_dataset
 from flexifed.federation.cell import make_shards
@@ -111,13 +111,14 @@ class Turns:
 
 def take_turns(run: CellRun, placement: CellPlacement, repeat: int, undisturbed: int) -> Turns:
     """Play rounds of both in turn, after some that warm up and don't count; then rounds of ours alone."""
-    session = CellSession(run, str(placement))
-    baseline = SequentialLoop(run.config, open_dataset(run.info), session.shards)
+    shards = make_shards(run.config, run.info)
+    baseline = SequentialLoop(run.config, open_dataset(run.info), shards)
     group = ray.util.placement_group([bundle for bundle in placement.bundles if bundle])
     ray.get(group.ready())
     hosts = ActorHosts(group)
-    hosts.begin(run.config, run.info, placement, session.shards)
-    session.start(hosts, hosts.exchange)
+    log = open_log(run, str(placement))
+    hosts.begin(run.config, run.info, placement, shards)
+    session = CellSession(run, str(placement), hosts, shards, log)
     warm_up = WARM_UP[run.config.device]
     played, round_s, baseline_s = [], [], []
     for index in range(warm_up + repeat):
@@ -132,7 +133,7 @@ def take_turns(run: CellRun, placement: CellPlacement, repeat: int, undisturbed:
     device = torch.device(run.config.device)
     alone = play_undisturbed(session, device, undisturbed) if undisturbed else None
     memory = peak_memory(), device_memory_mib(device)
-    session.close()
+    log.close()
     hosts.shut_down()
     return Turns(hosts.exchange, played[warm_up:], round_s[warm_up:], baseline_s[warm_up:], alone, *memory)
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 import ray
 
-from flexifed.cells.session import CellSession
+from flexifed.cells.session import CellSession, open_log
 from flexifed.cli import main as flexifed_main
 from flexifed.data import find_dataset
 from flexifed.errors import ConfigError, ResultsError
+from flexifed.federation.cell import make_shards
 from flexifed.federation.rounds import LocalHosts
 from flexifed.grid import make_cells, parse_options
 from flexifed.launch import run_experiment
@@ -39,11 +40,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def run_grid(cells: Sequence[PlacedRun], *_: Any, **__: Any) -> dict[str, str]:
         for placed in cells:
             played.append(placed.run.name)
-            session = CellSession(placed.run, "in process")
-            session.start(LocalHosts(placed.run.config, placed.run.info, session.shards))
-            while session.play_round().round_index < placed.run.rounds:
-                pass
-            session.close()
+            shards = make_shards(placed.run.config, placed.run.info)
+            hosts = LocalHosts(placed.run.config, placed.run.info, shards)
+            with closing(open_log(placed.run, "in process")) as log:
+                session = CellSession(placed.run, "in process", hosts, shards, log)
+                while session.play_round().round_index < placed.run.rounds:
+                    pass
         return {}
 
     monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was reached"))

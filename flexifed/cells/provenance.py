@@ -43,22 +43,28 @@ def provenance(run: CellRun, placement: str, exchange: str, computed_on: Iterabl
     }
 
 
-def attempts(now: Mapping[str, Any], stored: Mapping[str, Any], next_round: int) -> list[dict[str, Any]]:
-    """What computed which rounds: a run that goes on elsewhere, or under other versions, says so of both parts.
+def merge_attempts(
+    now: Mapping[str, Any], stored: Mapping[str, Any], next_round: int
+) -> tuple[list[dict[str, Any]], bool]:
+    """Say what computed which rounds of a run that may have begun elsewhere, or under other versions.
 
     Args:
-        now: `provenance` of what goes on.
-        stored: metadata of the file that is there; empty if there is none.
-        next_round: that it goes on with.
+        now: `provenance` of the run as it resumes.
+        stored: metadata of the run's file; empty if there is none.
+        next_round: the round with which the run resumes.
+
+    Returns:
+        An entry for each part of the rounds, and whether what computes the next rounds differs, in a way that can
+        change the last bits, from what computed those before.
     """
     attempt = {"from_round": next_round, **{name: now[name] for name in _OF_AN_ATTEMPT}}
     if next_round == 0 or not stored:
-        return [attempt]
+        return [attempt], False
     first = {"from_round": 0, **{name: stored.get(name) for name in _OF_AN_ATTEMPT}}
-    before = [one for one in stored.get("attempts", [first]) if one["from_round"] < next_round]
+    before = [entry for entry in stored.get("attempts", [first]) if entry["from_round"] < next_round]
     if before and _decides_bits(before[-1]) == _decides_bits(attempt):
-        return before
-    return [*before, attempt]
+        return before, False
+    return [*before, attempt], bool(before)
 
 
 def _decides_bits(attempt: Mapping[str, Any]) -> tuple[object, ...]:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from flexifed.cells.provenance import attempts, provenance
+from flexifed.cells.provenance import merge_attempts, provenance
 from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig
 from flexifed.errors import ResultsError
-from flexifed.federation.cell import ClientShards, make_shards
+from flexifed.federation.cell import ClientShards
 from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.rounds import Federation, Hosts, RoundResult
 from flexifed.results.runlog import RunLog
@@ -26,44 +26,57 @@ CHECKPOINT_EVERY_S = 60.0
 CHECKPOINT_SHARE = 0.03  # of the time may go into checkpoints
 
 
+def open_log(run: CellRun, placement: str) -> RunLog:
+    """Open the log of a cell, and note that the cell begins.
+
+    The log is opened before the cell's hosts begin, so that it gets their failures too.
+
+    Args:
+        run: the cell.
+        placement: words that say where it runs.
+    """
+    log = RunLog(ResultsFolder(run.results).run_folder(run.name))
+    log.write(f"begin {run.name}: {run.rounds} rounds on {run.info.source} data, {placement}")
+    return log
+
+
+def log_failure(log: RunLog, reason: str) -> None:
+    """Note why a cell can't continue, if its log can still be written."""
+    with suppress(ResultsError):
+        log.write(f"failed: {reason}")
+
+
 class CellSession:
-    """A cell that is running.
+    """A cell that is running, from its last checkpoint on if it has one.
 
     Args:
         run: the cell.
         placement: words that say where it runs, for its metadata.
+        hosts: the hosts of the cell's clients.
+        shards: each client's samples.
+        log: the cell's log, from `open_log`. It stays open.
     """
 
-    def __init__(self, run: CellRun, placement: str) -> None:
+    def __init__(self, run: CellRun, placement: str, hosts: Hosts, shards: Sequence[ClientShards], log: RunLog) -> None:
         self.run = run
-        self.shards = make_shards(run.config, run.info)
-        folder = ResultsFolder(run.results)
-        self._log = RunLog(folder.run_folder(run.name))
-        self._folder = folder
-        self._placement = placement
+        self._shards = shards
+        self._log = log
+        self._folder = ResultsFolder(run.results)
         self._checkpoints = run.checkpoints()
         self._checkpoint_due = time.monotonic() + CHECKPOINT_EVERY_S
         self._committed_round = 0
-        self._federation: Federation | None = None
-        self._writer: RoundsWriter | None = None
-        _write_shards(folder.run_folder(run.name) / "shards.parquet", self.shards)
-        self._log.write(f"begin {run.name}: {run.rounds} rounds on {run.info.source} data, {placement}")
+        _write_shards(self._folder.run_folder(run.name) / "shards.parquet", shards)
+        log.write(hosts.exchange)
+        self._federation = Federation(run.config, run.info, hosts)
+        before = self._restore()
+        self._writer = self._open_writer(provenance(run, placement, hosts.exchange, hosts.device_names()), before)
 
-    def start(self, hosts: Hosts, exchange: str = "all clients are in one process") -> None:
-        """Begin to play, or go on from the last checkpoint.
-
-        Args:
-            hosts: that hold this cell's clients.
-            exchange: words that say how tensors get from process to process, for its metadata.
-        """
-        self._log.write(exchange)
-        self._federation = Federation(self.run.config, self.run.info, hosts)
-        before = self._restore(self._federation)
+    def _open_writer(self, metadata: dict[str, Any], before: pa.Table | None) -> RoundsWriter:
+        """Begin the file of rows with those of earlier rounds; its metadata says what computed which rounds."""
         path, next_round = self._folder.rounds_file(self.run.name), self._federation.next_round
         stored: dict[str, Any] = read_metadata(path) if path.exists() else {}
-        metadata = provenance(self.run, self._placement, exchange, hosts.device_names())
-        metadata["attempts"] = computed = attempts(metadata, stored, next_round)
-        if len(computed) > 1 and computed[-1]["from_round"] == next_round:
+        metadata["attempts"], has_changed = merge_attempts(metadata, stored, next_round)
+        if has_changed:
             self._log.write(
                 f"from round {next_round} on other hardware or under other versions than before, so an undisturbed run "
                 "may differ in the last bits; both are in the file's metadata"
@@ -72,44 +85,31 @@ class CellSession:
         finished = self._folder.last_round(self.run.name) if "state_sha256" in stored else stored.get("finished_rounds")
         if finished:
             metadata["finished_rounds"] = finished
-        self._writer = RoundsWriter(path, metadata, at_least=finished, before=before)
+        return RoundsWriter(path, metadata, at_least=finished, before=before)
 
     def play_round(self) -> RoundResult:
         """Play the next round, and write what it measured."""
-        assert self._federation is not None
-        assert self._writer is not None
         train = self._federation.next_round < self.run.rounds
         result = self._federation.play_round(train=train)
         if not train:
             self._writer.note(state_sha256=self._federation.state_sha256())
-        self._writer.append(_rows(self.run, self.shards, result))
+        self._writer.append(_rows(self.run, self._shards, result))
         self._log_round(result)
         if not train:
             self._writer.flush()
             self._checkpoints.end(keep_final=self.run.keep_final)
             self._log.write("end")
         elif self._is_checkpoint_due(result.round_index + 1):
-            self._checkpoint(self._federation, self._writer)
+            self._checkpoint()
         return result
 
     def stop(self) -> None:
         """Commit the rounds that were played, to go on from there another time."""
-        assert self._federation is not None
-        assert self._writer is not None
         if self._committed_round != self._federation.next_round:
-            self._checkpoint(self._federation, self._writer)
+            self._checkpoint()
         self._log.write(f"stopped, as asked; round {self._federation.next_round} is next")
 
-    def fail(self, reason: str) -> None:
-        """Note why the cell can't go on, if the log can still be written."""
-        with suppress(ResultsError):
-            self._log.write(f"failed: {reason}")
-
-    def close(self) -> None:
-        """Close its files."""
-        self._log.close()
-
-    def _restore(self, federation: Federation) -> pa.Table | None:
+    def _restore(self) -> pa.Table | None:
         """Go on from the last checkpoint that is whole and whose rows are there; returns those rows."""
         num_clients = self.run.config.partition.num_clients
 
@@ -123,7 +123,7 @@ class CellSession:
             if self._folder.last_round(self.run.name) is not None:
                 self._log.write("there are rows but no checkpoint: begins with round 0")
             return None
-        federation.restore(checkpoint)
+        self._federation.restore(checkpoint)
         self._log.write(f"goes on with round {checkpoint.next_round}, from {checkpoint.folder.name}")
         return rows_before(checkpoint)
 
@@ -134,13 +134,14 @@ class CellSession:
             return next_round % self.run.checkpoint_every == 0
         return time.monotonic() >= self._checkpoint_due
 
-    def _checkpoint(self, federation: Federation, writer: RoundsWriter) -> None:
+    def _checkpoint(self) -> None:
         """Write the rows first, then everything that later rounds depend on, and the manifest last."""
         started = time.monotonic()
-        writer.flush()
-        folder = self._checkpoints.begin(federation.next_round)
-        self._checkpoints.commit(federation.next_round, federation.save(folder))
-        self._committed_round = federation.next_round
+        next_round = self._federation.next_round
+        self._writer.flush()
+        folder = self._checkpoints.begin(next_round)
+        self._checkpoints.commit(next_round, self._federation.save(folder))
+        self._committed_round = next_round
         finished = time.monotonic()
         self._checkpoint_due = finished + max(CHECKPOINT_EVERY_S, (finished - started) / CHECKPOINT_SHARE)
 

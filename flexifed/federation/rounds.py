@@ -33,6 +33,11 @@ class Hosts(Protocol):
         """The clients of each host."""
         ...
 
+    @property
+    def exchange(self) -> str:
+        """How tensors get from process to process, in words."""
+        ...
+
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
         """Let all hosts play a round, at the same time where they can."""
         ...
@@ -56,6 +61,8 @@ class Hosts(Protocol):
 
 class LocalHosts:
     """All clients in this process."""
+
+    exchange = "all clients are in one process"
 
     def __init__(
         self,

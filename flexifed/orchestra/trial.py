@@ -10,14 +10,16 @@ import ray
 from ray import tune
 
 from flexifed.cells.run import CellRun
-from flexifed.cells.session import CellSession, accuracy_by_version
+from flexifed.cells.session import CellSession, accuracy_by_version, log_failure, open_log
 from flexifed.errors import DeviceMemoryError, FlexifedError
+from flexifed.federation.cell import make_shards
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts, GroupLostError, LostError
 from flexifed.orchestra.client_actor import first_line, full_device
 from flexifed.orchestra.ledger import CellReport, CellState
 from flexifed.orchestra.lending import has_broken_gpu
 from flexifed.orchestra.placement import CellPlacement, memory_advice, roomier_placement
+from flexifed.results.runlog import RunLog
 from flexifed.results.store import ResultsFolder
 
 
@@ -38,6 +40,7 @@ class CellTrial(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first cell. Client actors are created when they are first needed."""
         self._hosts: ActorHosts | None = None
+        self._log: RunLog | None = None
         self._session: CellSession | None = None
         self._placed: PlacedRun = config["placed"]
 
@@ -80,8 +83,7 @@ class CellTrial(tune.Trainable):
             if stop_file.exists():
                 return CellReport(run.name, "stopped")
             ResultsFolder(run.results).check_shared()
-            self._begin(run)
-        assert self._session is not None
+            self._session = self._begin(run)
         result = self._session.play_round()
         state: CellState = "finished" if result.round_index == run.rounds else "playing"
         if state == "playing" and stop_file.exists():
@@ -89,14 +91,15 @@ class CellTrial(tune.Trainable):
             state = "stopped"
         return CellReport(run.name, state, result.round_index, accuracy_by_version(run.config, result))
 
-    def _begin(self, run: CellRun) -> None:
-        self._session = CellSession(run, str(self._placed.placement))
+    def _begin(self, run: CellRun) -> CellSession:
+        placement, shards = self._placed.placement, make_shards(run.config, run.info)
+        self._log = open_log(run, str(placement))
         if self._hosts is None:
             group = ray.util.get_current_placement_group()
             assert group is not None
             self._hosts = ActorHosts(group)
-        self._hosts.begin(run.config, run.info, self._placed.placement, self._session.shards)
-        self._session.start(self._hosts, self._hosts.exchange)
+        self._hosts.begin(run.config, run.info, placement, shards)
+        return CellSession(run, str(placement), self._hosts, shards, self._log)
 
     def _interrupted(self, state: CellState, reason: str) -> CellReport:
         """Log an error's outcome, and end the actors, whose state is unknown."""
@@ -105,15 +108,16 @@ class CellTrial(tune.Trainable):
             placement, config = self._placed.placement, self._placed.run.config
             roomier = roomier_placement(placement, config, cluster.nodes())
             reason = f"{reason}; {memory_advice(placement, config, roomier)}"
-        if self._session and state != "lost":  # the command logs losses, because it hears of all of them
-            self._session.fail(reason)
+        if self._log and state != "lost":  # the command logs losses, because it hears of all of them
+            log_failure(self._log, reason)
         self.cleanup()
         return CellReport(self._placed.run.name, state, reason=reason, roomier=roomier)
 
     def _close_session(self) -> None:
-        if self._session:
-            self._session.close()
-            self._session = None
+        self._session = None
+        if self._log:
+            self._log.close()
+            self._log = None
 
 
 def _outcome(error: Exception) -> tuple[CellState, str]:

@@ -18,8 +18,9 @@ import pytest
 from test_resume import TIMINGS, cell, digests, play, rows
 
 from flexifed.cells.run import CellRun
-from flexifed.cells.session import CellSession
+from flexifed.cells.session import CellSession, log_failure, open_log
 from flexifed.errors import ResourceError, ResultsError
+from flexifed.federation.cell import make_shards
 from flexifed.federation.rounds import LocalHosts
 from flexifed.orchestra import sweep
 from flexifed.orchestra.ledger import CellReport
@@ -57,19 +58,20 @@ def fill(disk: Path, leave_bytes: int) -> Path:
 
 def play_until_it_fails(run: CellRun, rounds_before: int, disk: Path, leave_bytes: int) -> str | None:
     """Play some rounds, then with little room to the end or to an error, as a trial does; returns the error."""
-    session = CellSession(run, "in process")
+    shards = make_shards(run.config, run.info)
+    log = open_log(run, "in process")
     try:
-        session.start(LocalHosts(run.config, run.info, session.shards))
+        session = CellSession(run, "in process", LocalHosts(run.config, run.info, shards), shards, log)
         for _ in range(rounds_before):
             session.play_round()
         fill(disk, leave_bytes)
         while session.play_round().round_index < run.rounds:
             pass
     except ResultsError as error:
-        session.fail(str(error))
+        log_failure(log, str(error))
         return str(error)
     finally:
-        session.close()
+        log.close()
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from flexifed.cells.run import CellRun
-from flexifed.cells.session import CellSession
+from flexifed.cells.session import CellSession, open_log
 from flexifed.config import SCHEMES, CellConfig, ModelConfig, PartitionConfig, SchemeName, TrainingConfig
 from flexifed.data import find_dataset
-from flexifed.federation.cell import state_bytes
+from flexifed.federation.cell import make_shards, state_bytes
 from flexifed.federation.checkpoint import MANIFEST, SHARED, Checkpoints, read_tensors
 from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.orchestra import estimate
@@ -52,16 +53,18 @@ def cell(results: Path, scheme: SchemeName = "max_common", *, rounds: int = ROUN
 
 def play(run: CellRun, rounds: int | None = None, clients_per_host: int = 4, stop: bool = False) -> None:
     """Begin a cell or go on with it, and stop after some rounds, without a word if not asked to, or at its end."""
-    session = CellSession(run, "in process")
-    session.start(LocalHosts(run.config, run.info, session.shards, clients_per_host))
-    played = 0
-    while played != rounds:
-        played += 1
-        if session.play_round().round_index == run.rounds:
-            break
-    if stop:
-        session.stop()
-    session.close()
+    shards = make_shards(run.config, run.info)
+    with closing(open_log(run, "in process")) as log:
+        session = CellSession(
+            run, "in process", LocalHosts(run.config, run.info, shards, clients_per_host), shards, log
+        )
+        played = 0
+        while played != rounds:
+            played += 1
+            if session.play_round().round_index == run.rounds:
+                break
+        if stop:
+            session.stop()
 
 
 def rows(run: CellRun) -> pd.DataFrame:
