@@ -133,7 +133,7 @@ def test_more_rounds_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     pd.testing.assert_frame_equal(after[after["round"] < 1], before[before["round"] < 1])
     assert "new settings" not in capsys.readouterr().out
     [log] = tmp_path.glob("table1/runs/*/log.txt")
-    assert "goes on with round 1, from round-000001" in log.read_text()
+    assert "resuming with round 1, from round-000001" in log.read_text()
 
 
 def test_nothing_stays_of_a_final_state_that_is_not_wanted(tmp_path: Path) -> None:

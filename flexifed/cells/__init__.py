@@ -1,1 +1,1 @@
-"""A cell from its first round to its last: what it is, writes, and was computed by. Needs hosts, but no Ray."""
+"""A cell from its first round to its last: its identity, its files and its provenance. Needs hosts, but not Ray."""

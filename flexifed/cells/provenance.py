@@ -1,4 +1,4 @@
-"""What computed a run, for the metadata of its rows' file."""
+"""What a run was computed with, for the metadata of its Parquet file."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _PACKAGES = ("flexifed", "torch", "torchvision", "ray", "numpy", "pyarrow")
 
 
 def provenance(run: CellRun, placement: str, exchange: str, computed_on: Iterable[str]) -> dict[str, Any]:
-    """What a run is, where it runs, on which hardware and under which versions.
+    """Describe a run: its settings, its data, where it runs, its hardware and its versions.
 
     Args:
         run: the run.
-        placement: words that say where it runs.
-        exchange: words that say how tensors get from process to process.
-        computed_on: what each of its processes computes on.
+        placement: where the run's clients are, in words.
+        exchange: how tensors get from process to process, in words.
+        computed_on: the name of each process's device.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # run from a folder that is not installed
+        except PackageNotFoundError:  # it runs from a source folder
             versions[package] = "not installed"
     return {
         "run_id": run.run_id,
@@ -46,16 +46,16 @@ def provenance(run: CellRun, placement: str, exchange: str, computed_on: Iterabl
 def merge_attempts(
     now: Mapping[str, Any], stored: Mapping[str, Any], next_round: int
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Say what computed which rounds of a run that may have begun elsewhere, or under other versions.
+    """List what computed which rounds of a run. A run may resume on other hardware or under other versions.
 
     Args:
         now: `provenance` of the run as it resumes.
-        stored: metadata of the run's file; empty if there is none.
+        stored: metadata of the run's existing file; empty if there is none.
         next_round: the round with which the run resumes.
 
     Returns:
-        An entry for each part of the rounds, and whether what computes the next rounds differs, in a way that can
-        change the last bits, from what computed those before.
+        An entry for each part of the rounds, and whether hardware or versions have changed since the rounds before, so
+        that the last bits may differ from those of an uninterrupted run.
     """
     attempt = {"from_round": next_round, **{name: now[name] for name in _OF_AN_ATTEMPT}}
     if next_round == 0 or not stored:
@@ -68,6 +68,6 @@ def merge_attempts(
 
 
 def _decides_bits(attempt: Mapping[str, Any]) -> tuple[object, ...]:
-    """What of an attempt can change the last bits: kinds of processor and of system, and versions, but no host."""
+    """The parts of an attempt that can change the last bits: processor models, system and versions, but not hosts."""
     kinds = {name.rsplit(" in ", 1)[0] for name in attempt["computed_on"] or ()}
     return kinds, str(attempt["machine"]).rsplit(" ", 1)[0], attempt["versions"]

@@ -1,4 +1,4 @@
-"""What a cell's run is called, where its results go, and how far it has come."""
+"""A run of a cell: its names, the place of its results, and whether it has finished."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from flexifed.results.store import ResultsFolder
 
 @dataclass(frozen=True, kw_only=True)
 class CellRun:
-    """A cell, the data it runs on, how long it runs, and where its results go.
+    """A cell, its data, its number of rounds, and where its results go.
 
     Attributes:
-        profile: the name under which its rows are found; it decides nothing.
-        rounds: rounds of training; one more is scored.
+        config: the cell.
+        info: its data set.
+        profile: the name that the run's rows carry; it changes no number.
+        rounds: rounds of training; one more round is only scored.
         results: absolute path of the experiment's results.
-        checkpoint_every: rounds between checkpoints; None: by time.
-        keep_final: keep the state after the last round of training, from which more rounds can go on.
+        checkpoint_every: rounds between checkpoints; None to write checkpoints by time.
+        keep_final: keep the state after the last round of training, from which a longer run can resume.
     """
 
     config: CellConfig
@@ -38,23 +40,23 @@ class CellRun:
 
     @property
     def name(self) -> str:
-        """Under which its files are kept: words for people, and the run id."""
+        """The name of the run's files: a readable description, and the run id."""
         config = self.config
         source = self.info.source
         return f"{config.dataset}-{source}-{config.family}-{config.scheme}-seed{config.seed}-{self.run_id}"
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """A short name of the cell for messages, with its seed."""
         config = self.config
         return f"{config.dataset}/{config.family}/{config.scheme} seed {config.seed}"
 
     @property
     def is_finished(self) -> bool:
-        """Whether its last round has been written."""
+        """Whether the rows of the last round have been written."""
         last = ResultsFolder(self.results).last_round(self.name)
         return last is not None and last >= self.rounds
 
     def checkpoints(self) -> Checkpoints:
-        """Those of this run; there may be none."""
+        """The checkpoints of this run, of which there may be none."""
         return Checkpoints(ResultsFolder(self.results).run_folder(self.name) / "checkpoints", self.run_id, self.rounds)

@@ -23,17 +23,17 @@ from flexifed.results.runlog import RunLog
 from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, write_table
 
 CHECKPOINT_EVERY_S = 60.0
-CHECKPOINT_SHARE = 0.03  # of the time may go into checkpoints
+CHECKPOINT_SHARE = 0.03  # the largest part of the time that checkpoints may take
 
 
 def open_log(run: CellRun, placement: str) -> RunLog:
-    """Open the log of a cell, and note that the cell begins.
+    """Open the log of a cell and write that the cell begins.
 
-    The log is opened before the cell's hosts begin, so that it gets their failures too.
+    This comes before the cell's hosts begin, so that the log gets their failures too.
 
     Args:
         run: the cell.
-        placement: words that say where it runs.
+        placement: where the cell's clients are, in words.
     """
     log = RunLog(ResultsFolder(run.results).run_folder(run.name))
     log.write(f"begin {run.name}: {run.rounds} rounds on {run.info.source} data, {placement}")
@@ -41,20 +41,20 @@ def open_log(run: CellRun, placement: str) -> RunLog:
 
 
 def log_failure(log: RunLog, reason: str) -> None:
-    """Note why a cell can't continue, if its log can still be written."""
+    """Write why a cell can't continue, if its log can still be written."""
     with suppress(ResultsError):
         log.write(f"failed: {reason}")
 
 
 class CellSession:
-    """A cell that is running, from its last checkpoint on if it has one.
+    """A cell that is running. It resumes from the cell's last checkpoint, if there is one.
 
     Args:
         run: the cell.
-        placement: words that say where it runs, for its metadata.
+        placement: where the cell's clients are, in words for the metadata.
         hosts: the hosts of the cell's clients.
         shards: each client's samples.
-        log: the cell's log, from `open_log`. It stays open.
+        log: the cell's log, from `open_log`; the caller closes it.
     """
 
     def __init__(self, run: CellRun, placement: str, hosts: Hosts, shards: Sequence[ClientShards], log: RunLog) -> None:
@@ -71,24 +71,8 @@ class CellSession:
         before = self._restore()
         self._writer = self._open_writer(provenance(run, placement, hosts.exchange, hosts.device_names()), before)
 
-    def _open_writer(self, metadata: dict[str, Any], before: pa.Table | None) -> RoundsWriter:
-        """Begin the file of rows with those of earlier rounds; its metadata says what computed which rounds."""
-        path, next_round = self._folder.rounds_file(self.run.name), self._federation.next_round
-        stored: dict[str, Any] = read_metadata(path) if path.exists() else {}
-        metadata["attempts"], has_changed = merge_attempts(metadata, stored, next_round)
-        if has_changed:
-            self._log.write(
-                f"from round {next_round} on other hardware or under other versions than before, so an undisturbed run "
-                "may differ in the last bits; both are in the file's metadata"
-            )
-        # The last round of a shorter run that has ended; its file stays until there is more. Others are replaced.
-        finished = self._folder.last_round(self.run.name) if "state_sha256" in stored else stored.get("finished_rounds")
-        if finished:
-            metadata["finished_rounds"] = finished
-        return RoundsWriter(path, metadata, at_least=finished, before=before)
-
     def play_round(self) -> RoundResult:
-        """Play the next round, and write what it measured."""
+        """Play the next round, and write its measurements."""
         train = self._federation.next_round < self.run.rounds
         result = self._federation.play_round(train=train)
         if not train:
@@ -104,27 +88,50 @@ class CellSession:
         return result
 
     def stop(self) -> None:
-        """Commit the rounds that were played, to go on from there another time."""
+        """Commit the rounds that have been played, so that the same command resumes from here."""
         if self._committed_round != self._federation.next_round:
             self._checkpoint()
-        self._log.write(f"stopped, as asked; round {self._federation.next_round} is next")
+        self._log.write(f"stopped as requested; round {self._federation.next_round} is next")
+
+    def _open_writer(self, metadata: dict[str, Any], before: pa.Table | None) -> RoundsWriter:
+        """Open the writer of the run's rows; the file's metadata says what computed which rounds.
+
+        Args:
+            metadata: `provenance` of this session.
+            before: the rows of the rounds before a checkpoint, if the run resumes.
+        """
+        path, next_round = self._folder.rounds_file(self.run.name), self._federation.next_round
+        stored: dict[str, Any] = read_metadata(path) if path.exists() else {}
+        metadata["attempts"], has_changed = merge_attempts(metadata, stored, next_round)
+        if has_changed:
+            self._log.write(
+                f"from round {next_round} on other hardware or under other versions than before, so an undisturbed run "
+                "may differ in the last bits; both are in the file's metadata"
+            )
+        # The last round of a shorter run that has ended: its file stays until there are more rounds. The files of
+        # unfinished runs are replaced.
+        finished = self._folder.last_round(self.run.name) if "state_sha256" in stored else stored.get("finished_rounds")
+        if finished:
+            metadata["finished_rounds"] = finished
+        return RoundsWriter(path, metadata, at_least=finished, before=before)
 
     def _restore(self) -> pa.Table | None:
-        """Go on from the last checkpoint that is whole and whose rows are there; returns those rows."""
+        """Resume from the last valid checkpoint whose rows are complete; returns those rows."""
         num_clients = self.run.config.partition.num_clients
 
         def rows_before(checkpoint: Checkpoint) -> pa.Table:
             return self._folder.rows_before(self.run.name, checkpoint.next_round)
 
-        checkpoint = self._checkpoints.latest(
-            self._log.write, fits=lambda one: rows_before(one).num_rows == one.next_round * num_clients
-        )
+        def has_its_rows(checkpoint: Checkpoint) -> bool:
+            return rows_before(checkpoint).num_rows == checkpoint.next_round * num_clients
+
+        checkpoint = self._checkpoints.latest(self._log.write, fits=has_its_rows)
         if checkpoint is None:
             if self._folder.last_round(self.run.name) is not None:
-                self._log.write("there are rows but no checkpoint: begins with round 0")
+                self._log.write("there are rows but no checkpoint: starting with round 0")
             return None
         self._federation.restore(checkpoint)
-        self._log.write(f"goes on with round {checkpoint.next_round}, from {checkpoint.folder.name}")
+        self._log.write(f"resuming with round {checkpoint.next_round}, from {checkpoint.folder.name}")
         return rows_before(checkpoint)
 
     def _is_checkpoint_due(self, next_round: int) -> bool:
@@ -181,21 +188,21 @@ def _rows(run: CellRun, shards: Sequence[ClientShards], result: RoundResult) -> 
             "seed": config.seed,
             "profile": run.profile,
             "round": result.round_index,
-            "version": config.version(one.client),
-            "model": config.model_name(one.client),
-            "num_train": len(shards[one.client].train),
-            "num_test": len(shards[one.client].test),
+            "version": config.version(measured.client),
+            "model": config.model_name(measured.client),
+            "num_train": len(shards[measured.client].train),
+            "num_test": len(shards[measured.client].test),
             "round_s": result.round_s,
             "device": config.device,
-            "actor": actor,
-            **asdict(one),
+            "actor": host,
+            **asdict(measured),
         }
-        for one, actor in zip(result.clients, result.host_of, strict=True)
+        for measured, host in zip(result.clients, result.host_of, strict=True)
     ]
 
 
 def _write_shards(path: Path, shards: Sequence[ClientShards]) -> None:
-    """Which samples each client has: columns client, split, index."""
+    """Write the samples of each client, as columns client, split and index."""
     parts = [
         pa.table(
             {
@@ -204,7 +211,7 @@ def _write_shards(path: Path, shards: Sequence[ClientShards]) -> None:
                 "index": pa.array(indices),
             }
         )
-        for client, one in enumerate(shards)
-        for split, indices in (("train", one.train), ("test", one.test))
+        for client, client_shards in enumerate(shards)
+        for split, indices in (("train", client_shards.train), ("test", client_shards.test))
     ]
     write_table(path, pa.concat_tables(parts, promote_options="default").unify_dictionaries())

@@ -1,1 +1,1 @@
-"""Clients, the driver and their rounds as plain classes, which run in one process or, one floor up, as Ray actors."""
+"""Clients, the driver and their rounds as plain classes, to run in one process or, one floor up, as Ray actors."""

@@ -1,4 +1,4 @@
-"""One client: its shard, what it holds between rounds, and its part of a round."""
+"""One client: its shard, its state between rounds, and its part of a round."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class ClientRound:
 
     Attributes:
         client: index of the client.
-        accuracy: 0 to 1, on the client's test shard.
+        accuracy: accuracy on the client's test shard, 0 to 1.
         loss: mean cross-entropy on the test shard, in nats.
         train_loss: mean cross-entropy in training, in nats; None if the client did not train.
         bytes_up: bytes that the scheme makes the client send; 0 if it did not train.
         bytes_down: bytes that the scheme makes the client receive.
-        eval_s: wall time of scoring, in seconds. If clients overlap, their steps in between count too.
-        train_s: wall time of training, as `eval_s`, with the copies of the trained tensors; None without training.
+        eval_s: wall time of scoring, in seconds. If clients overlap, the steps of other clients in between count too.
+        train_s: wall time of training and copying the trained tensors, in seconds, as `eval_s`; None without training.
         train_started: Unix time at which training started; None without training.
     """
 
@@ -58,17 +58,17 @@ class ClientRound:
 class Client:
     """A client of a federation.
 
-    Between rounds it keeps only what nobody sends it: all of its model before the first aggregation, its personal
-    tensors after it. The workspace that it trains in is one that clients of its architecture take turns in.
+    Between rounds a client keeps only the tensors that it will not receive: its whole model before the first
+    aggregation, its personal tensors after it. It trains in a workspace that clients of its architecture use in turn.
 
     Args:
-        index: which client, from 0.
+        index: number of the client, from 0.
         config: the cell.
-        plan: says which of its tensors are shared.
-        workspace: has a model of its architecture, on the device, whose values are overwritten.
+        plan: which of the client's tensors are shared.
+        workspace: a model of the client's architecture, on the device; its values are overwritten.
         data: the data set; the client's shards are copied to the device.
-        shards: its samples.
-        pipeline: makes a model's input of stored samples.
+        shards: the client's samples.
+        pipeline: makes model inputs from stored samples.
     """
 
     def __init__(
@@ -105,21 +105,21 @@ class Client:
     def play_round(
         self, round_index: int, shared: GroupState | None, *, train: bool
     ) -> Steps[tuple[ClientRound, GroupState | None]]:
-        """Score what the client holds at the start of the round, then train it.
+        """Score the client's model as it is at the start of the round, then train it.
 
-        Other clients of this process may have their turn before its score is waited for, after each of its steps, and
-        before what it trained is waited for.
+        Yields, so that other clients of this process can run, before waiting for the score, after each training step,
+        and before waiting for the trained tensors.
 
         Args:
             round_index: from 0.
-            shared: the global state, of which it takes its groups; None before the first aggregation.
+            shared: the global state, from which the client takes its groups; None before the first aggregation.
             train: False for the round after the last aggregation, which is only scored.
 
         Returns:
-            What it measured, and copies of the tensors that it shares (None if it did not train).
+            The client's measurements, and copies of the tensors that it shares (None if it did not train).
 
         Raises:
-            ClientError: whatever went wrong, with client, round and stage.
+            ClientError: any failure, with client, round and stage.
         """
         with self._stage(round_index, "loading"):
             self._load(self.state(shared))
@@ -150,22 +150,22 @@ class Client:
         return trained, contribution
 
     def state(self, shared: GroupState | None) -> State:
-        """What the client holds: its own tensors, and those of its groups in the global state. Nothing is copied."""
+        """The client's whole state: the tensors it keeps, and its groups' tensors in the global state. Not copied."""
         if shared is None:
             return self._kept
         return apply_group_state(self._plan, self.index, self._kept, shared)
 
     @property
     def kept(self) -> State:
-        """What nobody sends it: all of its model before the first aggregation, its personal tensors after it."""
+        """The tensors that the client keeps: its whole model before the first aggregation, later the personal ones."""
         return self._kept
 
     def restore(self, kept: State) -> None:
-        """Go on from what a client with this index kept."""
+        """Resume from the tensors that a client with this index kept."""
         self._kept = {name: tensor.to(self._device) for name, tensor in kept.items()}
 
     def state_sha256(self, shared: GroupState | None) -> str:
-        """SHA-256 over names, types, shapes and bytes of what the client holds, in the order of names."""
+        """SHA-256 over names, types, shapes and bytes of the client's whole state, in the order of names."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state(shared).items()):
             values = tensor.detach().cpu().contiguous()
@@ -176,7 +176,7 @@ class Client:
     def _load(self, state: State) -> None:
         tensors = self._workspace.model.state_dict()
         with torch.no_grad():
-            # A GPU copies those of one type in one launch, if they are laid out alike.
+            # A GPU copies all tensors of one type in one launch, if their memory layouts agree.
             for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
                 names = [name for name, tensor in tensors.items() if tensor.dtype == dtype]
                 torch._foreach_copy_([tensors[name] for name in names], [state[name] for name in names])
@@ -196,7 +196,7 @@ class Client:
         return score
 
     def _train(self, round_index: int) -> Steps[tuple[float, GroupState]]:
-        """Train on the round's window, and keep the personal tensors; returns the mean loss and the shared tensors."""
+        """Train on the round's window and keep the personal tensors; returns the mean loss and the shared tensors."""
         loss = yield from self._train_epochs(round_index)
         extremes = self._extremes()
         contribution, kept = self._take_out()
@@ -227,17 +227,20 @@ class Client:
         return f"lower --learning-rate (now {self._config.training.learning_rate:g})"
 
     def _trained(self) -> dict[str, torch.Tensor]:
-        """The tensors that training can spoil: not the counters."""
+        """The tensors in which training can produce NaN or infinity: all but counters."""
         state = self._workspace.model.state_dict()
         return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
 
     def _extremes(self) -> torch.Tensor:
-        """The least and the greatest value of each tensor, which a NaN is both: one pass, and no wait for a GPU."""
+        """The minimum and maximum of each tensor, both NaN if it has a NaN: one pass, without waiting for the GPU."""
         values = [value for tensor in self._trained().values() for value in torch.aminmax(tensor)]
         return torch.stack(values).view(-1, 2)
 
     def _check_finite(self, train_loss: float, extremes: Sequence[Sequence[float]]) -> None:
-        """Refuse what would spread to all who share a layer. The last step can spoil weights after a sound loss."""
+        """Refuse values that would spread to all clients that share a layer.
+
+        The loss alone does not show them: the last step can spoil the weights after a finite loss.
+        """
         if not math.isfinite(train_loss):
             raise ArithmeticError(f"the training loss is {train_loss}; {self._remedy}")
         for name, values in zip(self._trained(), extremes, strict=True):
@@ -245,7 +248,7 @@ class Client:
                 raise ArithmeticError(f"{name} is no longer finite after training; {self._remedy}")
 
     def _take_out(self) -> tuple[GroupState, dict[str, torch.Tensor]]:
-        """The tensors to give out, and those to keep: copies, since the workspace goes to the next client."""
+        """Copy the tensors to share and those to keep, because the next client overwrites the workspace."""
         trained = self._workspace.model.state_dict()
         contribution = {
             group: tuple(tensor.clone() for tensor in tensors)
@@ -263,6 +266,6 @@ class Client:
         try:
             yield
         except Exception as error:
-            foreseen = isinstance(error, ArithmeticError | FlexifedError)
-            reason = str(error) if foreseen else traceback.format_exc()
+            is_expected = isinstance(error, ArithmeticError | FlexifedError)
+            reason = str(error) if is_expected else traceback.format_exc()
             raise ClientError(self.index, round_index, stage, reason) from error

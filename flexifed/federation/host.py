@@ -1,4 +1,4 @@
-"""Some clients in one process, in whole blocks of consecutive ones, and everything they need there."""
+"""The clients of one process, in whole blocks of consecutive clients."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from flexifed.training.memory import device_shortages
 from flexifed.training.numerics import device_name, numeric_settings
 from flexifed.training.streams import Stream, overlap
 
-_CLIENTS = "clients-"
+_CLIENTS = "clients-"  # prefix of the names of files with personal tensors
 Play = tuple[Client, ClientRound, GroupState | None]
-"""A client, what it measured in a round, and the tensors that it shares; None if it did not train."""
+"""A client, its measurements in a round, and the tensors that it shares (None if it did not train)."""
 
 
 @dataclass(frozen=True)
 class HostRound:
-    """What a host's clients measured in a round, and the sums of what they share.
+    """The measurements of a host's clients in a round, and the sums of the tensors that they share.
 
     Attributes:
-        clients: in client order.
-        blocks: by block of clients: block b holds clients b * reduce_block and on. Groups that the host averages itself
-            are not in them.
+        clients: measurements in client order.
+        blocks: sums by number of the block; block b begins with client b * reduce_block. Groups that the host averages
+            itself are left out.
     """
 
     clients: tuple[ClientRound, ...]
@@ -41,16 +41,16 @@ class HostRound:
 
 
 class ClientHost:
-    """Clients that take turns in one process. A plain class; the Ray floor makes an actor of it.
+    """Clients that take turns in one process. A plain class; the Ray floor wraps it in an actor.
 
-    A group whose clients all live here is averaged here, and its values stay: nobody else ever needs them.
+    Groups whose clients all live here are averaged here, and their values stay: no other process needs them.
 
     Args:
         config: the cell.
-        info: which data set; it is opened here, samples do not travel.
-        clients: indices, ascending; whole blocks of `reduce_block` consecutive clients.
-        shards: one for each of them.
-        streams: so many clients compute on the GPU at the same time.
+        info: the data set; it is opened here, samples are not sent.
+        clients: indices of the clients, ascending; whole blocks of `reduce_block` consecutive clients.
+        shards: the samples of each of these clients.
+        streams: number of clients that compute on the GPU at the same time.
     """
 
     def __init__(
@@ -73,69 +73,54 @@ class ClientHost:
         data = open_dataset(info)
         pipeline = make_pipeline(data, config.family, device=device, channels_last=config.numerics.channels_last)
         self._streams = [Stream(device) for _ in range(streams)]
-        in_turn = [config.model_name(index) for index in clients]
-        places = [
-            (name, together[:position].count(name))  # clients that overlap each need a workspace of their own
-            for together in blocks_of(in_turn, streams)
-            for position, name in enumerate(together)
+        models = [config.model_name(index) for index in clients]
+        keys = [
+            (name, overlapping[:position].count(name))  # clients that overlap each need a workspace of their own
+            for overlapping in blocks_of(models, streams)
+            for position, name in enumerate(overlapping)
         ]
-        workspaces = {place: make_workspace(config, info, place[0]) for place in sorted(set(places))}
+        workspaces = {(name, number): make_workspace(config, info, name) for name, number in sorted(set(keys))}
         self._clients = [
             Client(
                 index,
                 config=config,
                 plan=self._plan,
-                workspace=workspaces[place],
+                workspace=workspaces[key],
                 data=data,
-                shards=one,
+                shards=client_shards,
                 pipeline=pipeline,
             )
-            for index, one, place in zip(clients, shards, places, strict=True)
+            for index, client_shards, key in zip(clients, shards, keys, strict=True)
         ]
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> HostRound:
         """Play a round with all clients; see `Client.play_round`.
 
         Args:
-            shared: the groups that clients here have in common with clients elsewhere; None before the first
-                aggregation.
+            shared: the groups that clients here share with clients of other hosts; None before the first aggregation.
 
         Raises:
             ClientError: as `Client.play_round`.
-            DeviceMemoryError: a GPU was too full for the algorithms that give this round its bits.
+            DeviceMemoryError: the GPU had too little memory for the algorithms that this round's bits depend on.
         """
         shortages = device_shortages(self._device)
-        measured: list[ClientRound] = []
-        blocks: dict[int, BlockSums] = {}
-
-        def contributions(plays: Iterable[Play]) -> Iterator[tuple[GroupState, float]]:
-            """Note what clients measured, and pass on what they share, with their weights."""
-            for client, client_round, contribution in plays:
-                measured.append(client_round)
-                if contribution is not None:
-                    yield contribution, client_weight(self._config, client.num_train)
-
         with numeric_settings(self._config.numerics):
-            plays = self._play(round_index, self._complete(shared), train)
-            for block, members in groupby(plays, key=lambda play: play[0].index // self._config.sharing.reduce_block):
-                sums = sum_block(contributions(members))
-                if train:
-                    blocks[block] = sums
+            measured, blocks = self._sum_blocks(self._play(round_index, self._complete(shared), train))
             if train:
                 self._own_means = combine_blocks(self._plan, blocks.values(), self._own_groups)
         if self._device.type == "cuda":
-            torch.cuda.synchronize()  # a round ends, and fails, when its work does
+            torch.cuda.synchronize()  # so that a round ends, or fails, with its work on the GPU
         if device_shortages(self._device) > shortages:
             clients = name_clients([client.index for client in self._clients])
             raise DeviceMemoryError(
                 f"{clients}, round {round_index}: the GPU was too full at some point, so that a convolution may have "
-                "taken an algorithm with less memory and other rounding"
+                "used an algorithm that needs less memory and rounds differently"
             )
-        leaving = {
-            number: {group: one for group, one in sums.items() if group not in self._own_means}
+        sent = {
+            number: {group: block_sum for group, block_sum in sums.items() if group not in self._own_means}
             for number, sums in blocks.items()
         }
-        return HostRound(tuple(measured), leaving)
+        return HostRound(measured, sent if train else {})
 
     def _play(self, round_index: int, shared: GroupState | None, train: bool) -> Iterator[Play]:
         """Let the clients play, as many at a time as there are streams."""
@@ -144,40 +129,54 @@ class ClientHost:
             for client, (client_round, contribution) in zip(clients, overlap(rounds, self._streams), strict=True):
                 yield client, client_round, contribution
 
+    def _sum_blocks(self, plays: Iterable[Play]) -> tuple[tuple[ClientRound, ...], dict[int, BlockSums]]:
+        """Sum what the clients of each block share, as they finish; returns measurements, and sums by block."""
+        measured: list[ClientRound] = []
+
+        def contributions(plays: Iterable[Play]) -> Iterator[tuple[GroupState, float]]:
+            for client, client_round, contribution in plays:
+                measured.append(client_round)
+                if contribution is not None:
+                    yield contribution, client_weight(self._config, client.num_train)
+
+        by_block = groupby(plays, key=lambda play: play[0].index // self._config.sharing.reduce_block)
+        blocks = {block: sum_block(contributions(members)) for block, members in by_block}
+        return tuple(measured), blocks
+
     def device_name(self) -> str:
-        """What the clients compute on."""
+        """The name of the device on which the clients compute."""
         return device_name(self._device)
 
     def save(self, folder: Path) -> dict[str, str]:
-        """Write what the clients keep to themselves, and this host's own groups; returns the files' SHA-256 by name."""
+        """Write the tensors that clients keep, and this host's own groups; returns the files' SHA-256 by name."""
         first = self._clients[0].index
         clients, groups = f"{_CLIENTS}{first:06d}.safetensors", f"shared-{first:06d}.safetensors"
-        kept = {f"{one.index}/{key}": tensor for one in self._clients for key, tensor in one.kept.items()}
+        kept = {f"{client.index}/{name}": tensor for client in self._clients for name, tensor in client.kept.items()}
         written = {clients: write_tensors(folder / clients, kept)}
         if self._own_means:
             written[groups] = write_groups(folder / groups, self._own_means)
         return written
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Let the clients go on from a checkpoint, in whichever processes they lived when it was written."""
+        """Let the clients resume from a checkpoint, whichever processes they lived in when it was written."""
         kept: dict[int, dict[str, torch.Tensor]] = {client.index: {} for client in self._clients}
-        for name in checkpoint.files:
-            if name.startswith(_CLIENTS):
-                mine = read_tensors(checkpoint.folder / name, lambda key: int(key.split("/")[0]) in kept)
-                for key, tensor in mine.items():
-                    index, tensor_name = key.split("/", 1)
-                    kept[int(index)][tensor_name] = tensor
+        for file in checkpoint.files:
+            if file.startswith(_CLIENTS):
+                tensors = read_tensors(checkpoint.folder / file, lambda key: int(key.split("/")[0]) in kept)
+                for key, tensor in tensors.items():
+                    index, name = key.split("/", 1)
+                    kept[int(index)][name] = tensor
         for client in self._clients:
             client.restore(kept[client.index])
         self._own_means = self._on_device(read_groups(checkpoint, self._own_groups))
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
-        """The digest of what each client holds, by client."""
-        held = self._complete(shared)
-        return {client.index: client.state_sha256(held) for client in self._clients}
+        """The digest of each client's whole state, by client."""
+        groups = self._complete(shared)
+        return {client.index: client.state_sha256(groups) for client in self._clients}
 
     def _complete(self, shared: GroupState | None) -> GroupState | None:
-        """All groups of this host's clients, on its device: those that were sent, and its own."""
+        """All groups of this host's clients, on its device: those that it received, and its own."""
         if shared is None:
             return None
         return self._on_device({group: shared[group] for group in self._groups if group in shared}) | self._own_means

@@ -1,7 +1,7 @@
-"""The loop of rounds: send each host what its clients share, let them play, average what comes back.
+"""The rounds of a cell: send each host the groups of its clients, let the clients play, average what comes back.
 
-Round r scores what a client holds at its start and then trains; after the last round one more scores what the last
-aggregation made. A run of R rounds therefore has R + 1 scores.
+Round r scores each client's model as it is at the start of the round, then trains it. After the last round of training,
+one more round scores the result of the last aggregation. A run of R rounds therefore has R + 1 scores.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Hosts(Protocol):
 
     @property
     def exchange(self) -> str:
-        """How tensors get from process to process, in words."""
+        """How tensors get from process to process, as words for the log."""
         ...
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
@@ -43,19 +43,19 @@ class Hosts(Protocol):
         ...
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
-        """The digest of what each client holds, by client."""
+        """The digest of each client's whole state, by client."""
         ...
 
     def device_names(self) -> list[str]:
-        """What each host computes on."""
+        """The name of each host's device."""
         ...
 
     def save(self, folder: Path) -> dict[str, str]:
-        """Let each host write what its clients keep; returns the files' names and digests."""
+        """Let each host write its part of a checkpoint; returns the files' SHA-256 by name."""
         ...
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Let all clients go on from a checkpoint."""
+        """Let all clients resume from a checkpoint."""
         ...
 
 
@@ -81,33 +81,37 @@ class LocalHosts:
         ]
 
     def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
-        """One host after another."""
+        """Let one host after another play a round."""
         return [host.play_round(round_index, shared, train=train) for host in self._hosts]
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
-        """The digest of what each client holds, by client."""
+        """The digest of each client's whole state, by client."""
         return {client: digest for host in self._hosts for client, digest in host.state_sha256(shared).items()}
 
     def device_names(self) -> list[str]:
-        """What each host computes on."""
+        """The name of each host's device."""
         return [host.device_name() for host in self._hosts]
 
     def save(self, folder: Path) -> dict[str, str]:
-        """Let each host write what its clients keep; returns the files' names and digests."""
+        """Let each host write its part of a checkpoint; returns the files' SHA-256 by name."""
         return {name: digest for host in self._hosts for name, digest in host.save(folder).items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Let all clients go on from a checkpoint."""
+        """Let all clients resume from a checkpoint."""
         for host in self._hosts:
             host.restore(checkpoint)
 
 
 @dataclass(frozen=True)
 class RoundResult:
-    """One round of a cell: what its clients measured, in client order, and the number of each one's host.
+    """One round of a cell.
 
-    `round_s` is its wall time in seconds, training of all clients and aggregation included; `aggregate_s` is the part
-    of it in which the driver averages.
+    Attributes:
+        round_index: number of the round, from 0.
+        clients: the clients' measurements, in client order.
+        host_of: number of each client's host.
+        round_s: wall time of the round in seconds, including all clients' training and the aggregation.
+        aggregate_s: the part of `round_s` in which the driver averages.
     """
 
     round_index: int
@@ -118,7 +122,7 @@ class RoundResult:
 
 
 class Federation:
-    """The driver's side of a cell: the round that it is in, and what clients of different hosts share."""
+    """The driver's side of a cell: the next round, and the groups that clients of different hosts share."""
 
     def __init__(self, config: CellConfig, info: DatasetInfo, hosts: Hosts) -> None:
         self._config = config
@@ -129,7 +133,7 @@ class Federation:
         self._hosts = hosts
 
     def play_round(self, *, train: bool = True) -> RoundResult:
-        """Play the next round: score, and with `train` also train and average."""
+        """Play the next round: score all clients, and with `train` also train and average."""
         started = time.perf_counter()
         played = self._hosts.play_round(self.next_round, self.shared, train=train)
         aggregating = time.perf_counter()
@@ -138,11 +142,11 @@ class Federation:
             with numeric_settings(self._config.numerics):
                 self.shared = combine_blocks(self.plan, (blocks[index] for index in sorted(blocks)), self._groups)
             if any(tensor.is_cuda for tensors in self.shared.values() for tensor in tensors):
-                torch.cuda.synchronize()  # a round ends when its work does, and the clients' tensors are free again
+                torch.cuda.synchronize()  # so that a round ends with its work on the GPU, and clients can reuse tensors
         finished = time.perf_counter()
         clients = sorted(
-            ((client, host) for host, one in enumerate(played) for client in one.clients),
-            key=lambda measured: measured[0].client,
+            ((client, host) for host, host_round in enumerate(played) for client in host_round.clients),
+            key=lambda pair: pair[0].client,
         )
         result = RoundResult(
             round_index=self.next_round,
@@ -155,16 +159,16 @@ class Federation:
         return result
 
     def state_sha256(self) -> tuple[str, ...]:
-        """The digest of what each client holds now, in client order."""
+        """The digest of each client's current state, in client order."""
         digests = self._hosts.state_sha256(self.shared)
         return tuple(digests[client] for client in sorted(digests))
 
     def save(self, folder: Path) -> dict[str, str]:
-        """Write everything that the rounds to come depend on; returns the files' names and digests."""
+        """Write everything that later rounds depend on; returns the files' SHA-256 by name."""
         return {**self._hosts.save(folder), SHARED: write_groups(folder / SHARED, self.shared or {})}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of this cell."""
+        """Resume from a checkpoint of this cell."""
         self.shared = read_groups(checkpoint, self._groups)
         self.next_round = checkpoint.next_round
         self._hosts.restore(checkpoint)

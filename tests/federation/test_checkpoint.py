@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whatever was cut short or damaged before."""
+"""From which checkpoint a run resumes, whatever was interrupted or damaged before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAST_ROUND = 12
 
 
 def save(checkpoints: Checkpoints, next_round: int, *, killed: bool = False) -> None:
-    """Write a checkpoint; or only its files, as if the process had been killed before the manifest."""
+    """Write a checkpoint, or only its files, as if the process had been killed before it wrote the manifest."""
     folder = checkpoints.begin(next_round)
     files = {name: write(folder / name, f"{name} {next_round}".encode()) for name in FILES}
     if not killed:
@@ -31,19 +31,19 @@ def write(path: Path, content: bytes) -> str:
 
 
 def opened(root: Path) -> tuple[Checkpoints, int]:
-    """A session's checkpoints, and the round that it goes on with."""
+    """A session's checkpoints, and the round with which it resumes."""
     checkpoints = Checkpoints(root, "run", LAST_ROUND)
-    found = checkpoints.latest(lambda _: None)
-    return checkpoints, found.next_round if found else 0
+    latest = checkpoints.latest(lambda _: None)
+    return checkpoints, latest.next_round if latest else 0
 
 
 SESSIONS = st.lists(st.tuples(st.lists(st.integers(1, 4), max_size=3), st.integers(0, 4)), min_size=1, max_size=8)
-"""For each session the rounds between its checkpoints, and those to one in which it is killed; 0 for between two."""
+"""Sessions: the rounds between checkpoints, and the rounds until one that a kill leaves unfinished (0: none)."""
 
 
 @given(SESSIONS)
 @settings(max_examples=200, deadline=None)
-def test_what_was_committed_last_is_what_the_next_session_goes_on_with(sessions: list[tuple[list[int], int]]) -> None:
+def test_a_session_resumes_from_the_checkpoint_committed_last(sessions: list[tuple[list[int], int]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         expected = 0
         for steps, killed_in in sessions:
@@ -59,7 +59,7 @@ def test_what_was_committed_last_is_what_the_next_session_goes_on_with(sessions:
 
 
 @pytest.mark.parametrize("keep_final", [True, False])
-def test_what_kills_have_left_goes_when_the_cell_ends(tmp_path: Path, keep_final: bool) -> None:
+def test_unfinished_checkpoints_are_removed_when_the_cell_ends(tmp_path: Path, keep_final: bool) -> None:
     save(opened(tmp_path)[0], 7, killed=True)
     checkpoints, _ = opened(tmp_path)
     save(checkpoints, 5)
@@ -103,15 +103,15 @@ def test_checkpoints_are_ordered_by_round_from_a_million_rounds_on_too(tmp_path:
     assert shorter.next_round == 999_999
 
 
-def test_a_checkpoint_that_the_rows_do_not_go_with_is_passed_over(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_rows_is_skipped(tmp_path: Path) -> None:
     checkpoints, _ = opened(tmp_path)
     for next_round in (4, 6):
         save(checkpoints, next_round)
     notes: list[str] = []
-    found = Checkpoints(tmp_path, "run").latest(notes.append, fits=lambda one: one.next_round < 6)
-    assert found is not None
-    assert found.next_round == 4
-    assert notes == ["checkpoint round-000006 is passed over: the rows before it are not all there"]
+    latest = Checkpoints(tmp_path, "run").latest(notes.append, fits=lambda checkpoint: checkpoint.next_round < 6)
+    assert latest is not None
+    assert latest.next_round == 4
+    assert notes == ["checkpoint round-000006 is skipped: rows of the rounds before it are missing"]
 
 
 def test_a_file_in_the_place_of_a_checkpoint_is_replaced(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One contract for rounds, in process and on real Ray; below it, what only one of the two can show."""
+"""One contract for rounds, in process and on real Ray, followed by tests for only one of the two."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ INFO = synthetic.info()
 NUM_CLIENTS = 8
 VERSIONS = (0, 1, 2, 3, 0, 1, 2, 3)
 Backend = Callable[[CellConfig, Sequence[ClientShards], int], Hosts]
-"""Hosts for a config, its shards, and a number of clients in each."""
+"""Makes hosts for a config and its shards, with a given number of clients in each."""
 Run = Callable[..., tuple[list[RoundResult], tuple[str, ...]]]
-"""Two rounds of a config with so many clients in a host, and the one that is only scored; then the states' digests."""
+"""Plays two rounds with this many clients in a host, and one that is only scored; returns the states' digests too."""
 
 
 def cell(scheme: str = "max_common", **changes: Any) -> CellConfig:
@@ -55,13 +55,13 @@ def cell(scheme: str = "max_common", **changes: Any) -> CellConfig:
 
 
 def stop_lending(hosts: ActorHosts) -> None:
-    """Have actors, some of which a test may have used through `LendingActors`, forget that they lend."""
+    """Make actors that a test may have used through `LendingActors` stop lending."""
     hosts._transport = lending_on(torch.device("cpu"))
     hosts._stop_lending()
 
 
 class SomeActors(ActorHosts):
-    """The first of another's actors, so that a test of fewer starts no further processes."""
+    """The first actors of existing hosts, so that a test with fewer actors starts no processes."""
 
     def __init__(self, whole: ActorHosts, count: int) -> None:
         stop_lending(whole)
@@ -71,10 +71,10 @@ class SomeActors(ActorHosts):
 
 
 class LendingActors(SomeActors):
-    """The same, which leave tensors where they are as on a common GPU: here in shared memory."""
+    """The same actors, which lend tensors to each other as on a common GPU, here in shared memory."""
 
     def _choose_exchange(self, config: CellConfig, placement: CellPlacement) -> None:
-        """As for clients of the GPU that `_common_gpu` finds."""
+        """Choose as for clients on a GPU; `_common_gpu` says which."""
         super()._choose_exchange(replace(config, device="cuda"), placement)
 
     def _common_gpu(self) -> torch.device:
@@ -83,7 +83,7 @@ class LendingActors(SomeActors):
 
 @pytest.fixture(scope="module")
 def eight_actors() -> Iterator[ActorHosts]:
-    """One actor a client, an eighth of a pretended GPU each."""
+    """One actor for each client, with an eighth of a fake GPU each."""
     with cluster.connected(None, num_cpus=8, num_gpus=1):
         placement = place_cell(cell(), PlacementOptions(gpus_per_client=0.125, clients_per_actor=1), cluster.nodes())
         group = ray.util.placement_group([bundle for bundle in placement.bundles if bundle])
@@ -131,7 +131,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(scope="module")
 def run(backend: Backend) -> Run:
-    """Runs on a backend; tests that look at the same run share it."""
+    """Plays runs on a backend, each only once for all tests that look at it."""
     return cache(partial(play, backend))
 
 
@@ -142,20 +142,22 @@ def start(config: CellConfig, backend: Backend = in_process, clients_per_host: i
 def play(
     backend: Backend, config: CellConfig, clients_per_host: int, rounds: int = 2
 ) -> tuple[list[RoundResult], tuple[str, ...]]:
-    """So many rounds of training, and the one that is only scored; then the digests of the final states."""
+    """Play this many rounds of training and one that is only scored; returns the digests of the final states too."""
     federation = start(config, backend, clients_per_host)
     return [federation.play_round(train=index < rounds) for index in range(rounds + 1)], federation.state_sha256()
 
 
 @cache
 def reference(config: CellConfig, rounds: int = 2) -> tuple[list[RoundResult], tuple[str, ...]]:
-    """The same, with one host in this process holding all clients."""
+    """The same run with all clients in one host in this process."""
     return play(in_process, config, NUM_CLIENTS, rounds)
 
 
 def measured(results: Iterable[RoundResult]) -> list[list[ClientRound]]:
-    """What rounds measured, without how long it took."""
-    return [[replace(one, eval_s=0, train_s=None, train_started=None) for one in result.clients] for result in results]
+    """The measurements of rounds without their times."""
+    return [
+        [replace(client, eval_s=0, train_s=None, train_started=None) for client in result.clients] for result in results
+    ]
 
 
 def assert_played_like_the_reference(hosts: Hosts, config: CellConfig) -> None:
@@ -230,28 +232,33 @@ def test_bytes_are_what_the_scheme_makes_a_client_send_and_get(run: Run, scheme:
     (first, second, last), _ = run(cell(scheme), 3)
     shared = [plan.bytes_per_round(client) for client in range(NUM_CLIENTS)]
     assert any(shared) == (scheme != "standalone")
-    assert [one.bytes_down for one in first.clients] == [0] * NUM_CLIENTS
-    assert [one.bytes_down for one in second.clients] == [one.bytes_down for one in last.clients] == shared
-    assert [one.bytes_up for one in first.clients] == [one.bytes_up for one in second.clients] == shared
-    assert [one.bytes_up for one in last.clients] == [0] * NUM_CLIENTS
+    assert [client.bytes_down for client in first.clients] == [0] * NUM_CLIENTS
+    assert [client.bytes_down for client in second.clients] == [client.bytes_down for client in last.clients] == shared
+    assert [client.bytes_up for client in first.clients] == [client.bytes_up for client in second.clients] == shared
+    assert [client.bytes_up for client in last.clients] == [0] * NUM_CLIENTS
 
 
 def test_all_rounds_but_the_last_have_training_fields(run: Run) -> None:
     (first, second, last), _ = run(cell(), 3)
     assert [result.round_index for result in (first, second, last)] == [0, 1, 2]
-    assert {(one.train_loss, one.train_s, one.train_started) for one in last.clients} == {(None, None, None)}
-    for one in (*first.clients, *second.clients):
-        assert one.train_loss is not None
-        assert one.train_s is not None
-        assert one.train_started is not None
-        assert one.train_loss > 0 < one.train_s
+    assert {(client.train_loss, client.train_s, client.train_started) for client in last.clients} == {
+        (None, None, None)
+    }
+    for client in (*first.clients, *second.clients):
+        assert client.train_loss is not None
+        assert client.train_s is not None
+        assert client.train_started is not None
+        assert client.train_loss > 0 < client.train_s
 
 
 def test_a_short_run_is_the_head_of_a_longer_one(run: Run) -> None:
     short, digests = run(cell(), 3)
     longer, later_digests = reference(cell(), rounds=3)
     assert measured(short[:2]) == measured(longer[:2])
-    scores = [[(one.accuracy, one.loss, one.bytes_down) for one in result.clients] for result in (short[2], longer[2])]
+    scores = [
+        [(client.accuracy, client.loss, client.bytes_down) for client in result.clients]
+        for result in (short[2], longer[2])
+    ]
     assert scores[0] == scores[1]
     assert digests != later_digests
 
@@ -259,7 +266,8 @@ def test_a_short_run_is_the_head_of_a_longer_one(run: Run) -> None:
 def uneven_shards(config: CellConfig) -> list[ClientShards]:
     """Client k has 10 (k + 1) training samples."""
     return [
-        ClientShards(one.train[: 10 * (client + 1)], one.test) for client, one in enumerate(make_shards(config, INFO))
+        ClientShards(shards.train[: 10 * (client + 1)], shards.test)
+        for client, shards in enumerate(make_shards(config, INFO))
     ]
 
 
@@ -267,11 +275,11 @@ def uneven_shards(config: CellConfig) -> list[ClientShards]:
 def test_weighting_by_samples_is_carried_to_the_driver(backend: Backend, reduce_block: int) -> None:
     config = cell(sharing=SharingConfig(weighting="samples", reduce_block=reduce_block))
     shards = uneven_shards(config)
-    here = Federation(config, INFO, LocalHosts(config, INFO, shards))
-    there = Federation(config, INFO, backend(config, shards, 4))
-    for federation in (here, there):
+    local = Federation(config, INFO, LocalHosts(config, INFO, shards))
+    other = Federation(config, INFO, backend(config, shards, 4))
+    for federation in (local, other):
         federation.play_round()
-    assert there.state_sha256() == here.state_sha256()
+    assert other.state_sha256() == local.state_sha256()
 
 
 def test_a_clients_error_reaches_the_caller_as_it_was_raised(backend: Backend) -> None:
@@ -287,7 +295,7 @@ def test_a_clients_error_reaches_the_caller_as_it_was_raised(backend: Backend) -
 
 
 @pytest.mark.parametrize("clients_per_host", [4, 1])
-def test_clients_go_on_from_a_checkpoint_of_other_hosts(
+def test_clients_resume_from_a_checkpoint_of_other_hosts(
     backend: Backend, tmp_path: Path, clients_per_host: int
 ) -> None:
     federation = start(cell())
@@ -308,7 +316,7 @@ def clients_of(hosts: LocalHosts) -> list[Client]:
 
 
 def states_of(hosts: LocalHosts, shared: GroupState | None) -> list[State]:
-    """What each client holds, in client order."""
+    """The whole state of each client, in client order."""
     states = {client.index: client.state(host._complete(shared)) for host in hosts._hosts for client in host._clients}
     return [states[client] for client in range(NUM_CLIENTS)]
 
@@ -324,7 +332,7 @@ def test_hosts_that_would_cut_a_block_are_refused_with_the_remedy() -> None:
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 5))
-def test_clients_are_dealt_out_once_each_in_whole_blocks(
+def test_each_client_is_assigned_to_one_host_in_whole_blocks(
     num_clients: int, clients_per_host: int, reduce_block: int
 ) -> None:
     if clients_per_host < num_clients and clients_per_host % reduce_block:
@@ -358,7 +366,7 @@ def test_only_what_clients_of_different_hosts_share_leaves_a_host(scheme: str, c
     federation = Federation(config, INFO, hosts)
     host_of = {client: host for host, clients in enumerate(hosts.clients) for client in clients}
     plan = federation.plan
-    travelling = {group.index for group in plan.groups if len({host_of[one] for one in plan.members(group)}) > 1}
+    travelling = {group.index for group in plan.groups if len({host_of[client] for client in plan.members(group)}) > 1}
     federation.play_round()
     played = hosts.play_round(1, federation.shared, train=True)
     assert {group for host in played for block in host.blocks.values() for group in block} == travelling
@@ -373,7 +381,7 @@ def saved(federation: Federation, folder: Path) -> Checkpoint:
 
 @pytest.mark.parametrize(("before", "after"), [(8, 4), (4, 8), (4, 1), (1, 4), (2, 8)])
 @pytest.mark.parametrize("scheme", ["clustered_common", "max_common"])
-def test_clients_go_on_from_a_checkpoint_wherever_they_lived_before(
+def test_clients_resume_from_a_checkpoint_wherever_they_lived_before(
     tmp_path: Path, scheme: str, before: int, after: int
 ) -> None:
     federation = start(cell(scheme), clients_per_host=before)
@@ -395,7 +403,7 @@ def test_a_checkpoint_without_a_group_is_refused(tmp_path: Path) -> None:
     checkpoint = saved(federation, tmp_path / "one")
     for missing in (SHARED, "shared-000001.safetensors"):
         files = {name: digest for name, digest in checkpoint.files.items() if name != missing}
-        with pytest.raises(ResultsError, match="does not hold the tensors of this cell"):
+        with pytest.raises(ResultsError, match="does not hold all tensors of this cell"):
             start(cell(), clients_per_host=4).restore(replace(checkpoint, files=files))
 
 
@@ -416,15 +424,15 @@ def test_a_round_is_the_pure_aggregate_of_the_trained_states(scheme: str, weight
     federation.play_round()
     # Neighbours have different versions, so each client of a host has a workspace of its own, still as it was trained.
     trained = [client._workspace.model.state_dict() for client in clients_of(hosts)]
-    weights = [float(len(one.train)) for one in shards] if weighting == "samples" else None
+    weights = [float(len(client_shards.train)) for client_shards in shards] if weighting == "samples" else None
     expected = flexifed.aggregate(federation.plan, trained, weights, reduce_block=2)
-    for held, state in zip(states_of(hosts, federation.shared), expected, strict=True):
-        assert held.keys() == state.keys()
-        assert [name for name in state if not torch.equal(held[name], state[name])] == []
+    for actual, state in zip(states_of(hosts, federation.shared), expected, strict=True):
+        assert actual.keys() == state.keys()
+        assert [name for name in state if not torch.equal(actual[name], state[name])] == []
 
 
 class OneOfEachSize:
-    """Hosts of four clients each, whose shared values are so far apart in size that any other order has another sum."""
+    """Hosts of four clients each, whose shared values differ so much in size that the sum depends on its order."""
 
     values = (1e30, -1e30, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     clients = tuple(assign_clients(VERSIONS, 4, 1))
@@ -479,7 +487,7 @@ def test_a_host_sums_its_own_groups_in_client_order(monkeypatch: pytest.MonkeyPa
     assert {value for weight in weights for value in weight.flatten().tolist()} == {6 / 8}
 
 
-def test_clients_let_others_have_their_turn_after_each_step_and_before_each_wait() -> None:
+def test_a_client_yields_after_each_step_and_before_each_wait() -> None:
     config = cell(training=TrainingConfig(local_epochs=3, batch_size=10))  # of 25 images: three steps an epoch
     client = clients_of(LocalHosts(config, INFO, make_shards(config, INFO)))[0]
     assert len(list(client.play_round(0, None, train=True))) == 1 + 3 * 3 + 1
@@ -500,9 +508,9 @@ def test_clients_that_overlap_all_queue_the_end_of_their_training_before_one_is_
     config = cell()
     host = LocalHosts(config, INFO, make_shards(config, INFO), 2, streams=2)._hosts[0]
     host.play_round(0, None, train=True)
-    one, other = (client.index for client in host._clients)
-    queued = [(name, client) for client in (one, other) for name in ("_extremes", "_take_out")]
-    assert order == [*queued, ("_check_finite", one), ("_check_finite", other)]
+    first, second = (client.index for client in host._clients)
+    queued = [(name, client) for client in (first, second) for name in ("_extremes", "_take_out")]
+    assert order == [*queued, ("_check_finite", first), ("_check_finite", second)]
 
 
 def test_steps_of_clients_that_overlap_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -512,12 +520,12 @@ def test_steps_of_clients_that_overlap_alternate(monkeypatch: pytest.MonkeyPatch
     def noted(workspace: Workspace) -> Any:
         take = step(workspace)
 
-        def one(*batch: torch.Tensor) -> None:
+        def noted_take(*batch: torch.Tensor) -> None:
             taken.append(id(workspace))
             take(*batch)
 
-        one.loss_sum = take.loss_sum  # type: ignore[attr-defined]
-        return one
+        noted_take.loss_sum = take.loss_sum  # type: ignore[attr-defined]
+        return noted_take
 
     monkeypatch.setattr(Workspace, "begin", noted)
     config = cell(training=TrainingConfig(local_epochs=2))
@@ -535,7 +543,7 @@ def test_members_of_a_group_hold_equal_tensors_and_personal_layers_differ() -> N
     plan = federation.plan
     assert [plan.members(group) for group in plan.groups] == [tuple(range(NUM_CLIENTS))]
     shared = [shared_tensors(plan, client, state)[0] for client, state in enumerate(states)]
-    assert all(torch.equal(*pair) for one in shared[1:] for pair in zip(shared[0], one, strict=True))
+    assert all(torch.equal(*pair) for tensors in shared[1:] for pair in zip(shared[0], tensors, strict=True))
     personal = states[0].keys() - {name for names in plan.shared_names(0).values() for name in names}
     weights = {name for name in personal if name.endswith("weight")}
     assert len(weights) == 17, "seven convolutions, each with its batch norm, and three linear layers"
@@ -573,12 +581,12 @@ def test_a_limit_is_part_of_the_run_id_and_its_absence_is_not() -> None:
 
 
 def test_another_seed_draws_other_weights_and_other_shards() -> None:
-    one, other = cell(), cell(seed=1)
-    assert not set(start(one).state_sha256()) & set(start(other).state_sha256())
-    assert not np.array_equal(make_shards(one, INFO)[0].train, make_shards(other, INFO)[0].train)
+    first, other = cell(), cell(seed=1)
+    assert not set(start(first).state_sha256()) & set(start(other).state_sha256())
+    assert not np.array_equal(make_shards(first, INFO)[0].train, make_shards(other, INFO)[0].train)
 
 
-def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> float:
         raise LookupError("no such kernel")
 
@@ -626,7 +634,7 @@ for dataset, family in [
 
 
 def test_a_round_does_not_import_the_compiler_of_pytorch() -> None:
-    """Which takes a process a second, and a hundred megabytes."""
+    """Importing it takes a process a second and a hundred megabytes."""
     played = subprocess.run([sys.executable, "-c", PLAY_A_ROUND], check=True, capture_output=True, text=True)
     assert [line.split()[-1] for line in played.stdout.splitlines()] == ["[]"] * 5, played.stdout
 
@@ -647,7 +655,9 @@ def test_eight_clients_share_one_gpu_and_train_at_the_same_time(eight_actors: Ac
     places = ray.get([actor.__ray_call__.remote(assigned) for actor in eight_actors._actors])
     assert len({pid for pid, _, _ in places}) == NUM_CLIENTS
     assert {(len(gpus), str(gpus[0]), share) for _, gpus, share in places} == {(1, "0", 0.125)}
-    spans = [(one.train_started or 0.0, (one.train_started or 0.0) + (one.train_s or 0.0)) for one in trained]
+    spans = [
+        (client.train_started or 0.0, (client.train_started or 0.0) + (client.train_s or 0.0)) for client in trained
+    ]
     together = [sum(start < other_end and other < end for other, other_end in spans) for start, end in spans]
     assert max(together) > 1, f"no client trains while another does: {spans}"
 
@@ -673,8 +683,8 @@ def test_where_lending_does_not_work_tensors_travel_and_the_log_can_say_why(eigh
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_processes_lend_anew_in_each_cell_whatever_came_before(eight_actors: ActorHosts) -> None:
-    """Cells follow one another in the same processes: a larger one, one that shares nothing, and the first again."""
+def test_processes_start_lending_again_in_each_cell_whatever_came_before(eight_actors: ActorHosts) -> None:
+    """Play cells in the same processes: one, a larger one, one that shares nothing, and the first again."""
     hosts = LendingActors(eight_actors, 4)
     clients = tuple(assign_clients(VERSIONS, 2, 1))
     placement = CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0)
@@ -687,7 +697,7 @@ def test_processes_lend_anew_in_each_cell_whatever_came_before(eight_actors: Act
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_tensors_travel_if_somebody_wants_them_to(eight_actors: ActorHosts) -> None:
+def test_tensors_travel_if_cuda_ipc_is_off(eight_actors: ActorHosts) -> None:
     hosts, clients = LendingActors(eight_actors, 2), tuple(assign_clients(VERSIONS, 4, 1))
     placement = CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0, cuda_ipc=False)
     hosts.begin(cell(), INFO, placement, make_shards(cell(), INFO))
@@ -736,7 +746,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
-    """Any bits (so NaN with any payload, too) in any type, of any small shape, in either memory format."""
+    """Tensors with any bits (also NaN with any payload), of any type and small shape, in either memory format."""
     dtype = draw(st.sampled_from(DTYPES))
     shape = draw(st.lists(st.integers(0, 4), max_size=5))
     size = torch.Size(shape).numel() * dtype.itemsize
@@ -752,11 +762,13 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 @given(st.lists(tensors(), max_size=6))
 @settings(max_examples=200, deadline=None)
 def test_packing_keeps_type_shape_and_every_bit(sent: list[torch.Tensor]) -> None:
-    assume(not sent or any(one.numel() for one in sent))
+    assume(not sent or any(tensor.numel() for tensor in sent))
     packed = ObjectStore().write(sent)
     packed.buffer.flags.writeable = False  # as it is when it comes out of Ray's shared memory
     arrived = ObjectStore().read(packed)
-    assert [(one.dtype, one.shape, bits(one)) for one in arrived] == [(one.dtype, one.shape, bits(one)) for one in sent]
+    assert [(tensor.dtype, tensor.shape, bits(tensor)) for tensor in arrived] == [
+        (tensor.dtype, tensor.shape, bits(tensor)) for tensor in sent
+    ]
 
 
 def test_packing_takes_a_message_of_empty_tensors_alone() -> None:
@@ -769,20 +781,20 @@ def test_packing_takes_a_message_of_empty_tensors_alone() -> None:
 def test_groups_and_block_sums_arrive_as_they_were_sent(
     state: dict[int, tuple[torch.Tensor, ...]], data: st.DataObject
 ) -> None:
-    assume(not any(state.values()) or any(one.numel() for group in state.values() for one in group))
+    assume(not any(state.values()) or any(tensor.numel() for group in state.values() for tensor in group))
     arrived = unpack(pack(state, ObjectStore()), ObjectStore())
     assert list(arrived) == list(state)
-    assert [[bits(one) for one in group] for group in arrived.values()] == [
-        [bits(one) for one in group] for group in state.values()
+    assert [[bits(tensor) for tensor in group] for group in arrived.values()] == [
+        [bits(tensor) for tensor in group] for group in state.values()
     ]
     weights, flags = st.floats(0, 1e6), st.booleans()
     block = {index: BlockSum(group, data.draw(weights), data.draw(flags)) for index, group in state.items()}
     played = unpack(pack(HostRound((), {4: {}, 7: block}), ObjectStore()), ObjectStore())
     empty, same = played.blocks[4], played.blocks[7]
     assert (empty, list(same)) == ({}, list(block))
-    assert [(one.weight, one.weighted) for one in same.values()] == [
-        (one.weight, one.weighted) for one in block.values()
+    assert [(block_sum.weight, block_sum.weighted) for block_sum in same.values()] == [
+        (block_sum.weight, block_sum.weighted) for block_sum in block.values()
     ]
-    assert [[bits(one) for one in sums.tensors] for sums in same.values()] == [
-        [bits(one) for one in sums.tensors] for sums in block.values()
+    assert [[bits(tensor) for tensor in sums.tensors] for sums in same.values()] == [
+        [bits(tensor) for tensor in sums.tensors] for sums in block.values()
     ]

@@ -176,7 +176,7 @@ def test_a_cell_that_is_lost_begins_again_from_its_last_checkpoint(
     assert reports[index].reason == "a process is gone: why"
     assert [report.state for report in reports].count("lost") == 1
     assert [report.round_index for report in reports[index + 1 :]] == [*range(again, run.rounds + 1)]
-    assert (f"goes on with round {again}" in log(run)) == (again > 0)
+    assert (f"resuming with round {again}" in log(run)) == (again > 0)
     assert reports[-1].state == "finished"
     assert_equal(run, undisturbed)
 
@@ -445,7 +445,7 @@ def test_a_cell_that_is_asked_to_stop_commits_its_last_round(tmp_path: Path, und
     before = rows(run)
     assert sorted(folder.name for folder in checkpoints(run).iterdir()) == ["round-000002", "round-000003"]
     play(run)
-    assert "goes on with round 3, from round-000003" in log(run)
+    assert "resuming with round 3, from round-000003" in log(run)
     pd.testing.assert_frame_equal(rows(run).head(len(before)), before)
     assert_equal(run, undisturbed)
 
@@ -499,7 +499,7 @@ def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
     [name] = [path.stem for path in folder.rounds.glob("*.parquet")]  # the other cell was not begun
     run_folder = folder.run_folder(name)
     assert "stopping after the round" in output
-    assert ("stopped, as asked" in (run_folder / "log.txt").read_text()) == (not twice)
+    assert ("stopped as requested" in (run_folder / "log.txt").read_text()) == (not twice)
     if not twice:
         committed = [path.name for path in (run_folder / "checkpoints").iterdir()]
         assert committed == [f"round-{(folder.last_round(name) or 0) + 1:06d}"]

@@ -96,7 +96,7 @@ def test_a_cell_on_a_full_disk_stops_with_a_clear_error_and_goes_on_when_there_i
     columns = [*TIMINGS, "actor"]
     pd.testing.assert_frame_equal(rows(full).drop(columns=columns), rows(whole).drop(columns=columns))
     assert digests(full) == digests(whole)
-    assert re.search("goes on with round [24], ", log.read_text())
+    assert re.search("resuming with round [24], ", log.read_text())
 
 
 LINE = ["--profile", "smoke", "--data", "synthetic", "--only", "cifar10/vgg/max_common", "--device", "cpu"]

@@ -108,7 +108,7 @@ def test_a_stopped_cell_ends_with_the_same_numbers(
     )
     assert digests(stopped) == digests(whole)
     committed = ROUNDS if stop_after == ROUNDS else stop_after // 2 * 2
-    assert (f"goes on with round {committed}" in log(stopped)) == (committed > 0)
+    assert (f"resuming with round {committed}" in log(stopped)) == (committed > 0)
     kept = before["round"] < committed
     pd.testing.assert_frame_equal(after[after["round"] < committed], before[kept])
     assert [folder.name for folder in checkpoints(stopped).iterdir()] == [f"round-{ROUNDS:06d}"]
@@ -136,7 +136,7 @@ def test_more_rounds_go_on_from_where_a_finished_cell_ended(
     assert list(after["train_s"].isna()) == [False] * 20 + [True] * 4
     scores = ["client", "accuracy", "loss"]
     assert after[after["round"] == 3][scores].equals(before[before["round"] == 3][scores])
-    assert f"goes on with round {3 if stop_after is None else 4}, " in log(raised)
+    assert f"resuming with round {3 if stop_after is None else 4}, " in log(raised)
     assert [folder.name for folder in checkpoints(raised).iterdir()] == [f"round-{ROUNDS:06d}"]
 
 
@@ -146,7 +146,7 @@ def test_without_a_final_state_more_rounds_begin_anew_and_say_so(tmp_path: Path)
     assert not checkpoints(short).exists()
     raised = cell(tmp_path, rounds=3)
     play(raised)
-    assert "there are rows but no checkpoint: begins with round 0" in log(raised)
+    assert "there are rows but no checkpoint: starting with round 0" in log(raised)
     assert sorted(rows(raised)["round"].unique()) == [0, 1, 2, 3]
 
 
@@ -205,7 +205,7 @@ def test_rows_are_written_before_the_checkpoint_that_needs_them(
     run = cell(tmp_path)
     play(run, 4)
     play(run)
-    assert "goes on with round 4" in log(run)
+    assert "resuming with round 4" in log(run)
     assert sorted(rows(run)["round"].unique()) == list(range(ROUNDS + 1))
 
 
@@ -232,7 +232,7 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path, vic
     checkpoint = Checkpoints(checkpoints(run), run.run_id).latest(notes.append)
     assert checkpoint is not None
     assert checkpoint.next_round == 2
-    assert [note.split(":")[0] for note in notes] == ["checkpoint round-000004 is passed over"]
+    assert [note.split(":")[0] for note in notes] == ["checkpoint round-000004 is skipped"]
 
 
 def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path) -> None:
     play(run, 3)
     notes: list[str] = []
     assert Checkpoints(checkpoints(run), "another").latest(notes.append) is None
-    assert notes == [f"checkpoint round-000002 is passed over: it is of run {run.run_id}"]
+    assert notes == [f"checkpoint round-000002 is skipped: it belongs to run {run.run_id}"]
 
 
 def test_a_checkpoint_whose_rows_are_lost_is_not_used(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_checkpoint_whose_rows_are_lost_is_not_used(tmp_path: Path) -> None:
     play(run, 3)
     ResultsFolder(run.results).rounds_file(run.name).unlink()
     play(run)
-    assert "the rows before it are not all there" in log(run)
+    assert "rows of the rounds before it are missing" in log(run)
     assert sorted(rows(run)["round"].unique()) == list(range(ROUNDS + 1))
 
 
