@@ -10,7 +10,7 @@ Architectures", The Web Conference 2023, section 4 (doi 10.1145/3543507.3583347)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -227,22 +227,13 @@ def sharing_plan(
     trie = build_trie(architectures)
 
     num_clients = Counter(architecture_of)
-    classifiers = _same_classifiers(architectures) if classifier == "always" else {}
-    groups: dict[tuple[object, ...], Group] = {}
+    same_classifiers = _same_classifiers(architectures) if classifier == "always" else {}
+    groups: dict[tuple[Hashable, tuple[int, ...]], Group] = {}
     group_of: list[tuple[int | None, ...]] = []
-    for index, path in enumerate(trie.paths):
+    for architecture, path in enumerate(trie.paths):
         row: list[int | None] = []
         for node in path:
-            key: tuple[object, ...] = (id(node),)
-            members = SCHEMES[scheme](node, index, len(architectures))
-            role = architectures[index].layers[node.depth].role
-            if classifier != "prefix":
-                members = tuple(one for one in members if architectures[one].layers[node.depth].role == role)
-            if role == "classifier" and classifier == "never":
-                members = ()
-            elif role == "classifier" and classifier == "always" and scheme != "standalone":
-                key = _classifier_key(architectures[index], node.depth)
-                members = classifiers[key]
+            key, members = _averaged_over(node, architecture, architectures, scheme, classifier, same_classifiers)
             tensors = _averaged_tensors(node.layer, batch_norm_buffers)
             if sum(num_clients[member] for member in members) < 2 or not tensors:
                 row.append(None)
@@ -282,6 +273,41 @@ def _distinct(
         if architectures.setdefault(one.digest, len(distinct)) == len(distinct):
             distinct.append(one)
     return tuple(signatures), tuple(distinct), tuple(architectures[one.digest] for one in signatures)
+
+
+def _averaged_over(
+    node: Node,
+    architecture: int,
+    architectures: Sequence[ModelSignature],
+    scheme: str,
+    classifier: ClassifierSharing,
+    same_classifiers: Mapping[tuple[object, ...], tuple[int, ...]],
+) -> tuple[Hashable, tuple[int, ...]]:
+    """Decide over which architectures the layer at a node is averaged, as one of them sees it.
+
+    Args:
+        node: the layer's node on the architecture's path through the trie.
+        architecture: index of the architecture that has the layer.
+        architectures: all distinct architectures.
+        scheme: its name.
+        classifier: the option of `sharing_plan`.
+        same_classifiers: from `_same_classifiers`; read with `classifier="always"` only.
+
+    Returns:
+        What identifies the group, together with the architectures (the node, or the key of a classifier layer that is
+        shared across versions), and the indices of the architectures, ascending, or () where the layer is personal.
+    """
+    members = SCHEMES[scheme](node, architecture, len(architectures))
+    if classifier == "prefix":
+        return id(node), members
+    role = architectures[architecture].layers[node.depth].role
+    if role != "classifier":
+        # Roles do not tell layers apart: the same layer may belong to the classifier of another architecture.
+        return id(node), tuple(member for member in members if architectures[member].layers[node.depth].role == role)
+    if classifier == "never" or scheme == "standalone":
+        return id(node), ()
+    key = _classifier_key(architectures[architecture], node.depth)
+    return key, same_classifiers[key]
 
 
 def _averaged_tensors(layer: LayerSignature, batch_norm_buffers: BatchNormBuffers) -> tuple[int, ...]:

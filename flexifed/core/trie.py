@@ -8,7 +8,7 @@ paper's pairwise clustering (algorithm 2, appendix A.2) compares clients with ea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flexifed.core.signature import LayerSignature, ModelSignature
 
@@ -30,15 +30,11 @@ class PrefixTrie:
     """
 
     paths: tuple[tuple[Node, ...], ...]
-    num_architectures: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "num_architectures", len(self.paths))
 
     def children(self, node: Node | None) -> tuple[Node, ...]:
         """The nodes one layer above `node` (of the input, for None), in the order of their first architecture."""
         depth = 0 if node is None else node.depth + 1
-        members = range(self.num_architectures) if node is None else node.architectures
+        members = range(len(self.paths)) if node is None else node.architectures
         above = (self.paths[member][depth] for member in members if depth < len(self.paths[member]))
         return tuple({id(child): child for child in above}.values())
 
