@@ -158,11 +158,11 @@ def aggregate(
             for block in blocks_of(range(plan.num_clients), reduce_block)
         ),
     )
-    return [
-        apply_group_state(plan, client, state, {index: tuple(one.clone() for one in means[index]) for index in mine})
-        for client, state in enumerate(states)
-        for mine in [plan.shared_names(client)]
-    ]
+    new_states = []
+    for client, state in enumerate(states):
+        own_means = {group: tuple(mean.clone() for mean in means[group]) for group in plan.shared_names(client)}
+        new_states.append(apply_group_state(plan, client, state, own_means))
+    return new_states
 
 
 def apply_group_state(plan: SharingPlan, client: int, state: State, means: GroupState) -> dict[str, torch.Tensor]:
