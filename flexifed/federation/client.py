@@ -183,14 +183,7 @@ class Client:
 
     def _score(self, round_index: int) -> Steps[Score]:
         with seeded_dropout(self._seed("scoring", round_index), self._device):
-            score = yield from evaluate(
-                self._workspace.model,
-                self._test_samples,
-                self._test_labels,
-                config=self._config.training,
-                numerics=self._config.numerics,
-                pipeline=self._pipeline,
-            )
+            score = yield from evaluate(self._workspace, self._test_samples, self._test_labels, pipeline=self._pipeline)
         if not math.isfinite(score.loss):
             raise ArithmeticError(f"the loss on the test shard is {score.loss}; {self._remedy}")
         return score

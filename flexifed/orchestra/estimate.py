@@ -100,15 +100,6 @@ def _seconds_per_sample(name: str, config: CellConfig, info: DatasetInfo) -> tup
             started = time.perf_counter()
             run_steps(train(workspace, samples, labels, pipeline=pipeline, **streams)).item()  # when it is done
             trained = time.perf_counter()
-            run_steps(
-                evaluate(
-                    workspace.model,
-                    samples,
-                    labels,
-                    config=config.training,
-                    numerics=config.numerics,
-                    pipeline=pipeline,
-                )
-            )
+            run_steps(evaluate(workspace, samples, labels, pipeline=pipeline))
             train_s, eval_s = (trained - started) / count, (time.perf_counter() - trained) / count
     return train_s, eval_s

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.nn import functional
 
-from flexifed.config import NumericsConfig, TrainingConfig
 from flexifed.data import Pipeline
 from flexifed.training.numerics import autocast
 from flexifed.training.streams import Steps
+from flexifed.training.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -23,29 +22,27 @@ class Score:
 
 
 def evaluate(
-    model: nn.Module,
+    workspace: Workspace,
     samples: torch.Tensor,
     labels: torch.Tensor,
     *,
-    config: TrainingConfig,
-    numerics: NumericsConfig,
     pipeline: Pipeline,
 ) -> Steps[Score]:
-    """Score a model, and leave it as it was; others may have their turn before the score is waited for.
+    """Score a workspace's model without changing it. Yields once, before it waits for the score.
 
-    With `config.scoring == "train"` the model is scored as the published program does it: dropout is active (it draws
-    from PyTorch's global generator: seed it around this call) and batch norm uses the statistics of the batch. Here the
-    running statistics that such a pass moves are put back, because a score must not change what a client holds; there
-    they stay moved, and are averaged, but never read.
+    With `scoring="train"` in the workspace's config the model is scored as the published program does it: dropout is
+    active (it draws from PyTorch's global generator, so seed that around this call) and batch norm uses the statistics
+    of the batch. Such a pass updates the running statistics. Here they are restored, because scoring must not change
+    what a client holds; the published program leaves them updated and averages them, but never reads them.
 
     Args:
-        model: on the device of the data.
-        samples: as they are stored, (count, ...).
+        workspace: the model, on the device of the data, the scoring mode, the batch size and the precision. Settings
+            of the whole process are those of `numeric_settings`.
+        samples: as stored, (count, ...).
         labels: int64 (count,).
-        config: scoring mode and batch size.
-        numerics: precision; what holds for the whole process is `numeric_settings`.
-        pipeline: makes inputs of them.
+        pipeline: turns samples into inputs.
     """
+    model, config = workspace.model, workspace.config
     in_training_mode = config.scoring == "train"
     with torch.no_grad():
         before = [buffer.clone() for buffer in model.buffers()] if in_training_mode else []
@@ -54,7 +51,7 @@ def evaluate(
         for stored, targets in zip(
             samples.split(config.eval_batch_size), labels.split(config.eval_batch_size), strict=True
         ):
-            with autocast(numerics, samples.device):
+            with autocast(workspace.numerics, samples.device):
                 scores = model(pipeline.prepare(stored))
             sums[0] += (scores.argmax(1) == targets).sum()
             sums[1] += functional.cross_entropy(scores.float(), targets, reduction="sum")

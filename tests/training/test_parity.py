@@ -157,8 +157,9 @@ def scored(scoring: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor, Score]:
     images, labels = images.repeat(3, 1, 1, 1), labels.repeat(3)
     pipeline = ImagePipeline(INFO.mean, INFO.std, torch.device("cpu"), channels_last=False)
     config = TrainingConfig(scoring=scoring, eval_batch_size=24)
+    workspace = Workspace(model, config, NumericsConfig())
     with seeded_dropout(11, torch.device("cpu")):
-        score = run(evaluate(model, images, labels, config=config, numerics=NumericsConfig(), pipeline=pipeline))
+        score = run(evaluate(workspace, images, labels, pipeline=pipeline))
     return model, images, labels, score
 
 
