@@ -92,7 +92,7 @@ class Task:
                 batches=torch_generator(seed, "batches", client, round_index),
                 augmentation=torch_generator(seed, "augmentation", client, round_index),
             )
-            return streams.run(steps).item()
+            return streams.run_to_end(steps).item()
 
     def test(self, model: nn.Module, client: int) -> tuple[float, float]:
         """Accuracy and loss on the client's own test shard."""
@@ -100,7 +100,7 @@ class Task:
         # Without Winograd's algorithm, which a workspace would switch on for wide convolutions: all records of this
         # benchmark were scored by PyTorch's own.
         workspace = Workspace(model, self.config.training, replace(self.config.numerics, winograd=False))
-        score = streams.run(evaluate.evaluate(workspace, samples, labels, pipeline=self.pipeline))
+        score = streams.run_to_end(evaluate.evaluate(workspace, samples, labels, pipeline=self.pipeline))
         return score.accuracy, score.loss
 
 

@@ -20,7 +20,7 @@ from flexifed.seeding import torch_generator
 from flexifed.training.evaluate import evaluate
 from flexifed.training.local import train
 from flexifed.training.numerics import numeric_settings
-from flexifed.training.streams import run as run_steps
+from flexifed.training.streams import run_to_end
 
 START_S = 15.0  # of Ray, and of the first processes that import torch; measured on 2 cores
 _MOST_SAMPLES = 64
@@ -98,8 +98,8 @@ def _seconds_per_sample(name: str, config: CellConfig, info: DatasetInfo) -> tup
         for count in (timed if on_gpu else min(2, batch), timed):
             samples, labels = (part.to(device) for part in data.train.take(np.arange(count) % info.num_train))
             started = time.perf_counter()
-            run_steps(train(workspace, samples, labels, pipeline=pipeline, **streams)).item()  # when it is done
+            run_to_end(train(workspace, samples, labels, pipeline=pipeline, **streams)).item()  # when it is done
             trained = time.perf_counter()
-            run_steps(evaluate(workspace, samples, labels, pipeline=pipeline))
+            run_to_end(evaluate(workspace, samples, labels, pipeline=pipeline))
             train_s, eval_s = (trained - started) / count, (time.perf_counter() - trained) / count
     return train_s, eval_s

@@ -48,7 +48,7 @@ class Stream:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
-def run(computation: Steps[T]) -> T:
+def run_to_end(computation: Steps[T]) -> T:
     """Take all steps of a computation, and return what it comes to."""
     while True:
         try:
@@ -69,7 +69,7 @@ def overlap(computations: Sequence[Steps[T]], streams: Sequence[Stream]) -> list
         What each came to, in their order.
     """
     if len(computations) == 1:
-        return [run(computations[0])]
+        return [run_to_end(computations[0])]
     device = streams[0]._device
     before = _random_state(device)
     unfinished = dict(enumerate(zip(computations, streams, strict=False)))

@@ -29,7 +29,7 @@ from flexifed.training.graph import CudaGraphs, Record, RecordedStep
 from flexifed.training.local import train
 from flexifed.training.numerics import numeric_settings, seeded_dropout
 from flexifed.training.step import Step
-from flexifed.training.streams import Steps, Stream, overlap, run
+from flexifed.training.streams import Steps, Stream, overlap, run_to_end
 from flexifed.training.workspace import Workspace
 
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def take_turns(
                     batches=torch.Generator().manual_seed(client),
                     augmentation=torch.Generator().manual_seed(round_index),
                 )
-                losses.append(run(steps).item())
+                losses.append(run_to_end(steps).item())
             clients[client] = {name: tensor.clone() for name, tensor in workspace.model.state_dict().items()}
             states.append(clients[client])
     return states, losses, torch.rand(4, device=device)
@@ -468,7 +468,7 @@ def test_on_a_gpu_graphs_that_overlap_draw_what_they_draw_alone() -> None:
         return total
 
     alone, together = ([workspaces(config, {}, device=device)[1] for _ in range(4)] for _ in range(2))
-    expected = [run(computation(workspace, seed)) for seed, workspace in enumerate(alone)]
+    expected = [run_to_end(computation(workspace, seed)) for seed, workspace in enumerate(alone)]
     for _ in range(2):  # with what was recorded in the first round
         plays = [computation(workspace, seed) for seed, workspace in enumerate(together)]
         found = overlap(plays, [Stream(device) for _ in plays])

@@ -31,7 +31,7 @@ from flexifed.models import build_model
 from flexifed.seeding import derive_seed, torch_generator
 from flexifed.training.evaluate import Score, evaluate
 from flexifed.training.numerics import numeric_settings, seeded_dropout
-from flexifed.training.streams import Steps, run
+from flexifed.training.streams import Steps, run_to_end
 from flexifed.training.workspace import Workspace
 
 INFO = synthetic.info()
@@ -159,7 +159,7 @@ def scored(scoring: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor, Score]:
     config = TrainingConfig(scoring=scoring, eval_batch_size=24)
     workspace = Workspace(model, config, NumericsConfig())
     with seeded_dropout(11, torch.device("cpu")):
-        score = run(evaluate(workspace, images, labels, pipeline=pipeline))
+        score = run_to_end(evaluate(workspace, images, labels, pipeline=pipeline))
     return model, images, labels, score
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexifed.training.numerics import seeded_dropout
-from flexifed.training.streams import Steps, Stream, overlap, run
+from flexifed.training.streams import Steps, Stream, overlap, run_to_end
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def streams(count: int) -> list[Stream]:
 
 @given(st.lists(st.tuples(st.integers(0, 2**32), st.integers(0, 6)), min_size=1, max_size=5))
 def test_computations_that_overlap_draw_what_they_draw_alone(computations: list[tuple[int, int]]) -> None:
-    alone = [run(draws(*one)) for one in computations]
+    alone = [run_to_end(draws(*one)) for one in computations]
     torch.manual_seed(7)
     before = torch.get_rng_state()
     assert overlap([draws(*one) for one in computations], streams(5)) == alone
