@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,15 +15,45 @@ from flexifed.core.signature import DeclaredLayer, Role
 
 
 class FamilyModel(nn.Module):
-    """A version of a family: it says what its layers are, and draws its weights from a generator."""
+    """A version of a family: declares its layers, and draws its weights from a generator.
+
+    Attributes:
+        he_mode: what the variance of a convolution's weights is scaled to: `fan_in` keeps the size of the forward
+            signal, `fan_out` that of the gradient (He et al. 2015, section 2.2).
+    """
+
+    he_mode: Literal["fan_in", "fan_out"] = "fan_in"
 
     def declared_layers(self) -> Sequence[DeclaredLayer]:
-        """Its layers, in forward order."""
+        """The layers, in forward order."""
         raise NotImplementedError
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights anew, in forward order: models with a common prefix get equal values there from one seed."""
-        raise NotImplementedError
+        """Draw all weights, in forward order, so that models with a common prefix get equal values there from one seed.
+
+        Convolutions N(0, sqrt(2 / fan)) with zero bias, where the fan is kernel size x in_channels (`fan_in`) or
+        kernel size x out_channels (`fan_out`); batch norm weight 1 and bias 0; embedding and linear layers by PyTorch's
+        defaults.
+
+        Args:
+            generator: a CPU generator.
+        """
+        for module in (module for layer in self.declared_layers() for module in layer.modules):
+            if isinstance(module, nn.Conv1d | nn.Conv2d):
+                channels = module.in_channels if self.he_mode == "fan_in" else module.out_channels
+                sigma = math.sqrt(2 / (math.prod(module.kernel_size) * channels))
+                nn.init.normal_(module.weight, 0.0, sigma, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.reset_parameters()
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, generator=generator)
+                nn.init.zeros_(module.weight.data[0])  # padding
+            elif isinstance(module, nn.Linear):
+                bound = 1 / math.sqrt(module.in_features)  # as in `nn.Linear.reset_parameters`
+                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
+                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
 
 
 class PaddedShortcut(nn.Module):
@@ -74,24 +105,3 @@ PLUS_SHORTCUT = "plus the block's input, passed through"
 def scaled(channels: int, width: float) -> int:
     """A number of channels times the width factor, rounded, at least 1."""
     return max(1, round(channels * width))
-
-
-def draw_he_normal(module: nn.Conv1d | nn.Conv2d | nn.Linear, fan: int, generator: torch.Generator) -> None:
-    """Weight N(0, sqrt(2 / fan)), bias 0 (He et al. 2015, section 2.2).
-
-    Args:
-        module: a layer with a ReLU after it.
-        fan: the values that enter one output (keeps the forward signal's size), or the outputs that one input enters
-            (the gradient's).
-        generator: a CPU generator.
-    """
-    nn.init.normal_(module.weight, 0.0, math.sqrt(2 / fan), generator=generator)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
-def draw_uniform(module: nn.Linear, generator: torch.Generator) -> None:
-    """PyTorch's default, U(-1/sqrt(in), 1/sqrt(in)) for weight and bias (`nn.Linear.reset_parameters`)."""
-    bound = 1 / math.sqrt(module.in_features)
-    nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-    nn.init.uniform_(module.bias, -bound, bound, generator=generator)

@@ -1,11 +1,16 @@
 """CharCNN-3/4/5/6: the small model of Zhang, Zhao and LeCun 2015 (section 2.4), and versions with fewer convolutions.
 
-CharCNN-6 has the paper's six convolutions, pooling 3 after the first, second and last, and three linear layers. The
-number counts convolutions; shallower versions leave out inner ones (the third to fifth), as FlexiFed's reproducers do.
+CharCNN-6 has the paper's six convolutions, max pooling of size 3 after the first, second and last, and three linear
+layers. The number counts convolutions; shallower versions leave out inner ones (the third to fifth), as FlexiFed's
+reproducers do.
 
-Departures from Zhang et al., both for FlexiFed: all convolutions but the last have a batch norm, which makes the last
-one different from the inner ones, so that versions n and above have exactly their first n - 1 convolutions in common;
-and the weights (`CharCNN.initialise`).
+Two departures from Zhang et al.:
+
+- All convolutions but the last have a batch norm. This makes the last one different from the inner ones, so that
+  versions n and above have exactly their first n - 1 convolutions in common.
+- The weights are those of `FamilyModel.initialise`, with which the first losses are near chance (1.4). Zhang et al.
+  draw all of them from N(0, 0.05): over the first linear layer's 9,216 inputs that multiplies the signal's variance by
+  about twenty, CharCNN-3 starts at a loss of about 15, and the first steps of SGD at 0.01 overshoot by ten times that.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from torch import nn
 from flexifed.config import TEXT_LENGTHS
 from flexifed.core.signature import DeclaredLayer
 from flexifed.errors import ConfigError
-from flexifed.models.base import FamilyModel, chain_layers, draw_he_normal, draw_uniform, scaled
+from flexifed.models.base import FamilyModel, chain_layers, scaled
 
 KERNELS: Mapping[int, tuple[int, ...]] = MappingProxyType({depth: (7, 7, *[3] * (depth - 2)) for depth in (3, 4, 5, 6)})
 """Kernel sizes of the convolutions, by depth."""
@@ -109,22 +114,6 @@ class CharCNN(FamilyModel):
     def declared_layers(self) -> Sequence[DeclaredLayer]:
         """The convolutions, each with its batch norm, then the three linear layers."""
         return chain_layers((self.features, "feature"), (self.classifier, "classifier"))
-
-    def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights anew, in forward order.
-
-        Convolutions N(0, sqrt(2 / inputs)) with zero bias, batch norm 1 and 0, linear layers by PyTorch's default, so
-        that the first losses stand near chance. Zhang et al. draw everything from N(0, 0.05): over the first linear
-        layer's 9,216 inputs that multiplies the signal's variance by about twenty, CharCNN-3 begins at a loss of about
-        15 (chance is 1.4), and the first steps of SGD at 0.01 overshoot by ten times that.
-        """
-        for module in (module for layer in self.declared_layers() for module in layer.modules):
-            if isinstance(module, nn.Conv1d):
-                draw_he_normal(module, module.kernel_size[0] * module.in_channels, generator)
-            elif isinstance(module, nn.BatchNorm1d):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear):
-                draw_uniform(module, generator)
 
 
 def min_length(depth: int) -> int:

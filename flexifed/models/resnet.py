@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flexifed.core.signature import DeclaredLayer
-from flexifed.models.base import PLUS_SHORTCUT, FamilyModel, PaddedShortcut, draw_he_normal, draw_uniform, scaled
+from flexifed.models.base import PLUS_SHORTCUT, FamilyModel, PaddedShortcut, scaled
 
 BLOCKS: Mapping[int, int] = MappingProxyType({20: 3, 32: 5, 44: 7, 56: 9})
 """Blocks of two convolutions in each of the three stages, by depth."""
@@ -60,6 +60,8 @@ class ResNet(FamilyModel):
         in_channels: channels of the input.
     """
 
+    he_mode = "fan_out"  # as in FlexiFed's VGGs
+
     def __init__(self, depth: int, *, num_classes: int, width: float = 1.0, in_channels: int = 3) -> None:
         super().__init__()
         previous = scaled(CHANNELS[0], width)
@@ -97,17 +99,3 @@ class ResNet(FamilyModel):
             before = (PLUS_SHORTCUT, block.shortcut, block.relu)
         layers.append(DeclaredLayer((self.classifier,), "classifier", (*before, self.pool)))
         return layers
-
-    def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights anew, in forward order.
-
-        Convolutions N(0, sqrt(2 / (9 * out_channels))), as FlexiFed's VGGs; batch norm 1 and 0; the linear layer by
-        PyTorch's default.
-        """
-        for module in (module for layer in self.declared_layers() for module in layer.modules):
-            if isinstance(module, nn.Conv2d):
-                draw_he_normal(module, 3 * 3 * module.out_channels, generator)
-            elif isinstance(module, nn.BatchNorm2d):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear):
-                draw_uniform(module, generator)

@@ -9,6 +9,9 @@ common beyond their first block. Departures: a shortcut joins before its block's
 the channels double it adds zeros instead of a 1x1 convolution, so that all weights are those of the paper's layers.
 Space, padding and unknown characters share index 0, a vector of zeros, where the paper counts them among its 69: one
 encoding of a text then serves CharCNN too (`flexifed.data.agnews`).
+
+Convolutions are drawn after He et al. 2015, as in the paper, linear layers by PyTorch's default: what the shortcuts
+carry to the classifier grows with depth, and He's larger weights there would start VDCNN-49 at losses above 10.
 """
 
 from __future__ import annotations
@@ -27,8 +30,6 @@ from flexifed.models.base import (
     FamilyModel,
     PaddedShortcut,
     chain_layers,
-    draw_he_normal,
-    draw_uniform,
     scaled,
 )
 
@@ -163,21 +164,3 @@ class VDCNN(FamilyModel):
         first, *others = chain_layers((self.classifier, "classifier"))
         layers.append(DeclaredLayer(first.modules, first.role, (*before, self.pool)))
         return [*layers, *others]
-
-    def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights anew, in forward order.
-
-        The embedding N(0, 1) (PyTorch's default; padding 0), convolutions N(0, sqrt(2 / inputs)) with zero bias (the
-        paper follows He et al. 2015), batch norm 1 and 0. Linear layers by PyTorch's default: what the shortcuts carry
-        to the classifier grows with depth, and He's larger weights there would start VDCNN-49 at losses above 10.
-        """
-        for module in (module for layer in self.declared_layers() for module in layer.modules):
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, generator=generator)
-                nn.init.zeros_(module.weight.data[0])
-            elif isinstance(module, nn.Conv1d):
-                draw_he_normal(module, module.kernel_size[0] * module.in_channels, generator)
-            elif isinstance(module, nn.BatchNorm1d):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear):
-                draw_uniform(module, generator)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flexifed.core.signature import DeclaredLayer
-from flexifed.models.base import FamilyModel, chain_layers, draw_he_normal, draw_uniform, scaled
+from flexifed.models.base import FamilyModel, chain_layers, scaled
 
 CONVOLUTIONS: Mapping[int, tuple[int, int, int, int, int]] = MappingProxyType(
     {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -34,6 +34,8 @@ class VGG(FamilyModel):
         width: factor on all channels and on the classifier's hidden size; at least one channel is left.
         in_channels: channels of the input.
     """
+
+    he_mode = "fan_out"  # FlexiFed's N(0, sqrt(2 / (9 * out_channels)))
 
     def __init__(
         self, depth: int, *, num_classes: int, batch_norm: bool = True, width: float = 1.0, in_channels: int = 3
@@ -73,17 +75,3 @@ class VGG(FamilyModel):
     def declared_layers(self) -> Sequence[DeclaredLayer]:
         """The convolutions, each with its batch norm, then the three linear layers."""
         return chain_layers((self.features, "feature"), (self.classifier, "classifier"))
-
-    def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights anew, in forward order.
-
-        Convolutions N(0, sqrt(2 / (9 * out_channels))) with zero bias, batch norm 1 and 0; linear layers by PyTorch's
-        default.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                draw_he_normal(module, 3 * 3 * module.out_channels, generator)
-            elif isinstance(module, nn.BatchNorm2d):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear):
-                draw_uniform(module, generator)
