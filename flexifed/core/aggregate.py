@@ -1,13 +1,13 @@
-"""The mean of what clients share, as a pure function whose bits do not depend on where clients run.
+"""The average of the layers that clients share: a pure function whose bits do not depend on where clients run.
 
-For a group G and each tensor of its layer, with weight w_k of client k (1, or its number of samples):
+For a group G and each tensor x of its layer, where client k has the weight w_k (1, or its number of samples):
 
     mean = (sum over k in G of w_k * x_k) / (sum over k in G of w_k)
 
-The sum is taken in float64, in client order, and rounded once, to the tensor's own type (PyTorch rounds to the 16-bit
-types by way of float32). A client of weight 0 has no part in it, whatever its values. The sum is a fixed tree of two
-levels: blocks of `reduce_block` consecutive clients are summed first (each in the process where its clients live), then
-the blocks in order. With `reduce_block=1` a block is one client and its sum is what the client holds.
+The sum is computed in float64, in client order, and rounded once, to the tensor's own type (PyTorch rounds to 16-bit
+types by way of float32). A client of weight 0 is left out, whatever its values. The sum is a fixed tree of two levels:
+blocks of `reduce_block` consecutive clients are summed first, each in the process where its clients live, then the
+blocks in order. With `reduce_block=1` a block is one client, and its sum is the client's own values.
 
 Source: FlexiFed, section 4; the weights are FedAvg's (McMahan et al. 2017, algorithm 1).
 """
@@ -26,20 +26,24 @@ import torch
 from flexifed.core.schemes import Group, SharingPlan
 from flexifed.errors import ConfigError, SignatureError
 
-_SUMMED_AT_ONCE = 2**16  # numbers; as float64 half a megabyte
+_SUMMED_AT_ONCE = 2**16  # values; half a megabyte as float64
 
 T = TypeVar("T")
 State = Mapping[str, torch.Tensor]
 GroupState = dict[int, tuple[torch.Tensor, ...]]
-"""The values of each group (by index), one tensor for each that the plan averages. The whole shared global state."""
+"""The values of groups, by index: one for each tensor of the group that the plan averages. With all groups of a plan,
+this is the whole shared global state."""
 
 
 @dataclass(frozen=True)
 class BlockSum:
-    """The weighted sum over the members that a block of clients has in one group.
+    """The weighted sum over those clients of a block that are members of one group.
 
-    Tensors are float64, or, for a block of one client, still that client's own values: `weight` has not been applied
-    to them, so that they travel in their own type.
+    Attributes:
+        tensors: float64 sums, or, for a block of one client, that client's own values, to which `weight` has not been
+            applied, so that they are sent in their own type.
+        weight: sum of the clients' weights.
+        weighted: whether `weight` has been applied to the tensors.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -51,10 +55,10 @@ BlockSums = dict[int, BlockSum]
 
 
 def shared_tensors(plan: SharingPlan, client: int, state: State) -> GroupState:
-    """What a client contributes: views into its state, by group. Nothing is copied.
+    """The tensors that a client contributes to each of its groups: views into its state, nothing is copied.
 
     Raises:
-        SignatureError: the state is not one of the client's model (missing or unknown keys, other shapes).
+        SignatureError: the state does not fit the client's model (missing or unknown keys, other shapes or types).
     """
     _check_state(plan, client, state)
     return {group: tuple(state[name] for name in names) for group, names in plan.shared_names(client).items()}
@@ -64,51 +68,53 @@ def sum_block(members: Iterable[tuple[GroupState, float]]) -> BlockSums:
     """Sum one block of consecutive clients.
 
     Args:
-        members: (what the client contributes, its weight), in client order. They are consumed one by one, so that a
-            generator keeps no more than two of them in memory.
+        members: for each client its contribution (from `shared_tensors`) and its weight, in client order. They are
+            consumed one by one, so that with a generator no more than two of them are in memory.
 
     Returns:
-        By group, the sum over those members that are in the group.
+        For each group, the sum over those clients of the block that are its members.
     """
     members = iter(members)
-    ahead = list(islice(members, 2))
-    if len(ahead) == 1:
-        contribution, weight = ahead[0]
+    first_two = list(islice(members, 2))
+    if len(first_two) == 1:
+        contribution, weight = first_two[0]
         return {group: BlockSum(tensors, weight, weighted=False) for group, tensors in contribution.items()}
     sums: BlockSums = {}
-    for contribution, weight in chain(ahead, members):
+    for contribution, weight in chain(first_two, members):
         for group, tensors in contribution.items():
             _add_to(sums, group, BlockSum(tensors, weight, weighted=False))
     return sums
 
 
 def combine_blocks(plan: SharingPlan, blocks: Iterable[BlockSums], groups: Sequence[Group] | None = None) -> GroupState:
-    """The mean of every group, from the sums of its blocks.
+    """Compute the mean of every group from the sums of its blocks.
 
     Args:
-        blocks: in client order.
-        groups: those whose mean is wanted, all of the plan's by default. Others that a block holds are passed over.
+        plan: from `sharing_plan`.
+        blocks: sums of the blocks, in client order.
+        groups: the groups to average. Default: all groups of the plan. Other groups in the blocks are skipped.
 
     Raises:
-        ConfigError: the weights of a group add up to nothing, or nobody contributed to it.
+        ConfigError: the weights of a group do not add up to a finite number above 0, or no client contributed to it.
     """
-    wanted = plan.groups if groups is None else groups
-    parts: dict[int, list[BlockSum]] = {group.index: [] for group in wanted}
+    if groups is None:
+        groups = plan.groups
+    sums: dict[int, list[BlockSum]] = {group.index: [] for group in groups}
     for block in blocks:
-        for index, one in block.items():
-            if one.weight and index in parts:
-                parts[index].append(one)
+        for index, block_sum in block.items():
+            if block_sum.weight and index in sums:
+                sums[index].append(block_sum)
     means: GroupState = {}
-    for group in wanted:
-        summed = parts[group.index]
-        weight = sum(one.weight for one in summed)
+    for group in groups:
+        group_sums = sums[group.index]
+        weight = sum(block_sum.weight for block_sum in group_sums)
         if not 0 < weight < math.inf:
             raise ConfigError(
                 f"the weights of clients {list(plan.members(group))} add up to {weight}; "
                 "every group needs a finite sum above 0"
             )
         means[group.index] = tuple(
-            _mean(summed, position, spec.dtype, weight) for position, spec in enumerate(group.specs)
+            _mean(group_sums, position, spec.dtype, weight) for position, spec in enumerate(group.specs)
         )
     return means
 
@@ -120,22 +126,23 @@ def aggregate(
     *,
     reduce_block: int = 1,
 ) -> list[dict[str, torch.Tensor]]:
-    """Average what the plan shares, and leave the rest as it is.
+    """Average the layers that the plan shares, and leave the personal layers as they are.
 
     Args:
         plan: from `sharing_plan`.
         states: one state dict for each client, in client order. They are not changed.
-        weights: one number for each client, its number of training samples under FedAvg's rule; None counts all alike.
-            Weights that are given count, whatever the plan's weighting says.
-        reduce_block: size of the blocks that are summed first; it can change the last bit, nothing else.
+        weights: one number for each client, its number of training samples under FedAvg's rule; None weights all
+            clients alike. Weights that are given apply whatever the plan's weighting is.
+        reduce_block: number of clients in the blocks that are summed first. It can change the last bit, nothing else.
 
     Returns:
-        New state dicts, in client order. Averaged tensors are new, each client's its own; personal tensors are the very
-        ones of the input.
+        New state dicts, in client order. Averaged tensors are new, with a copy for each client; personal tensors are
+        the input's own.
 
     Raises:
-        ConfigError: a wrong number of states or weights, a weight that is negative or not finite, a group without
-            weight, or no weights for a plan whose weighting is `samples`.
+        ConfigError: the number of states or weights is wrong, a weight is negative or not finite, the weights of a
+            group do not add up to a finite number above 0, `reduce_block` is below 1, or there are no weights for a
+            plan whose weighting is `samples`.
         SignatureError: a state does not fit its client's model.
 
     >>> from flexifed.core.schemes import sharing_plan
@@ -166,7 +173,7 @@ def aggregate(
 
 
 def apply_group_state(plan: SharingPlan, client: int, state: State, means: GroupState) -> dict[str, torch.Tensor]:
-    """A client's state with the tensors of its groups put in place of its own. Nothing is copied or changed."""
+    """A client's state in which the means of its groups replace its own tensors. Nothing is copied or changed."""
     new = dict(state)
     for group, names in plan.shared_names(client).items():
         new.update(zip(names, means[group], strict=True))
@@ -174,15 +181,15 @@ def apply_group_state(plan: SharingPlan, client: int, state: State, means: Group
 
 
 def blocks_of(clients: Sequence[T], reduce_block: int) -> list[Sequence[T]]:
-    """Cut consecutive clients into the blocks that are summed first."""
+    """Split clients into blocks of `reduce_block` consecutive ones, which are summed first."""
     return [clients[start : start + reduce_block] for start in range(0, len(clients), reduce_block)]
 
 
 def check_weights(plan: SharingPlan, weights: Sequence[float] | None) -> list[float]:
-    """One weight for each client, 1 where none are given.
+    """The weight of each client, 1 for all if none are given.
 
     Raises:
-        ConfigError: as for `aggregate`.
+        ConfigError: as in `aggregate`.
     """
     if weights is None:
         if plan.weighting == "samples":
@@ -201,25 +208,25 @@ def check_weights(plan: SharingPlan, weights: Sequence[float] | None) -> list[fl
 
 
 @torch.no_grad()
-def _add_to(totals: BlockSums, group: int, one: BlockSum) -> None:
-    """`totals[group] += one`, in float64 (complex128 for complex values), in place in what was made here."""
-    if one.weight == 0:
+def _add_to(totals: BlockSums, group: int, addend: BlockSum) -> None:
+    """`totals[group] += addend` in float64 (complex128 for complex values); only tensors made here change in place."""
+    if addend.weight == 0:
         return
     total = totals.get(group)
     if total is None:
-        copies = tuple(_weighted(tensor, one).to(_double(tensor), copy=True) for tensor in one.tensors)
-        totals[group] = BlockSum(copies, one.weight, weighted=True)
+        copies = tuple(_weighted(tensor, addend).to(_double(tensor), copy=True) for tensor in addend.tensors)
+        totals[group] = BlockSum(copies, addend.weight, weighted=True)
         return
-    for accumulated, tensor in zip(total.tensors, one.tensors, strict=True):
-        accumulated.add_(_weighted(tensor, one))
-    totals[group] = BlockSum(total.tensors, total.weight + one.weight, weighted=True)
+    for accumulated, tensor in zip(total.tensors, addend.tensors, strict=True):
+        accumulated.add_(_weighted(tensor, addend))
+    totals[group] = BlockSum(total.tensors, total.weight + addend.weight, weighted=True)
 
 
 @torch.no_grad()
-def _mean(parts: Sequence[BlockSum], position: int, dtype: torch.dtype, weight: float) -> torch.Tensor:
-    """The mean of one tensor of a group. Some rows at a time: their sum, in double precision, stays in the cache."""
-    shape = parts[0].tensors[position].shape
-    tensors = [one.tensors[position] for one in parts]
+def _mean(sums: Sequence[BlockSum], position: int, dtype: torch.dtype, weight: float) -> torch.Tensor:
+    """The mean of one tensor of a group, computed a few rows at a time: their float64 sum then stays in the cache."""
+    shape = sums[0].tensors[position].shape
+    tensors = [block_sum.tensors[position] for block_sum in sums]
     if not shape:
         tensors = [tensor.view(1) for tensor in tensors]
     first = tensors[0]
@@ -228,19 +235,25 @@ def _mean(parts: Sequence[BlockSum], position: int, dtype: torch.dtype, weight: 
     if first.device.type == "cpu":
         rows = max(1, _SUMMED_AT_ONCE * len(first) // max(1, first.numel()))
     for start in range(0, len(first), rows):
-        part = slice(start, start + rows)
-        pieces = tensors if rows >= len(first) else [tensor[part] for tensor in tensors]
-        total = _weighted(pieces[0], parts[0]).to(_double(first), copy=True)
-        for one, piece in zip(parts[1:], pieces[1:], strict=True):
-            total.add_(_weighted(piece, one))
-        # By a tensor: by a number a GPU multiplies with its reciprocal, which can be another value than a CPU's.
-        mean[part] = total.div_(torch.full((), weight, dtype=total.dtype, device=total.device))
+        chunk = slice(start, start + rows)
+        addends = tensors if rows >= len(first) else [tensor[chunk] for tensor in tensors]
+        total = _weighted(addends[0], sums[0]).to(_double(first), copy=True)
+        for block_sum, addend in zip(sums[1:], addends[1:], strict=True):
+            total.add_(_weighted(addend, block_sum))
+        # Divide by a tensor: to divide by a number, a GPU multiplies with its reciprocal, and the result can differ
+        # from a CPU's.
+        mean[chunk] = total.div_(torch.full((), weight, dtype=total.dtype, device=total.device))
     return mean.view(shape)
 
 
-def _weighted(tensor: torch.Tensor, one: BlockSum) -> torch.Tensor:
-    """With the weight applied: a rounding of its own, since a multiplication fused into the sum differs by machine."""
-    return tensor if one.weighted or one.weight == 1 else tensor.to(_double(tensor)) * one.weight
+def _weighted(tensor: torch.Tensor, block_sum: BlockSum) -> torch.Tensor:
+    """A tensor of a block's sum with the weight applied.
+
+    The product is rounded before it is added: a multiplication fused into the sum gives other bits on some machines.
+    """
+    if block_sum.weighted or block_sum.weight == 1:
+        return tensor
+    return tensor.to(_double(tensor)) * block_sum.weight
 
 
 def _double(tensor: torch.Tensor) -> torch.dtype:
@@ -248,12 +261,13 @@ def _double(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _check_state(plan: SharingPlan, client: int, state: State) -> None:
-    """Keys first, then shapes."""
+    """Check the keys of a state, then shapes and types."""
     expected = plan.signatures[client]
     if state.keys() != expected.state_keys:
         missing, unknown = expected.state_keys - state.keys(), state.keys() - expected.state_keys
         raise SignatureError(
-            f"the state of client {client} is not one of its model: missing {_some(missing)}, unknown {_some(unknown)}"
+            f"the state of client {client} does not fit its model: "
+            f"missing {_first_names(missing)}, unknown {_first_names(unknown)}"
         )
     for layer, names in zip(expected.layers, expected.names, strict=True):
         for spec, name in zip(layer.tensors, names, strict=True):
@@ -264,6 +278,6 @@ def _check_state(plan: SharingPlan, client: int, state: State) -> None:
                 )
 
 
-def _some(names: Iterable[str]) -> str:
+def _first_names(names: Iterable[str]) -> str:
     ordered = sorted(names)
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "") or "none"

@@ -1,7 +1,7 @@
-"""The five schemes of FlexiFed's Table 1, each a cut of the prefix trie, and the sharing plan that a cut makes.
+"""The five schemes of FlexiFed's Table 1, each a cut of the prefix trie, and the sharing plan that results from a cut.
 
-A scheme answers one question: the layer at this node, in this architecture, is averaged over which architectures? The
-clients of those architectures are the layer's group. A group of one client is no group: the layer is personal.
+A scheme answers one question: over which architectures is the layer at a node averaged, in a given architecture? The
+clients of those architectures are the layer's group. A layer that only one client would average is personal.
 
 Source: Wang et al., "FlexiFed: Personalized Federated Learning for Edge Clients with Heterogeneous Model
 Architectures", The Web Conference 2023, section 4 (doi 10.1145/3543507.3583347).
@@ -24,14 +24,15 @@ from flexifed.core.trie import Node, PrefixTrie, build_trie
 from flexifed.errors import ConfigError, invalid_choice
 
 Cut = Callable[[Node, int, int], tuple[int, ...]]
-"""A scheme: takes a layer's node in the trie, the architecture that asks, and the number of architectures; returns the
-indices of the architectures that average the layer together, ascending, or () where it is personal."""
+"""A scheme. Takes a layer's node in the trie, the index of the architecture that has the layer, and the number of
+architectures; returns the indices of the architectures that average the layer together, ascending, or () where it is
+personal."""
 
 
 def standalone(node: Node, architecture: int, num_architectures: int) -> tuple[int, ...]:
     """Nothing is averaged; every client trains alone.
 
-    Options: none has an effect, `classifier="always"` included, since nothing is sent.
+    Options: none has an effect, not even `classifier="always"`, since nothing is sent.
     """
     return ()
 
@@ -47,18 +48,18 @@ def clustered_fl(node: Node, architecture: int, num_architectures: int) -> tuple
 
 
 def basic_common(node: Node, architecture: int, num_architectures: int) -> tuple[int, ...]:
-    """The prefix that all clients share is averaged over all of them; nothing else is.
+    """The common base layers, the prefix that all clients share, are averaged over all clients; nothing else is.
 
     Options: with `classifier="prefix"` the classifier is averaged only where all clients have one architecture;
-    `"always"` adds classifier layers of equal shapes; the others as for `clustered_fl`.
+    `"always"` adds classifier layers of equal shapes; the others act as in `clustered_fl`.
     """
     return node.architectures if len(node.architectures) == num_architectures else ()
 
 
 def clustered_common(node: Node, architecture: int, num_architectures: int) -> tuple[int, ...]:
-    """Basic-Common, and then the personal layers over the clients with the identical architecture.
+    """Basic-Common, then the personal layers are averaged over the clients with the identical architecture.
 
-    Options: with `classifier="prefix"` the classifier is averaged among identical models; the others as for
+    Options: with `classifier="prefix"` the classifier is averaged among identical models; the others act as in
     `clustered_fl`.
     """
     return basic_common(node, architecture, num_architectures) or (architecture,)
@@ -67,11 +68,12 @@ def clustered_common(node: Node, architecture: int, num_architectures: int) -> t
 def max_common(node: Node, architecture: int, num_architectures: int) -> tuple[int, ...]:
     """Every layer is averaged over all clients that have it and everything below it in common.
 
-    The paper's recursion (a group averages its common prefix, then splits by the next layer) visits exactly the nodes
-    of the trie, each with the clients whose models pass through it.
+    The paper defines it recursively: the prefix that a group shares is averaged over the group, then the group splits
+    by its next layer and each part continues alone. The groups of this recursion are exactly the nodes of the trie,
+    each with the clients whose models pass through it.
 
-    Options: with `classifier="prefix"` the classifier is averaged where the common prefix reaches it; the others as for
-    `clustered_fl`.
+    Options: with `classifier="prefix"` the classifier is averaged where the common prefix reaches it; the others act as
+    in `clustered_fl`.
     """
     return node.architectures
 
@@ -83,10 +85,16 @@ SCHEMES: Mapping[str, Cut] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Group:
-    """The clients of some architectures, and the one layer that is averaged over them.
+    """A layer, and the architectures over whose clients it is averaged.
 
-    `tensors` are those of the layer's tensors that are averaged, as positions in `layer.tensors`. After aggregation all
-    members hold the same values, so a group is also the unit in which the global state is kept and sent.
+    After aggregation all members hold the same values, so a group is also the unit in which the global state is stored
+    and sent.
+
+    Attributes:
+        index: position of the group in its plan.
+        layer: the layer that is averaged.
+        architectures: indices of the architectures, ascending.
+        tensors: the tensors of the layer that are averaged, as positions in `layer.tensors`.
     """
 
     index: int
@@ -101,7 +109,7 @@ class Group:
 
     @property
     def num_bytes(self) -> int:
-        """What one member sends, and what it gets, in a round."""
+        """Bytes that a member sends in a round, and that it receives."""
         return sum(spec.num_bytes for spec in self.specs)
 
 
@@ -110,15 +118,15 @@ class SharingPlan:
     """For each layer of each architecture, the group it is averaged over, or None where it is personal.
 
     Attributes:
-        scheme: its name.
+        scheme: name of the scheme.
         weighting: whether clients count alike, or by their number of training samples.
         batch_norm_buffers: whether running statistics are averaged with their layer, or stay with the client.
-        classifier: whether classifier layers are averaged as the others, never, or always.
+        classifier: whether classifier layers are averaged like other layers, never, or always.
         signatures: one for each client; clients with equal models share one object.
-        architectures: the distinct ones, in the order of their first client.
+        architectures: the distinct architectures, in the order of their first client.
         architecture_of: for each client, the index of its architecture.
-        trie: the prefix tree over the architectures, whose cut the plan is.
-        groups: what is averaged with whom.
+        trie: the prefix trie over the architectures, of which the plan is a cut.
+        groups: the layers that are averaged, each with the architectures that average it.
         group_of: for each architecture and layer, an index into `groups`, or None.
     """
 
@@ -135,12 +143,12 @@ class SharingPlan:
 
     @property
     def num_clients(self) -> int:
-        """How many clients the plan is for."""
+        """Number of clients that the plan is for."""
         return len(self.signatures)
 
     @cached_property
     def clients_of(self) -> tuple[tuple[int, ...], ...]:
-        """For each architecture its clients, ascending."""
+        """The clients of each architecture, ascending."""
         clients: list[list[int]] = [[] for _ in self.architectures]
         for client, architecture in enumerate(self.architecture_of):
             clients[architecture].append(client)
@@ -151,7 +159,7 @@ class SharingPlan:
         return tuple(sorted(client for index in group.architectures for client in self.clients_of[index]))
 
     def num_members(self, group: Group) -> int:
-        """How many clients a group has."""
+        """Number of clients in a group."""
         return sum(len(self.clients_of[index]) for index in group.architectures)
 
     def groups_of(self, architecture: int) -> tuple[Group, ...]:
@@ -159,18 +167,18 @@ class SharingPlan:
         return tuple(self.groups[index] for index in self.group_of[architecture] if index is not None)
 
     def groups_within(self, clients: Iterable[int]) -> tuple[Group, ...]:
-        """The groups that have all of their members among these clients."""
-        found = Counter(self.architecture_of[client] for client in clients)
-        whole = {index for index, count in found.items() if count == len(self.clients_of[index])}
-        return tuple(group for group in self.groups if whole.issuperset(group.architectures))
+        """The groups whose members are all among the given clients."""
+        counts = Counter(self.architecture_of[client] for client in clients)
+        complete = {index for index, count in counts.items() if count == len(self.clients_of[index])}
+        return tuple(group for group in self.groups if complete.issuperset(group.architectures))
 
     def groups_across(self, parts: Iterable[Iterable[int]]) -> tuple[Group, ...]:
-        """The groups that have members in several of these parts of the clients."""
+        """The groups that have members in more than one of the given parts of the clients."""
         within = {group.index for clients in parts for group in self.groups_within(clients)}
         return tuple(group for group in self.groups if group.index not in within)
 
     def shared_names(self, client: int) -> dict[int, tuple[str, ...]]:
-        """For each of a client's groups (by index), the state-dict keys of the tensors that are averaged."""
+        """The state-dict keys of the tensors that are averaged, for each of a client's groups (by index)."""
         names = self.signatures[client].names
         return {
             index: tuple(names[layer][position] for position in self.groups[index].tensors)
@@ -179,7 +187,7 @@ class SharingPlan:
         }
 
     def bytes_per_round(self, client: int) -> int:
-        """What a client sends in a round, and as much again that it gets: the tensors that the plan averages."""
+        """Bytes of the tensors that a client sends in a round. It receives as many."""
         return sum(group.num_bytes for group in self.groups_of(self.architecture_of[client]))
 
 
@@ -205,8 +213,8 @@ def sharing_plan(
             same kind and shapes, across versions too (the paper's Table 3).
 
     Raises:
-        ConfigError: an unknown scheme or option, or no client.
-        SignatureError: a model that can't be read as layers.
+        ConfigError: the scheme or an option is unknown, or there is no client.
+        SignatureError: a model can't be read as layers.
 
     >>> from flexifed.models import build_model
     >>> models = [build_model(name, num_classes=10, width=0.1) for name in ("vgg11_bn", "vgg13_bn", "vgg16_bn")]
@@ -219,7 +227,7 @@ def sharing_plan(
     _check_choice("batch_norm_buffers", batch_norm_buffers, get_args(BatchNormBuffers))
     _check_choice("classifier", classifier, get_args(ClassifierSharing))
     if isinstance(models, nn.Module):
-        raise ConfigError(f"models is one {type(models).__name__}; give a list with a model for each client")
+        raise ConfigError(f"models is a single {type(models).__name__}; give a list with one model for each client")
     if not models:
         raise ConfigError("a sharing plan needs at least one client; models is empty")
 
@@ -258,21 +266,22 @@ def sharing_plan(
 def _distinct(
     models: Sequence[nn.Module | ModelSignature],
 ) -> tuple[tuple[ModelSignature, ...], tuple[ModelSignature, ...], tuple[int, ...]]:
-    """Each client's signature, the distinct architectures, and which of them each client has."""
+    """Each client's signature, the distinct architectures, and the index of each client's architecture."""
     same: dict[tuple[str, tuple[tuple[str, ...], ...]], ModelSignature] = {}
-    architectures: dict[str, int] = {}
-    distinct: list[ModelSignature] = []
+    index_of: dict[str, int] = {}
+    architectures: list[ModelSignature] = []
     signatures: list[ModelSignature] = []
     for model in models:
         if not isinstance(model, nn.Module | ModelSignature):
             raise ConfigError(
-                f"client {len(signatures)} has {model!r}; give a torch.nn.Module or its signature for each"
+                f"client {len(signatures)} has {model!r}; give a torch.nn.Module or a signature for each client"
             )
-        one = model if isinstance(model, ModelSignature) else signature(model)
-        signatures.append(same.setdefault((one.digest, one.names), one))
-        if architectures.setdefault(one.digest, len(distinct)) == len(distinct):
-            distinct.append(one)
-    return tuple(signatures), tuple(distinct), tuple(architectures[one.digest] for one in signatures)
+        model_signature = model if isinstance(model, ModelSignature) else signature(model)
+        signatures.append(same.setdefault((model_signature.digest, model_signature.names), model_signature))
+        if index_of.setdefault(model_signature.digest, len(architectures)) == len(architectures):
+            architectures.append(model_signature)
+    architecture_of = tuple(index_of[client_signature.digest] for client_signature in signatures)
+    return tuple(signatures), tuple(architectures), architecture_of
 
 
 def _averaged_over(
@@ -283,14 +292,14 @@ def _averaged_over(
     classifier: ClassifierSharing,
     same_classifiers: Mapping[tuple[object, ...], tuple[int, ...]],
 ) -> tuple[Hashable, tuple[int, ...]]:
-    """Decide over which architectures the layer at a node is averaged, as one of them sees it.
+    """Decide over which architectures a layer of one architecture is averaged.
 
     Args:
         node: the layer's node on the architecture's path through the trie.
         architecture: index of the architecture that has the layer.
         architectures: all distinct architectures.
-        scheme: its name.
-        classifier: the option of `sharing_plan`.
+        scheme: name of the scheme.
+        classifier: as in `sharing_plan`.
         same_classifiers: from `_same_classifiers`; read with `classifier="always"` only.
 
     Returns:
@@ -311,7 +320,7 @@ def _averaged_over(
 
 
 def _averaged_tensors(layer: LayerSignature, batch_norm_buffers: BatchNormBuffers) -> tuple[int, ...]:
-    """Positions of the layer's tensors that take part in averages."""
+    """The positions of the layer's tensors that are averaged."""
     return tuple(
         position
         for position, spec in enumerate(layer.tensors)
@@ -320,14 +329,14 @@ def _averaged_tensors(layer: LayerSignature, batch_norm_buffers: BatchNormBuffer
 
 
 def _classifier_key(architecture: ModelSignature, depth: int) -> tuple[object, ...]:
-    """What must agree for `classifier="always"`: the position within the classifier, kind and shapes."""
+    """What must agree with `classifier="always"`: position within the classifier, kind and shapes."""
     layer = architecture.layers[depth]
     position = sum(below.role == "classifier" for below in architecture.layers[:depth])
     return (position, layer.kind, layer.tensors)
 
 
 def _same_classifiers(architectures: Sequence[ModelSignature]) -> dict[tuple[object, ...], tuple[int, ...]]:
-    """For each key of a classifier layer, the architectures that have such a layer."""
+    """The architectures that have a classifier layer, by the layer's key."""
     members: dict[tuple[object, ...], tuple[int, ...]] = {}
     for index, architecture in enumerate(architectures):
         for depth, layer in enumerate(architecture.layers):

@@ -1,8 +1,8 @@
-"""What a model is made of, layer by layer in forward order, so that layers of different models can be compared.
+"""The layers of a model in forward order, in a form in which layers of different models can be compared.
 
 The paper (section 3) counts layers from the input and calls two layers common when they, and everything below them, are
-the same. "The same" is decided here: kind, hyper-parameters, shapes of parameters and buffers, and what stands between
-a layer and the one below. Names of attributes and roles do not decide.
+the same. This module defines "the same": equal kind, hyper-parameters, shapes of parameters and buffers, and equal
+modules between the layer and the one below. Attribute names and roles do not count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NORMALISATIONS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.Layer
 _NOT_HYPERPARAMETERS = {"training", "inplace"}
 _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SHOWN_BY_LAYERS = {"num_layers", "depth"}
-"""Attributes of a container that say how many layers it has."""
+"""Attributes of a container that hold its number of layers, which its layers show anyway."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +34,11 @@ class DeclaredLayer:
     """One layer as a model declares it.
 
     Args:
-        modules: the modules that hold its parameters, in forward order: a convolution and its batch norm, say.
+        modules: the modules that hold the layer's parameters, in forward order, such as a convolution and its batch
+            norm.
         role: `"feature"` or `"classifier"`.
-        before: what stands between the layer below and this one and has no parameters (activation, pooling, how a
-            shortcut joins): modules, or words. It is part of what makes two layers the same.
+        before: what is computed without parameters between the layer below and this one (an activation, a pooling, the
+            way a shortcut joins), as modules or words. It counts when two layers are compared.
     """
 
     modules: tuple[nn.Module, ...]
@@ -47,18 +48,23 @@ class DeclaredLayer:
 
 @runtime_checkable
 class DeclaresLayers(Protocol):
-    """A model that says itself what its layers are."""
+    """A model that declares its own layers."""
 
     def declared_layers(self) -> Sequence[DeclaredLayer]:
-        """Its layers, in forward order."""
+        """The layers, in forward order."""
         ...
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a layer: where it stands in it (not in the model), its shape and type.
+    """One tensor of a layer.
 
-    `normalisation_buffer` marks running statistics. Integer tensors (`num_batches_tracked`) can't be averaged.
+    Attributes:
+        slot: position of the module in the layer (not in the model) and the tensor's name there: `1.running_mean`.
+        shape: its shape.
+        dtype: its type. Integer tensors (`num_batches_tracked`) can't be averaged.
+        buffer: whether it is a buffer, and not a parameter.
+        normalisation_buffer: whether it is a buffer of a normalisation, such as running statistics.
     """
 
     slot: str
@@ -79,15 +85,16 @@ class TensorSpec:
 
     @property
     def can_be_averaged(self) -> bool:
-        """Whether a mean of it makes sense: floating point and complex values, not counters."""
+        """Whether a mean of the tensor makes sense: floating-point and complex values, not counters."""
         return self.dtype.is_floating_point or self.dtype.is_complex
 
 
 @dataclass(frozen=True)
 class LayerSignature:
-    """What decides whether two layers are the same. Compared and hashed by `kind` and `digest`.
+    """The properties that make two layers the same. Compared and hashed by `kind` and `digest`.
 
-    The digest covers all but the role: what a layer is must not depend on what follows it.
+    The digest covers everything but the role: whether two layers are the same must not depend on what follows them, as
+    a role does.
     """
 
     kind: str
@@ -109,10 +116,16 @@ class LayerSignature:
 
 @dataclass(frozen=True)
 class ModelSignature:
-    """An architecture: its layers in forward order, and what the model calls their tensors.
+    """An architecture: its layers in forward order, and the names of their tensors in the model.
 
-    Two models have the identical architecture when their `digest` is the same; `names`, one tuple for each layer in the
-    order of its tensors, are the keys of `state_dict` and do not count.
+    Two models have the identical architecture when their digests are equal.
+
+    Attributes:
+        layers: signatures of the layers, in forward order.
+        names: for each layer, the `state_dict` keys of its tensors, in the order of the tensors. They do not enter the
+            digest.
+        tail: modules without parameters after the last layer. They enter the digest.
+        digest: SHA-256 of the layers, their roles and the tail.
     """
 
     layers: tuple[LayerSignature, ...] = field(compare=False)
@@ -139,11 +152,15 @@ class ModelSignature:
 def signature(model: nn.Module) -> ModelSignature:
     """Read a model as a sequence of layers.
 
-    A model with `declared_layers()` is taken at its word. Any other is read in registration order: a module with
-    parameters or buffers of its own begins a layer, a normalisation that follows joins the layer before it, and modules
-    without either count for the layer after them: activations, and modules that contain others, such as a residual
-    block, with their class and attributes. Where such a block ends, and what the model's own `forward` does, can't be
-    read. The run of linear layers at its end, or the last of them where there is nothing else, is the classifier.
+    If the model has `declared_layers()`, these are its layers. Any other model is read in registration order:
+
+    - A module with parameters or buffers of its own begins a layer.
+    - A normalisation right after a layer belongs to that layer.
+    - Modules with neither, such as activations, count for the layer after them. So do modules that contain others, such
+      as a residual block, with their class and attributes.
+    - The linear layers at the end of the model are its classifier; if it has no other layers, only the last one is.
+
+    Where a block ends, and what the model's own `forward` does, can't be read.
 
     Args:
         model: on any device, `meta` included; only shapes are read.
@@ -171,7 +188,7 @@ def signature(model: nn.Module) -> ModelSignature:
                 if key is None:
                     raise SignatureError(
                         f"layer {len(layers)} ({_kind(layer)}) holds a tensor ({spec.slot}) that is not in the model's "
-                        "state dict or stands in another layer too; give every layer tensors of its own"
+                        "state dict or also belongs to another layer; give every layer tensors of its own"
                     )
                 tensors.append(spec)
                 layer_names.append(key)
@@ -193,40 +210,40 @@ def signature(model: nn.Module) -> ModelSignature:
 
 
 def _registered_layers(model: nn.Module) -> tuple[tuple[DeclaredLayer, ...], tuple[str, ...]]:
-    """The layers of a model that declares none, and what stands after the last one."""
-    found: list[DeclaredLayer] = []
+    """The layers of a model that declares none, and the modules without parameters after the last one."""
+    layers: list[DeclaredLayer] = []
     before: list[nn.Module | str] = []
-    for _, module in model.named_modules(remove_duplicate=False):  # one activation may stand in many places
+    for _, module in model.named_modules(remove_duplicate=False):  # one activation may be used in many places
         if not any(True for _ in _own_tensors(module, 0)):
             if next(module.children(), None) is None:
                 before.append(module)
             elif module is not model and type(module) not in _PLAIN_CONTAINERS:
                 before.append(_describe_container(module))
-        elif isinstance(module, NORMALISATIONS) and found and not before:
-            found[-1] = DeclaredLayer((*found[-1].modules, module), before=found[-1].before)
+        elif isinstance(module, NORMALISATIONS) and layers and not before:
+            layers[-1] = DeclaredLayer((*layers[-1].modules, module), before=layers[-1].before)
         else:
-            found.append(DeclaredLayer((module,), before=tuple(before)))
+            layers.append(DeclaredLayer((module,), before=tuple(before)))
             before = []
     tail = tuple(item if isinstance(item, str) else _describe(item) for item in before)
     num_linear = 0
-    while num_linear < len(found) and isinstance(found[-1 - num_linear].modules[0], nn.Linear):
+    while num_linear < len(layers) and isinstance(layers[-1 - num_linear].modules[0], nn.Linear):
         num_linear += 1
-    num_classifier = num_linear if num_linear < len(found) else min(1, len(found))
-    first_classifier = len(found) - num_classifier
+    num_classifier = num_linear if num_linear < len(layers) else min(1, len(layers))
+    first_classifier = len(layers) - num_classifier
     return tuple(
         DeclaredLayer(layer.modules, "classifier" if index >= first_classifier else "feature", layer.before)
-        for index, layer in enumerate(found)
+        for index, layer in enumerate(layers)
     ), tail
 
 
 def _state_keys(model: nn.Module) -> dict[int, str]:
-    """Key in the state dict for each tensor's identity."""
+    """The state-dict key of each tensor, by the tensor's `id`."""
     keys: dict[int, str] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         if is_lazy(tensor):
             raise SignatureError(f"{key!r} has no shape yet; run the lazy model once before its layers are read")
         if not isinstance(tensor, torch.Tensor):
-            raise SignatureError(f"the state dict's entry {key!r} is no tensor but a {type(tensor).__name__}")
+            raise SignatureError(f"the state dict's entry {key!r} is not a tensor but a {type(tensor).__name__}")
         if id(tensor) in keys:
             raise SignatureError(f"{keys[id(tensor)]!r} and {key!r} are one tied tensor; untie them to share layers")
         keys[id(tensor)] = key
@@ -234,7 +251,7 @@ def _state_keys(model: nn.Module) -> dict[int, str]:
 
 
 def _own_tensors(module: nn.Module, position: int) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-    """Parameters and persistent buffers of a module itself, without its children's."""
+    """The parameters and persistent buffers of a module itself, without those of its children."""
     is_normalisation = isinstance(module, NORMALISATIONS)
     for name, parameter in module.named_parameters(recurse=False):
         yield TensorSpec(f"{position}.{name}", tuple(parameter.shape), parameter.dtype), parameter
@@ -249,18 +266,18 @@ def _kind(layer: DeclaredLayer) -> str:
 
 
 def _class_name(module: nn.Module) -> str:
-    """`Conv2d` for PyTorch's own; others with their module, since two of them may have one name."""
+    """The class name, such as `Conv2d`; outside PyTorch with its module, since two classes may share a name."""
     cls = type(module)
     return cls.__name__ if cls.__module__.startswith("torch.nn.") else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _hyperparameters(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Public attributes of a module that are plain values or functions, as text: `stride`, `padding`, `eps`."""
+    """The public attributes of a module that are plain values or functions, such as `stride` and `eps`, as text."""
     for name, value in sorted(vars(module).items()):
         if name.startswith("_") or name in _NOT_HYPERPARAMETERS:
             continue
         if callable(value) and hasattr(value, "__qualname__"):
-            # Lambdas all have one name; their code tells them apart.
+            # All lambdas have the same name; their code tells them apart.
             code = getattr(value, "__code__", None)
             content = repr((code.co_code, code.co_consts, code.co_names)) if code else ""
             yield name, f"{value.__module__}.{value.__qualname__} {content}"
@@ -275,12 +292,12 @@ def _is_plain(value: object) -> bool:
 
 
 def _describe_container(module: nn.Module) -> str:
-    """A module that contains the layers after it: `Block(residual=True)`."""
-    own = [f"{name}={value}" for name, value in _hyperparameters(module) if name not in _SHOWN_BY_LAYERS]
-    return f"{_class_name(module)}({', '.join(own)})"
+    """Describe a module that contains the layers after it: `Block(residual=True)`."""
+    attributes = [f"{name}={value}" for name, value in _hyperparameters(module) if name not in _SHOWN_BY_LAYERS]
+    return f"{_class_name(module)}({', '.join(attributes)})"
 
 
 def _describe(module: nn.Module) -> str:
-    """A module without parameters, with its hyper-parameters and what it contains: `MaxPool2d(kernel_size=2, ...)`."""
-    inside = [f"{name}={value}" for name, value in _hyperparameters(module)]
-    return f"{_class_name(module)}({', '.join([*inside, *map(_describe, module.children())])})"
+    """Describe a module without parameters, with hyper-parameters and children: `MaxPool2d(kernel_size=2, ...)`."""
+    hyperparameters = [f"{name}={value}" for name, value in _hyperparameters(module)]
+    return f"{_class_name(module)}({', '.join([*hyperparameters, *map(_describe, module.children())])})"

@@ -32,7 +32,7 @@ WEIGHTS = st.one_of(st.just(0.0), st.integers(1, 5000).map(float), st.floats(1e-
 
 
 def random_state(model: nn.Module, seed: int) -> State:
-    """A state of the model with values that differ in size and sign, and in the counter."""
+    """A state of the model whose values vary in size and sign; its counters are the seed."""
     generator = torch.Generator().manual_seed(seed)
     return {
         key: torch.full_like(tensor, seed)
@@ -53,19 +53,21 @@ def one_architecture(draw: st.DrawFn) -> tuple[SharingPlan, list[State], list[fl
     num_clients = draw(st.integers(2, 6))
     values = draw(st.lists(st.lists(FLOATS, min_size=6, max_size=6), min_size=num_clients, max_size=num_clients))
     weights = draw(st.lists(WEIGHTS, min_size=num_clients, max_size=num_clients).filter(any))
-    states = [{"weight": torch.tensor(one, dtype=torch.float32).reshape(3, 2)} for one in values]
+    states = [{"weight": torch.tensor(row, dtype=torch.float32).reshape(3, 2)} for row in values]
     return sharing_plan([LINEAR] * num_clients, "clustered_fl"), states, weights
 
 
-def same_bits(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(one[key].numpy().tobytes() == other[key].numpy().tobytes() for key in one)
+def same_bits(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        first[key].numpy().tobytes() == second[key].numpy().tobytes() for key in first
+    )
 
 
-def assert_within_an_ulp(one: torch.Tensor, other: np.ndarray, members: np.ndarray) -> None:
-    """At most one float32 ulp apart, or what float64 sums lose where the members nearly cancel each other."""
-    ulp = np.maximum(np.abs(other) * 2.0**-23, 2.0**-149)
+def assert_within_an_ulp(actual: torch.Tensor, expected: np.ndarray, members: np.ndarray) -> None:
+    """At most one float32 ulp apart, plus what float64 sums lose where the members nearly cancel each other."""
+    ulp = np.maximum(np.abs(expected) * 2.0**-23, 2.0**-149)
     lost_in_float64 = 4 * len(members) * np.finfo(np.float64).eps * np.abs(members).max(axis=0)
-    assert (np.abs(one.double().numpy() - other) <= ulp + lost_in_float64).all()
+    assert (np.abs(actual.double().numpy() - expected) <= ulp + lost_in_float64).all()
 
 
 def stacked(states: Sequence[State]) -> np.ndarray:
@@ -76,11 +78,11 @@ def stacked(states: Sequence[State]) -> np.ndarray:
 @settings(max_examples=100, deadline=None)
 def test_mean_agrees_with_numpy_and_lies_between_the_members(case) -> None:
     plan, states, weights = case
-    for numbers in (None, weights):
-        mean = aggregate(plan, states, numbers)[0]["weight"]
+    for given_weights in (None, weights):
+        mean = aggregate(plan, states, given_weights)[0]["weight"]
         values = stacked(states)
-        assert_within_an_ulp(mean, np.average(values, axis=0, weights=numbers), values)
-        counted = values if numbers is None else values[np.array(numbers) > 0]
+        assert_within_an_ulp(mean, np.average(values, axis=0, weights=given_weights), values)
+        counted = values if given_weights is None else values[np.array(given_weights) > 0]
         assert (counted.min(axis=0) <= mean.numpy()).all()
         assert (mean.numpy() <= counted.max(axis=0)).all()
 
@@ -90,8 +92,8 @@ def test_mean_agrees_with_numpy_and_lies_between_the_members(case) -> None:
 def test_aggregating_twice_gives_the_bits_of_aggregating_once(case) -> None:
     plan, states, weights = case
     once = aggregate(plan, states, weights)
-    for one, again in zip(once, aggregate(plan, once, weights), strict=True):
-        assert same_bits(one, again)
+    for state, state_again in zip(once, aggregate(plan, once, weights), strict=True):
+        assert same_bits(state, state_again)
 
 
 @given(one_architecture(), st.randoms(use_true_random=False))
@@ -99,9 +101,9 @@ def test_aggregating_twice_gives_the_bits_of_aggregating_once(case) -> None:
 def test_order_of_clients_changes_at_most_an_ulp(case, random) -> None:
     plan, states, weights = case
     order = random.sample(range(len(states)), len(states))
-    straight = aggregate(plan, states, weights)[0]["weight"]
+    in_order = aggregate(plan, states, weights)[0]["weight"]
     permuted = aggregate(plan, [states[k] for k in order], [weights[k] for k in order])[0]["weight"]
-    assert_within_an_ulp(permuted, straight.double().numpy(), stacked(states))
+    assert_within_an_ulp(permuted, in_order.double().numpy(), stacked(states))
 
 
 @given(one_architecture(), st.integers(1, 8))
@@ -134,10 +136,10 @@ def test_combining_leaves_the_sums_of_blocks_as_they_are() -> None:
     first, second = combine_blocks(plan, blocks), combine_blocks(plan, blocks)
     assert first.keys() == second.keys() == {group.index for group in plan.groups}
     for group in first:
-        assert all(torch.equal(one, again) for one, again in zip(first[group], second[group], strict=True))
+        assert all(torch.equal(mean, same) for mean, same in zip(first[group], second[group], strict=True))
 
 
-def test_a_block_of_one_client_sends_what_the_client_holds() -> None:
+def test_a_block_of_one_client_sends_the_clients_own_tensors() -> None:
     plan, states = mixed_family()
     contribution = shared_tensors(plan, 0, states[0])
     block = sum_block([(contribution, 3.0)])
@@ -152,11 +154,11 @@ def test_inputs_are_never_changed(scheme: str, reduce_block: int) -> None:
     plan, states = mixed_family(scheme)
     before = [{key: tensor.clone() for key, tensor in state.items()} for state in states]
     aggregate(plan, states, [1, 2, 3, 4, 5], reduce_block=reduce_block)
-    assert all(same_bits(one, other) for one, other in zip(before, states, strict=True))
+    assert all(same_bits(old, state) for old, state in zip(before, states, strict=True))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_personal_tensors_are_the_very_ones_and_averaged_ones_are_new(scheme: str) -> None:
+def test_personal_tensors_are_those_of_the_input_and_averaged_ones_are_new(scheme: str) -> None:
     plan, states = mixed_family(scheme)
     everything = {id(tensor) for state in states for tensor in state.values()}
     for client, (old, new) in enumerate(zip(states, aggregate(plan, states), strict=True)):
@@ -215,7 +217,7 @@ def test_sums_of_half_precision_do_not_overflow() -> None:
     assert (aggregate(sharing_plan([model] * 5, "max_common"), states)[0]["weight"] == 60_000).all()
 
 
-def test_weights_belong_to_clients_and_not_to_places_in_a_group() -> None:
+def test_weights_belong_to_clients_and_not_to_positions_in_a_group() -> None:
     plan, states = mixed_family(weighting="samples")
     new = aggregate(plan, states, [0, 10, 0, 30, 7])
     assert torch.equal(new[0]["2.weight"], states[4]["2.weight"])
@@ -236,7 +238,7 @@ def test_weights_belong_to_clients_and_not_to_places_in_a_group() -> None:
         (None, "the plan's weighting is 'samples'; give weights, each client's number of samples"),
     ],
 )
-def test_weights_that_make_no_mean_are_refused(weights: list[float] | None, message: str) -> None:
+def test_weights_from_which_no_mean_can_be_computed_are_refused(weights: list[float] | None, message: str) -> None:
     plan, states = mixed_family(weighting="samples")
     with pytest.raises(ConfigError) as error:
         aggregate(plan, states, weights)
@@ -251,7 +253,7 @@ def test_wrong_numbers_of_states_and_blocks_are_refused() -> None:
         aggregate(plan, states, reduce_block=0)
 
 
-def test_a_group_that_nobody_contributed_to_is_refused() -> None:
+def test_a_group_without_contributions_is_refused() -> None:
     plan, _ = mixed_family()
     with pytest.raises(ConfigError, match=r"weights of clients \[0, 1, 2, 3, 4\] add up to 0; every group needs"):
         combine_blocks(plan, [])
@@ -262,9 +264,9 @@ def test_a_group_that_nobody_contributed_to_is_refused() -> None:
     [
         (
             lambda state: state.pop("2.weight"),
-            "state of client 1 is not one of its model: missing 2.weight, unknown none",
+            "state of client 1 does not fit its model: missing 2.weight, unknown none",
         ),
-        (lambda state: state.update(a=torch.ones(1)), "client 1 is not one of its model: missing none, unknown a"),
+        (lambda state: state.update(a=torch.ones(1)), "client 1 does not fit its model: missing none, unknown a"),
         (
             lambda state: [state.pop(key) for key in list(state)[:5]],
             "missing 0.bias, 0.weight, 1.bias and 2 more, unknown none",
@@ -299,7 +301,7 @@ def test_weights_too_large_to_add_up_are_refused() -> None:
         aggregate(plan, states, [1e308] * 5)
 
 
-def test_a_client_of_weight_zero_has_no_part_in_the_mean() -> None:
+def test_a_client_of_weight_zero_does_not_enter_the_mean() -> None:
     plan = sharing_plan([LINEAR, LINEAR], "clustered_fl")
     states = [{"weight": torch.full((3, 2), value)} for value in (float("nan"), 1.0)]
     assert torch.equal(aggregate(plan, states, [0, 1])[0]["weight"], states[1]["weight"])

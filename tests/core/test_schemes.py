@@ -41,12 +41,12 @@ def build(layers: tuple[str, ...], prefix: str = "") -> nn.Module:
 
 @st.composite
 def families(draw: st.DrawFn) -> Clients:
-    """Up to 8 clients of up to 4 architectures, from so few kinds of layers that they often have some in common."""
+    """Up to 8 clients of up to 4 architectures, made of so few kinds of layers that prefixes are often in common."""
     kinds = draw(st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=3, unique=True))
     paths = draw(st.lists(st.lists(st.sampled_from(kinds), min_size=1, max_size=5), min_size=1, max_size=4))
     for path in paths:
         if path[-1].startswith("linear"):
-            path.append("conv")  # else the linear layers at the end are the classifier, whose role counts
+            path.append("conv")  # or the linear layers at the end would be the classifier, whose role counts
     return [tuple(path) for path in draw(st.lists(st.sampled_from(paths), min_size=1, max_size=8))]
 
 
@@ -58,7 +58,7 @@ def num_common(models: Clients) -> int:
 
 
 def averaged_with(clients: Clients, scheme: str) -> list[list[set[int]]]:
-    """The paper's definitions on the clients themselves: for each client and layer, whom it is averaged with."""
+    """The paper's definitions, applied to clients: for each client and layer, the clients it is averaged over."""
     partners: list[list[set[int]]] = [[set() for _ in layers] for layers in clients]
     everyone = list(range(len(clients)))
 
@@ -258,7 +258,7 @@ def test_groups_and_nodes_do_not_grow_with_clients(scheme: str) -> None:
     assert [group.architectures for group in many.groups] == [group.architectures for group in few.groups]
     nodes_of_few, nodes_of_many = ({id(node) for path in plan.trie.paths for node in path} for plan in (few, many))
     assert len(nodes_of_many) == len(nodes_of_few) <= sum(len(version.layers) for version in versions)
-    assert len({id(one) for one in many.signatures}) == 4
+    assert len({id(signature) for signature in many.signatures}) == 4
 
 
 def test_children_are_the_nodes_one_layer_above() -> None:
@@ -270,10 +270,10 @@ def test_children_are_the_nodes_one_layer_above() -> None:
 
 def test_plan_survives_pickling() -> None:
     plan = sharing_plan([vgg("vgg11_bn"), vgg("vgg13_bn"), vgg("vgg11_bn")], "clustered_common")
-    again = pickle.loads(pickle.dumps(plan))
-    assert again.groups == plan.groups
-    assert again.group_of == plan.group_of
-    assert planned_partners(again) == planned_partners(plan)
+    restored = pickle.loads(pickle.dumps(plan))
+    assert restored.groups == plan.groups
+    assert restored.group_of == plan.group_of
+    assert planned_partners(restored) == planned_partners(plan)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_plan_survives_pickling() -> None:
         ({"models": []}, "a sharing plan needs at least one client; models is empty"),
     ],
 )
-def test_what_a_plan_can_not_be_made_of_is_refused(arguments: dict[str, object], message: str) -> None:
+def test_arguments_that_make_no_plan_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         sharing_plan(**{"models": [nn.Linear(1, 1)], "scheme": "max_common", **arguments})
     assert str(error.value) == message

@@ -33,7 +33,7 @@ class Declared(nn.Module):
 
 
 class Declaring(nn.Module):
-    """Declares whatever `declare` says of its two linear layers."""
+    """Declares as layers what `declare` makes of its two linear layers."""
 
     def __init__(self, declare: Callable[[nn.Linear, nn.Linear], list[DeclaredLayer]]) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Declaring(nn.Module):
 
 
 class Counting(nn.Module):
-    """Puts something into its state dict that is no tensor."""
+    """Puts something into its state dict that is not a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def test_what_stands_after_the_last_layer_counts_for_the_architecture_only() -> 
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=2)),
         (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding=1)),
@@ -142,12 +142,12 @@ def test_what_stands_after_the_last_layer_counts_for_the_architecture_only() -> 
     ],
     ids=repr,
 )
-def test_hyper_parameters_and_shapes_tell_layers_apart(one: nn.Module, other: nn.Module) -> None:
-    assert signature(between(one)) != signature(between(other))
+def test_hyper_parameters_and_shapes_tell_layers_apart(first: nn.Module, second: nn.Module) -> None:
+    assert signature(between(first)) != signature(between(second))
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         (nn.ReLU(), nn.ReLU(inplace=True)),
         (nn.LeakyReLU(0.1), nn.LeakyReLU(0.1, inplace=True)),
@@ -157,12 +157,12 @@ def test_hyper_parameters_and_shapes_tell_layers_apart(one: nn.Module, other: nn
     ],
     ids=repr,
 )
-def test_what_does_not_change_the_function_does_not_count(one: nn.Module, other: nn.Module) -> None:
-    assert signature(between(one)) == signature(between(other))
+def test_what_does_not_change_the_function_does_not_count(first: nn.Module, second: nn.Module) -> None:
+    assert signature(between(first)) == signature(between(second))
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         (nn.AvgPool2d(2), nn.AvgPool2d(2, ceil_mode=True)),
         (nn.AvgPool2d(3, padding=1), nn.AvgPool2d(3, padding=1, count_include_pad=False)),
@@ -170,29 +170,29 @@ def test_what_does_not_change_the_function_does_not_count(one: nn.Module, other:
     ],
     ids=["ceil_mode", "count_include_pad", "align_corners"],
 )
-def test_hyper_parameters_that_a_module_does_not_print_count_too(one: nn.Module, other: nn.Module) -> None:
-    assert signature(between(one)) != signature(between(other))
+def test_hyper_parameters_that_a_module_does_not_print_count_too(first: nn.Module, second: nn.Module) -> None:
+    assert signature(between(first)) != signature(between(second))
 
 
 def test_containers_before_a_declared_layer_count_with_what_they_hold() -> None:
-    one, other = (
+    first, second = (
         Declaring(
-            lambda first, second, activation=activation: [
-                DeclaredLayer((first,)),
-                DeclaredLayer((second,), before=(nn.Sequential(activation),)),
+            lambda below, above, activation=activation: [
+                DeclaredLayer((below,)),
+                DeclaredLayer((above,), before=(nn.Sequential(activation),)),
             ]
         )
         for activation in (nn.ReLU(), nn.Tanh())
     )
-    assert signature(one) != signature(other)
+    assert signature(first) != signature(second)
 
 
 def test_words_before_a_declared_layer_count() -> None:
-    one, other = (
-        Declaring(lambda first, second, word=word: [DeclaredLayer((first, second), before=(word,))])
+    first, second = (
+        Declaring(lambda below, above, word=word: [DeclaredLayer((below, above), before=(word,))])
         for word in ("added", "concatenated")
     )
-    assert signature(one) != signature(other)
+    assert signature(first) != signature(second)
 
 
 def test_values_do_not_count() -> None:
@@ -240,7 +240,7 @@ def test_models_without_layers_are_refused(model: nn.Module) -> None:
         (lambda first, second: [DeclaredLayer((first,))], "to no declared layer: second.bias, second.weight"),
         (
             lambda first, second: [DeclaredLayer((first, second)), DeclaredLayer((first,))],
-            r"layer 1 \(Linear\) holds a tensor \(0\.weight\) that is not in .* or stands in another layer too",
+            r"layer 1 \(Linear\) holds a tensor \(0\.weight\) that is not in .* or also belongs to another layer",
         ),
         (lambda first, second: [DeclaredLayer((nn.Linear(2, 2),))], r"layer 0 \(Linear\) holds a tensor"),
     ],
@@ -251,33 +251,38 @@ def test_declarations_that_do_not_fit_the_model_are_refused(declare, message: st
         signature(Declaring(declare))
 
 
-def test_state_that_is_no_tensor_is_refused() -> None:
-    with pytest.raises(SignatureError, match="entry '_extra_state' is no tensor but a dict"):
+def test_state_that_is_not_a_tensor_is_refused() -> None:
+    with pytest.raises(SignatureError, match="entry '_extra_state' is not a tensor but a dict"):
         signature(Counting())
 
 
 def test_digest_is_the_same_in_every_process() -> None:
     program = "from flexifed.models import model_signature; print(model_signature('vgg11_bn', num_classes=10).digest)"
-    other = subprocess.run(
+    other_process = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "PYTHONHASHSEED": "7"},
     )
-    assert other.stdout.strip() == model_signature("vgg11_bn", num_classes=10).digest
+    assert other_process.stdout.strip() == model_signature("vgg11_bn", num_classes=10).digest
 
 
 def test_signature_survives_pickling() -> None:
-    one = model_signature("vgg11_bn", num_classes=10, width=0.1)
-    assert len(one.state_keys) == 8 * 7 + 3 * 2  # also fills the cache, which travels along
-    again = pickle.loads(pickle.dumps(one))
-    assert (again, again.layers, again.names, again.tail) == (one, one.layers, one.names, one.tail)
-    assert hash(again) == hash(one)
+    original = model_signature("vgg11_bn", num_classes=10, width=0.1)
+    assert len(original.state_keys) == 8 * 7 + 3 * 2  # also fills the cache, which is pickled too
+    restored = pickle.loads(pickle.dumps(original))
+    assert (restored, restored.layers, restored.names, restored.tail) == (
+        original,
+        original.layers,
+        original.names,
+        original.tail,
+    )
+    assert hash(restored) == hash(original)
 
 
 class Block(nn.Module):
-    """A convolution, with or without a way around it."""
+    """Convolutions, with or without a shortcut around them."""
 
     def __init__(self, residual: bool, depth: int = 1) -> None:
         super().__init__()
@@ -286,11 +291,11 @@ class Block(nn.Module):
 
 
 class OtherBlock(Block):
-    """With a `forward` of its own, for all that can be seen."""
+    """Another class, which might have a `forward` of its own."""
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("block", "other_block"),
     [
         (Block(residual=True), Block(residual=False)),
         (Block(residual=True), OtherBlock(residual=True)),
@@ -301,8 +306,8 @@ class OtherBlock(Block):
         (nn.TransformerEncoderLayer(16, 2, 32), nn.TransformerEncoderLayer(16, 2, 32, norm_first=True)),
     ],
 )
-def test_what_contains_a_layer_counts_for_it(one: nn.Module, other: nn.Module) -> None:
-    first, second = (signature(nn.Sequential(nn.Conv2d(3, 4, 3), module)) for module in (one, other))
+def test_what_contains_a_layer_counts_for_it(block: nn.Module, other_block: nn.Module) -> None:
+    first, second = (signature(nn.Sequential(nn.Conv2d(3, 4, 3), module)) for module in (block, other_block))
     assert first.layers[0] == second.layers[0]
     assert first.layers[1] != second.layers[1]
     assert first.digest != second.digest
