@@ -17,7 +17,7 @@ from flexifed.models import charcnn, resnet, vdcnn, vgg
 from flexifed.models.base import FamilyModel
 
 _MOST_CHANNELS = 2**24
-"""Of classes, channels and characters; beyond it sizes of tensors overflow."""
+"""Largest number of classes, channels or characters; with more, tensor sizes overflow."""
 
 MODELS: Mapping[str, Callable[..., FamilyModel]] = MappingProxyType(
     {
@@ -29,12 +29,12 @@ MODELS: Mapping[str, Callable[..., FamilyModel]] = MappingProxyType(
     | {f"charcnn{depth}": partial(charcnn.CharCNN, depth) for depth in charcnn.KERNELS}
     | {f"vdcnn{depth}": partial(vdcnn.VDCNN, depth) for depth in vdcnn.CONVOLUTIONS}
 )
-"""All models by name; every version of every family is one of them."""
+"""All models by name: every version of every family."""
 
 INPUT_OPTIONS: Mapping[InputKind, tuple[str, ...]] = MappingProxyType(
     {"image": ("in_channels",), "text": ("alphabet_size", "length")}
 )
-"""What can be said about the input of a model, by kind of input."""
+"""The options of `build_model` that describe a model's input, by kind of input."""
 
 
 def build_model(
@@ -50,23 +50,25 @@ def build_model(
 ) -> nn.Module:
     """Build a model and draw its weights.
 
-    Models of images take float (batch, in_channels, 32, 32); models of texts take indices of characters, int64
+    Image models take float tensors (batch, in_channels, 32, 32); text models take character indices, int64
     (batch, length), from 0 (padding or unknown) to `alphabet_size`. All return scores (batch, num_classes).
 
     Args:
         name: `vgg11`, `vgg13`, `vgg16`, `vgg19`, and the same with `_bn` for batch norm; `resnet20`, `resnet32`,
             `resnet44`, `resnet56`; `charcnn3` to `charcnn6`; `vdcnn9`, `vdcnn17`, `vdcnn29`, `vdcnn49`.
         num_classes: size of the output, at least 1.
-        width: factor on all channels, above 0; depth, and so what models have in common, stays.
-        in_channels: images only: channels of the input, at least 1; None for 3.
-        alphabet_size: texts only: characters with an index of their own, at least 1; None for the family's own (70 for
-            CharCNN, 69 for VDCNN).
-        length: texts only: characters of every input; None for the family's own (1014 and 1024).
-        generator: a CPU generator, the source of the weights; None seeds one from PyTorch's global generator.
-        device: where the weights end up; `meta` makes a model of shapes only, and draws nothing.
+        width: factor on all channels, above 0. It does not change the depth, and so not the layers in common.
+        in_channels: image models only: channels of the input, at least 1. Default: 3.
+        alphabet_size: text models only: number of characters that have an index of their own, at least 1. Default: 70
+            for CharCNN, 69 for VDCNN.
+        length: text models only: characters of every input. Default: 1014 for CharCNN, 1024 for VDCNN.
+        generator: CPU generator from which the weights are drawn. Default: one that is seeded from PyTorch's global
+            generator.
+        device: device of the weights; `meta` builds a model of shapes only, and draws nothing.
 
     Raises:
-        ConfigError: an unknown name, a number out of range, or an option that the model's kind of input does not have.
+        ConfigError: the name is unknown, a number is out of range, or the model's kind of input does not have an
+            option that is given.
 
     >>> build_model("vgg11_bn", num_classes=10, width=0.1)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
@@ -76,7 +78,9 @@ def build_model(
     if name not in MODELS:
         raise ConfigError(invalid_choice("model", name, MODELS))
     if isinstance(width, bool) or not (isinstance(width, int | float) and 0 < width < math.inf):
-        raise ConfigError(f"width is {width!r}; it is a factor on the number of channels and must be above 0")
+        raise ConfigError(
+            f"width is {width!r}; it is a factor on the number of channels and must be finite and above 0"
+        )
     given = {"in_channels": in_channels, "alphabet_size": alphabet_size, "length": length}
     input_options = {option: value for option, value in given.items() if value is not None}
     for option, value in {"num_classes": num_classes, **input_options}.items():
@@ -93,7 +97,7 @@ def build_model(
         model = MODELS[name](num_classes=num_classes, width=width, **input_options)
     if torch.device(device).type == "meta":
         return model
-    # Not `to_empty`, which would import sympy for its meta kernels: 2 s for every process.
+    # `to_empty` would import sympy for its meta kernels, which takes every process 2 s.
     empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in model.state_dict().items()}
     model.load_state_dict(empty, assign=True)
     if generator is None:
@@ -103,10 +107,10 @@ def build_model(
 
 
 def input_kind(name: str) -> InputKind:
-    """What a model takes: `image` or `text`.
+    """The kind of input that a model takes: `image` or `text`.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: the name is unknown.
     """
     for family, versions in FAMILIES.items():
         if name in versions:
@@ -123,7 +127,7 @@ def model_signature(
     alphabet_size: int | None = None,
     length: int | None = None,
 ) -> ModelSignature:
-    """The signature of a model, without allocating its weights; arguments as for `build_model`."""
+    """The signature of a model, without allocating its weights. Takes the arguments of `build_model`."""
     return signature(
         build_model(
             name,

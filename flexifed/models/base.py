@@ -1,4 +1,4 @@
-"""What all families share: the interface of a version, the width factor, and the rules by which weights are drawn."""
+"""What all families share: the interface of a version, the drawing of weights, and the width factor."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class FamilyModel(nn.Module):
 
 
 class PaddedShortcut(nn.Module):
-    """A shortcut without weights to a wider layer: the identity, with channels of zeros after the input's own.
+    """A shortcut without weights to a layer with more channels: the identity, followed by channels of zeros.
 
-    Option A of He et al. 2016 (section 3.3); with a stride it keeps every `stride`-th position of each axis.
+    This is option A of He et al. 2016 (section 3.3). With a stride it keeps every `stride`-th position of each axis.
 
     Args:
-        added_channels: channels of zeros, at least 0.
-        stride: of the convolution that the shortcut goes around.
+        added_channels: number of channels of zeros, at least 0.
+        stride: stride of the convolution that the shortcut bypasses.
     """
 
     def __init__(self, added_channels: int, stride: int = 1) -> None:
@@ -72,17 +72,20 @@ class PaddedShortcut(nn.Module):
         self.stride = stride
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """From (batch, channels, length) or (batch, channels, height, width) to wider ones."""
+        """From (batch, channels, ...) to (batch, channels + added_channels, ...), with one or two axes after them."""
         axes = values.dim() - 2
         kept = (slice(None), slice(None), *[slice(None, None, self.stride)] * axes)
         return functional.pad(values[kept], (0, 0) * axes + (0, self.added_channels))
 
 
 def chain_layers(*parts: tuple[nn.Sequential, Role]) -> list[DeclaredLayer]:
-    """The layers of a plain chain: each convolution or linear layer with its batch norm; the rest stands before them.
+    """Declare the layers of a plain chain of modules.
+
+    Each convolution or linear layer is a layer, together with its batch norm. All other modules count as `before` of
+    the layer after them.
 
     Args:
-        parts: chains (of chains) that follow each other, each with the role of its layers.
+        parts: consecutive parts of the chain, which may be nested, each with the role of its layers.
     """
     layers: list[DeclaredLayer] = []
     before: list[nn.Module | str] = []
@@ -99,9 +102,9 @@ def chain_layers(*parts: tuple[nn.Sequential, Role]) -> list[DeclaredLayer]:
 
 
 PLUS_SHORTCUT = "plus the block's input, passed through"
-"""Stands in a layer's `before`, followed by the shortcut's module, where a block's output and its shortcut join."""
+"""Marks in a layer's `before` that the block's output and its shortcut are added; the shortcut's module follows."""
 
 
 def scaled(channels: int, width: float) -> int:
-    """A number of channels times the width factor, rounded, at least 1."""
+    """The number of channels times the width factor, rounded, at least 1."""
     return max(1, round(channels * width))

@@ -35,10 +35,10 @@ POOL = 3
 
 
 class OneHot(nn.Module):
-    """Characters as one-hot vectors (Zhang et al. 2015, section 2.2); holds no weights.
+    """Encode characters as one-hot vectors (Zhang et al. 2015, section 2.2). Has no weights.
 
     Args:
-        alphabet_size: characters with an index of their own, from 1. Index 0, which stands for padding and for unknown
+        alphabet_size: number of characters that have an index of their own, from 1. Index 0, for padding and unknown
             characters, becomes a vector of zeros.
     """
 
@@ -53,17 +53,17 @@ class OneHot(nn.Module):
 
 
 class CharCNN(FamilyModel):
-    """A CharCNN for indices of characters, int64 of shape (batch, length), 0 to `alphabet_size`.
+    """A CharCNN for character indices, int64 of shape (batch, length), from 0 to `alphabet_size`.
 
     Args:
-        depth: 3, 4, 5 or 6 convolutions.
+        depth: number of convolutions: 3, 4, 5 or 6.
         num_classes: size of the output.
         width: factor on all channels and on the classifier's hidden sizes; at least one channel is left.
-        alphabet_size: characters with an index of their own, from 1; 0 is padding or unknown.
+        alphabet_size: number of characters that have an index of their own, from 1; 0 is padding or unknown.
         length: characters of every input.
 
     Raises:
-        ConfigError: texts too short for the convolutions.
+        ConfigError: the texts are too short for the convolutions.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class CharCNN(FamilyModel):
     ) -> None:
         super().__init__()
         channels = scaled(CHANNELS, width)
-        blocks: list[nn.Sequential] = []  # one for each convolution: itself, norm, ReLU, pooling
+        blocks: list[nn.Sequential] = []  # one for each convolution: convolution, norm, ReLU, pooling
         previous, frames = alphabet_size, length
         for position, kernel in enumerate(KERNELS[depth]):
             is_last = position == depth - 1
@@ -117,7 +117,7 @@ class CharCNN(FamilyModel):
 
 
 def min_length(depth: int) -> int:
-    """The fewest characters that leave one frame after the last pooling.
+    """The shortest input, in characters, that leaves one frame after the last pooling.
 
     >>> [min_length(depth) for depth in KERNELS]
     [69, 87, 105, 123]

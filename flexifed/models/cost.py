@@ -1,4 +1,4 @@
-"""What a model costs to run: multiply-adds, counted without computing anything."""
+"""The cost of running a model: its multiply-adds, counted without computing anything."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from flexifed.models import build_model
 
 
 def multiply_adds(model: nn.Module, example: torch.Tensor) -> int:
-    """Multiply-adds of one sample's forward pass, in convolutions and linear layers; all else is left out.
+    """Multiply-adds of one sample's forward pass in convolutions and linear layers; other layers are not counted.
 
-    A pair of a multiplication and an addition counts once, as in He et al. 2016 (table 1), where it is called a FLOP.
-    Training takes about three times as many: the backward pass computes two products of the same size.
+    A multiplication and an addition together count once, as in He et al. 2016 (table 1), who call them a FLOP. Training
+    takes about three times as many: the backward pass computes two products of the same size.
 
     Args:
-        model: on any device; a copy without values is run, so nothing is allocated and the model stays as it is.
-        example: input of shape (batch, ...), of which only shape and type are read.
+        model: on any device. A copy without values is run, so that nothing is allocated and the model does not change.
+        example: an input of shape (batch, ...), of which only shape and type are read.
 
     >>> multiply_adds(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), torch.zeros(2, 3, 32, 32))
     221184
@@ -42,7 +42,7 @@ def multiply_adds(model: nn.Module, example: torch.Tensor) -> int:
 
 
 def model_multiply_adds(name: str, *, num_classes: int, width: float = 1.0) -> int:
-    """Multiply-adds of a model by name, for an input of its family's own size: 3x32x32 pixels, or a whole text.
+    """Multiply-adds of a named model for one input of its family's size: a 3x32x32 image, or a whole text.
 
     >>> model_multiply_adds("resnet20", num_classes=10)
     40551040
@@ -56,7 +56,7 @@ def model_multiply_adds(name: str, *, num_classes: int, width: float = 1.0) -> i
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes only: `deepcopy` takes those from its memo in place of the model's own."""
+    """A copy on the `meta` device: `deepcopy` takes its tensors from the memo, and never copies the model's own."""
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         shape = tensor.detach().to("meta")

@@ -1,9 +1,9 @@
 """ResNet-20/32/44/56 for 32x32 images (He et al. 2016, section 4.2): 6n + 2 layers, 16-32-64 channels.
 
-Shortcuts are option A of that paper, as in its CIFAR-10 experiments: where the shape changes, every second pixel and
-channels of zeros, no weights. So the published numbers of parameters hold (table 6), and a model has as many weight
-layers as its name says. FlexiFed does not name its shortcuts; a projection would change none of the layers in common,
-since those of any two versions end within the first stage.
+Shortcuts are option A of that paper, as in its CIFAR-10 experiments: where the shape changes, they keep every second
+pixel and add channels of zeros, without weights. So the published numbers of parameters hold (table 6), and a model has
+as many weight layers as its name says. FlexiFed does not say which shortcuts it uses. With projections the layers in
+common would be the same, since those of any two versions end within the first stage.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ CHANNELS = (16, 32, 64)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm, and a shortcut around them that joins before the last ReLU.
+    """Two 3x3 convolutions with batch norm, and a shortcut around them that is added before the last ReLU.
 
     Args:
         in_channels: channels of the input.
         channels: channels of both convolutions, at least `in_channels`.
-        stride: of the first convolution.
+        stride: stride of the first convolution.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -46,8 +46,8 @@ class ResidualBlock(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """From (batch, in_channels, height, width) to (batch, channels, height / stride, width / stride)."""
         inner = self.relu(self.norm1(self.conv1(images)))
-        joined: torch.Tensor = self.relu(self.norm2(self.conv2(inner)) + self.shortcut(images))
-        return joined
+        outputs: torch.Tensor = self.relu(self.norm2(self.conv2(inner)) + self.shortcut(images))
+        return outputs
 
 
 class ResNet(FamilyModel):
@@ -87,7 +87,7 @@ class ResNet(FamilyModel):
     def declared_layers(self) -> Sequence[DeclaredLayer]:
         """The convolutions, each with its batch norm, then the linear layer.
 
-        How a block's shortcut joins is declared with the layer after the block.
+        The way in which a block's shortcut joins is declared with the layer after the block.
         """
         conv, norm, relu = self.stem
         layers = [DeclaredLayer((conv, norm))]

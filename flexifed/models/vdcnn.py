@@ -1,17 +1,20 @@
-"""VDCNN-9/17/29/49 (Conneau et al. 2017): an embedding of characters, one convolution, then blocks of two.
+"""VDCNN-9/17/29/49 (Conneau et al. 2017): a character embedding, a convolution, then blocks of two convolutions.
 
-The depth counts convolutions of width 3; their number in each of four stages is that of the paper's table 2. Halving is
-by max pooling ("VGG-like"), the best of the paper's three kinds.
+The depth counts convolutions of width 3; their number in each of the four stages is that of the paper's table 2. The
+length is halved by max pooling ("VGG-like"), the best of the paper's three ways.
 
-Shortcuts are optional in the paper (figure 1), which finds that they help the deepest model. All versions have them
-here: a shortcut is part of what the layer above it computes, so a version with and one without would have nothing in
-common beyond their first block. Departures: a shortcut joins before its block's last ReLU (He et al. 2016), and where
-the channels double it adds zeros instead of a 1x1 convolution, so that all weights are those of the paper's layers.
-Space, padding and unknown characters share index 0, a vector of zeros, where the paper counts them among its 69: one
-encoding of a text then serves CharCNN too (`flexifed.data.agnews`).
+Shortcuts are optional in the paper (figure 1), which finds that they help the deepest model. Here all versions have
+them: a shortcut is part of what the layer above it computes, so a version with and a version without shortcuts would
+have nothing in common beyond their first block. Departures from the paper:
 
-Convolutions are drawn after He et al. 2015, as in the paper, linear layers by PyTorch's default: what the shortcuts
-carry to the classifier grows with depth, and He's larger weights there would start VDCNN-49 at losses above 10.
+- A shortcut joins before its block's last ReLU (He et al. 2016). Where the channels double it adds zeros instead of a
+  1x1 convolution, so that all weights are those of the paper's layers.
+- Space, padding and unknown characters share index 0, a vector of zeros, where the paper counts them among its 69. One
+  encoding of a text can then be used for CharCNN too (`flexifed.data.agnews`).
+
+The weights of convolutions follow He et al. 2015, as in the paper; linear layers have PyTorch's default. The signal
+that shortcuts carry to the classifier grows with depth, and He's larger weights there would start VDCNN-49 at losses
+above 10.
 """
 
 from __future__ import annotations
@@ -43,14 +46,16 @@ EMBEDDING = 16
 HIDDEN = 2048
 KEPT = 8
 MIN_LENGTH = 57
-"""Three halvings, each to the half rounded up, leave the eight frames that k-max pooling keeps."""
+"""Shortest input: halved three times, each time rounded up, it leaves the eight frames that k-max pooling keeps."""
 
 
 class KMaxPool(nn.Module):
-    """The k largest values of each channel, in the order in which they stand; of equal values, which is left open.
+    """Keep the k largest values of each channel, in their original order.
+
+    Which of several equal values are kept is not defined.
 
     Args:
-        k: how many values are kept.
+        k: number of values to keep.
     """
 
     def __init__(self, k: int) -> None:
@@ -63,12 +68,12 @@ class KMaxPool(nn.Module):
 
 
 class ConvolutionalBlock(nn.Module):
-    """Two convolutions of width 3 with batch norm, after a pooling or none, and a shortcut around both.
+    """Two convolutions of width 3 with batch norm, and a shortcut around them, optionally after a pooling.
 
     Args:
         in_channels: channels of the input.
         channels: channels of both convolutions, at least `in_channels`.
-        pool: halves the length first; the shortcut begins after it.
+        pool: whether to halve the length first; the shortcut begins after the pooling.
     """
 
     def __init__(self, in_channels: int, channels: int, *, pool: bool) -> None:
@@ -85,25 +90,25 @@ class ConvolutionalBlock(nn.Module):
         """From (batch, in_channels, length) to (batch, channels, length), or half the length, rounded up."""
         pooled = self.pool(values)
         inner = self.relu(self.norm1(self.conv1(pooled)))
-        joined: torch.Tensor = self.relu(self.norm2(self.conv2(inner)) + self.shortcut(pooled))
-        return joined
+        outputs: torch.Tensor = self.relu(self.norm2(self.conv2(inner)) + self.shortcut(pooled))
+        return outputs
 
 
 class VDCNN(FamilyModel):
-    """A VDCNN for indices of characters, int64 of shape (batch, length), 0 to `alphabet_size`.
+    """A VDCNN for character indices, int64 of shape (batch, length), from 0 to `alphabet_size`.
 
-    Its embedding is zero until `initialise` draws it, as `build_model` does.
+    Its embedding is zero until `initialise` draws it; `build_model` calls it.
 
     Args:
         depth: 9, 17, 29 or 49.
         num_classes: size of the output.
         width: factor on all channels and on the classifier's hidden sizes; at least one channel is left. The embedding
-            keeps its 16.
-        alphabet_size: characters with an index of their own, from 1; 0 is padding or unknown.
+            always has 16.
+        alphabet_size: number of characters that have an index of their own, from 1; 0 is padding or unknown.
         length: characters of every input.
 
     Raises:
-        ConfigError: texts too short for the poolings.
+        ConfigError: the texts are too short for the poolings.
     """
 
     def __init__(
@@ -119,11 +124,11 @@ class VDCNN(FamilyModel):
         if length < MIN_LENGTH:
             raise ConfigError(f"length is {length}; VDCNN-{depth} needs at least {MIN_LENGTH} characters")
         previous = scaled(CHANNELS[0], width)
-        # Zeros until `initialise`: to draw nothing for the device `meta`, `nn.Embedding` would import torch.compile.
+        # `nn.Embedding(...)` would import torch.compile on the device `meta`, just to draw nothing.
         self.embedding = nn.Embedding.from_pretrained(
             torch.zeros(alphabet_size + 1, EMBEDDING), freeze=False, padding_idx=0
         )
-        # With neither batch norm nor ReLU: the first block stands right after it (the paper's figure 1).
+        # Without batch norm and ReLU: the first block follows directly (the paper's figure 1).
         self.stem = nn.Conv1d(EMBEDDING, previous, kernel_size=3, padding=1)
         blocks: list[ConvolutionalBlock] = []
         for stage, count in enumerate(CONVOLUTIONS[depth]):
@@ -151,7 +156,7 @@ class VDCNN(FamilyModel):
     def declared_layers(self) -> Sequence[DeclaredLayer]:
         """The embedding, the convolutions, each with its batch norm, then the three linear layers.
 
-        How a block's shortcut joins is declared with the layer after the block.
+        The way in which a block's shortcut joins is declared with the layer after the block.
         """
         layers = [DeclaredLayer((self.embedding,)), DeclaredLayer((self.stem,))]
         before: tuple[nn.Module | str, ...] = ()

@@ -1,7 +1,7 @@
 """VGG-11/13/16/19 for 32x32 images, plain and with batch norm (Simonyan and Zisserman 2015, table 1).
 
-As in FlexiFed's experiment: 3x3 convolutions with bias, beside batch norm too, five poolings, and a classifier
-dropout - 512x4096 - ReLU - dropout - 4096x4096 - ReLU - 4096xclasses.
+As in FlexiFed's experiment: 3x3 convolutions, with a bias even where batch norm follows, five poolings, and a
+classifier dropout - 512x4096 - ReLU - dropout - 4096x4096 - ReLU - 4096xclasses.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class VGG(FamilyModel):
     Args:
         depth: 11, 13, 16 or 19.
         num_classes: size of the output.
-        batch_norm: a batch norm after each convolution.
+        batch_norm: whether a batch norm follows each convolution.
         width: factor on all channels and on the classifier's hidden size; at least one channel is left.
         in_channels: channels of the input.
     """
@@ -41,7 +41,9 @@ class VGG(FamilyModel):
         self, depth: int, *, num_classes: int, batch_norm: bool = True, width: float = 1.0, in_channels: int = 3
     ) -> None:
         super().__init__()
-        blocks: list[nn.Sequential] = []  # one for each convolution: pooling (where a stage begins), itself, norm, ReLU
+        blocks: list[
+            nn.Sequential
+        ] = []  # one for each convolution: pooling (first in a stage), convolution, norm, ReLU
         previous = in_channels
         for stage, count in enumerate(CONVOLUTIONS[depth]):
             channels = scaled(CHANNELS[stage], width)

@@ -28,16 +28,16 @@ def test_full_width_models_have_as_many_parameters_as_the_published_shapes(depth
 
 
 @pytest.mark.parametrize("depth", KERNELS)
-def test_layers_stand_as_in_the_papers_tables(depth: int) -> None:
+def test_layers_are_those_of_the_papers_tables(depth: int) -> None:
     model = build_model(f"charcnn{depth}", num_classes=4, device="meta")
     kinds = (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d)
-    found = [
+    layers = [
         module.kernel_size[0] if isinstance(module, nn.Conv1d) else type(module).__name__
         for module in model.features.modules()
         if isinstance(module, kinds)
     ]
     norm, pool = "BatchNorm1d", "MaxPool1d"
-    assert found == [7, norm, pool, 7, norm, pool, *[3, norm] * (depth - 3), 3, pool]
+    assert layers == [7, norm, pool, 7, norm, pool, *[3, norm] * (depth - 3), 3, pool]
     assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == [0.5, 0.5]
 
 
@@ -61,7 +61,7 @@ def test_the_shortest_texts_leave_one_frame(depth: int) -> None:
         MODELS[f"charcnn{depth}"](num_classes=2, length=shortest - 1)
 
 
-def test_first_losses_stand_near_chance(small) -> None:
+def test_first_losses_are_near_chance(small) -> None:
     model = small.build("charcnn3", width=0.5)
     scores = model(small.inputs("charcnn3", 16))
     loss = nn.functional.cross_entropy(scores, torch.arange(16) % 4).item()

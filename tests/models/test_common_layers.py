@@ -1,4 +1,4 @@
-"""What the versions of each family have in common, and what holds for the models of all families."""
+"""The layers that versions of a family have in common, and properties of the models of all families."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flexifed.core.signature import ModelSignature
 from flexifed.errors import ConfigError
 from flexifed.models import MODELS, build_model, model_signature
 
-# Convolutions that V1 has in common with any deeper version, V2 with any deeper, V3 with V4; and the tensors of the
-# reproducers' models, who count batch norm as five and a fixed table of one-hot vectors as one.
+# The convolutions that V1 has in common with any deeper version, V2 with any deeper version, and V3 with V4; and the
+# tensors in the models of the reproducers, who count batch norm as five and a fixed table of one-hot vectors as one.
 CONVOLUTIONS = {"vgg": (1, 6, 7), "resnet": (7, 11, 15), "charcnn": (2, 3, 4), "vdcnn": (3, 5, 11)}
 TENSORS = {"vgg": (7, 42, 49), "resnet": (42, 66, 90), "charcnn": (15, 22, 29), "vdcnn": (17, 31, 73)}
 
 
 def common_prefixes(family: str) -> dict[tuple[int, int], tuple[ModelSignature, int]]:
-    """For each pair of versions the first one's signature, and how many of its layers both have."""
+    """For each pair of versions, the signature of the first and the number of layers that they have in common."""
     versions = [model_signature(name, num_classes=10) for name in FAMILIES[family]]
     trie = sharing_plan(versions, "max_common").trie
     return {pair: (versions[pair[0]], trie.common_depth(*pair)) for pair in combinations(range(4), 2)}
@@ -29,21 +29,21 @@ def common_prefixes(family: str) -> dict[tuple[int, int], tuple[ModelSignature, 
 
 @pytest.mark.parametrize("family", CONVOLUTIONS)
 def test_versions_have_the_convolutions_of_the_papers_families_in_common(family: str) -> None:
-    found = {
+    in_common = {
         pair: sum(layer.kind.startswith("Conv") for layer in model.layers[:depth])
         for pair, (model, depth) in common_prefixes(family).items()
     }
-    assert found == {pair: CONVOLUTIONS[family][pair[0]] for pair in found}
+    assert in_common == {pair: CONVOLUTIONS[family][pair[0]] for pair in in_common}
 
 
 @pytest.mark.parametrize("family", TENSORS)
 def test_versions_have_as_many_tensors_in_common_as_the_reproducers_models(family: str) -> None:
-    fixed_table = 1 if family == "charcnn" else 0  # here one-hot vectors are computed, and nothing is sent for them
-    found = {
+    fixed_table = 1 if family == "charcnn" else 0  # one-hot vectors are computed here, and not stored or sent
+    in_common = {
         pair: sum(len(names) for names in model.names[:depth]) + fixed_table
         for pair, (model, depth) in common_prefixes(family).items()
     }
-    assert found == {pair: TENSORS[family][pair[0]] for pair in found}
+    assert in_common == {pair: TENSORS[family][pair[0]] for pair in in_common}
 
 
 @pytest.mark.parametrize("family", CONVOLUTIONS)
@@ -56,8 +56,8 @@ def test_nothing_of_the_classifier_is_in_common(family: str) -> None:
 @pytest.mark.parametrize("width", [0.001, 0.1, 0.5])
 def test_width_changes_neither_depth_nor_what_is_shared(family: str, width: float) -> None:
     full, scaled = (
-        sharing_plan([model_signature(name, num_classes=10, width=one) for name in FAMILIES[family]], "max_common")
-        for one in (1.0, width)
+        sharing_plan([model_signature(name, num_classes=10, width=factor) for name in FAMILIES[family]], "max_common")
+        for factor in (1.0, width)
     )
     assert scaled.group_of == full.group_of
     assert [group.architectures for group in scaled.groups] == [group.architectures for group in full.groups]
@@ -77,9 +77,9 @@ def test_common_layers_compute_the_same_when_drawn_from_one_seed(small, family: 
         layer = model.declared_layers()[depth - 1]
         layer.modules[-1].register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(output.clone()))
         model.train()(small.inputs(name))
-        outputs.append(seen[: depth + 1])  # what enters each common layer, and what leaves the last
+        outputs.append(seen[: depth + 1])  # the inputs of all common layers, and the output of the last one
     assert len(outputs[0]) == depth + 1
-    assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
+    assert all(torch.equal(first_output, second_output) for first_output, second_output in zip(*outputs, strict=True))
 
 
 @pytest.mark.parametrize("name", MODELS)

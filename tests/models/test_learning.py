@@ -1,4 +1,4 @@
-"""Every model can learn: a thin one knows a batch by heart after a few steps."""
+"""Every model can learn: a thin one memorises a batch within a few steps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from flexifed.models import MODELS
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_one_batch_can_be_learned_by_heart(small, name: str) -> None:
-    """Eight samples of four classes. Without dropout, so that only a model that can't learn fails."""
+def test_one_batch_can_be_memorised(small, name: str) -> None:
+    """Eight samples of four classes, without dropout, so that only a model that can't learn fails."""
     width, steps, learning_rate = (0.25, 40, 0.003) if name.startswith("resnet") else (0.1, 100, 0.001)
     model, inputs, labels = small.build(name, width=width).train(), small.inputs(name, 8), torch.arange(8) % 4
     for module in model.modules():

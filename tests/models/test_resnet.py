@@ -22,7 +22,7 @@ def test_full_width_models_have_the_published_number_of_parameters(name: str, mi
 
 
 @pytest.mark.parametrize(("depth", "blocks"), BLOCKS.items())
-def test_layers_are_as_many_as_the_name_says_and_halve_the_image_twice(depth: int, blocks: int) -> None:
+def test_the_name_says_the_number_of_layers_and_they_halve_the_image_twice(depth: int, blocks: int) -> None:
     model = build_model(f"resnet{depth}", num_classes=10, device="meta")
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) + 1 == len(signature(model).layers) == depth
@@ -44,7 +44,7 @@ def test_padded_shortcut_keeps_every_second_pixel_and_adds_channels_of_zeros() -
 
 
 @pytest.mark.parametrize("index", [0, 3, 6])
-def test_a_block_whose_convolutions_give_nothing_is_its_shortcut(small, index: int) -> None:
+def test_a_block_whose_convolutions_return_zeros_is_its_shortcut(small, index: int) -> None:
     block = small.build("resnet20", width=0.5).blocks[index].eval()
     nn.init.zeros_(block.norm2.weight)
     images = torch.rand(2, block.conv1.in_channels, 8, 8)  # not negative: the last ReLU changes nothing
@@ -54,7 +54,8 @@ def test_a_block_whose_convolutions_give_nothing_is_its_shortcut(small, index: i
 def test_how_a_shortcut_joins_is_part_of_the_layer_above_it() -> None:
     plain, changed = (build_model("resnet20", num_classes=10, width=0.1, device="meta") for _ in range(2))
     changed.blocks[0].shortcut = PaddedShortcut(added_channels=0)
-    same = [one == other for one, other in zip(signature(plain).layers, signature(changed).layers, strict=True)]
+    pairs = zip(signature(plain).layers, signature(changed).layers, strict=True)
+    same = [plain_layer == changed_layer for plain_layer, changed_layer in pairs]
     assert same[:4] == [True, True, True, False]
     assert all(same[4:])
 

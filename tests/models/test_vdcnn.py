@@ -20,7 +20,7 @@ def num_parameters(depth: int, part: str = "") -> int:
 
 
 @pytest.mark.parametrize("depth", PUBLISHED)
-def test_layers_stand_as_in_the_papers_table(depth: int) -> None:
+def test_layers_are_those_of_the_papers_table(depth: int) -> None:
     model = build_model(f"vdcnn{depth}", num_classes=4, device="meta")
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv1d)]
     assert len(convolutions) == depth == 1 + sum(CONVOLUTIONS[depth])
@@ -55,7 +55,7 @@ def test_depths_differ_by_as_many_parameters_as_the_published_ones() -> None:
     assert gaps == pytest.approx([0.6] * 4, abs=0.06)
 
 
-def test_k_max_pooling_keeps_the_largest_in_their_order() -> None:
+def test_k_max_pooling_keeps_the_largest_values_in_their_order() -> None:
     values = torch.tensor([[[1.0, 9, 2, 8, 7, 3], [6, 5, 4, 3, 2, 1]]], requires_grad=True)
     kept = KMaxPool(3)(values)
     assert kept.tolist() == [[[9, 8, 7], [6, 5, 4]]]
@@ -64,7 +64,7 @@ def test_k_max_pooling_keeps_the_largest_in_their_order() -> None:
 
 
 @pytest.mark.parametrize(("depth", "index"), [(9, 0), (9, 1), (17, 1)])
-def test_a_block_whose_convolutions_give_nothing_is_its_pooling_and_shortcut(small, depth: int, index: int) -> None:
+def test_a_block_whose_convolutions_return_zeros_is_its_pooling_and_shortcut(small, depth: int, index: int) -> None:
     block = small.build(f"vdcnn{depth}").blocks[index].eval()
     nn.init.zeros_(block.norm2.weight)
     values = torch.rand(2, block.conv1.in_channels, 16)  # not negative: the last ReLU changes nothing
@@ -87,6 +87,6 @@ def test_padding_is_a_vector_of_zeros_and_stays_one(small) -> None:
 
 
 @pytest.mark.parametrize("depth", [9, 49])
-def test_first_losses_stand_near_chance_at_any_depth(small, depth: int) -> None:
+def test_first_losses_are_near_chance_at_any_depth(small, depth: int) -> None:
     scores = small.build(f"vdcnn{depth}", width=0.25)(small.inputs(f"vdcnn{depth}", 16))
     assert nn.functional.cross_entropy(scores, torch.arange(16) % 4).item() < 1.3 * math.log(4)

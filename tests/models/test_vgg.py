@@ -37,13 +37,13 @@ def test_full_width_models_have_the_papers_number_of_parameters(name: str) -> No
 
 
 @pytest.mark.parametrize("name", VGGS)
-def test_layers_stand_as_in_the_papers_table(name: str) -> None:
+def test_layers_are_those_of_the_papers_table(name: str) -> None:
     model = build_model(name, num_classes=10, device="meta")
     sequence = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.MaxPool2d)]
-    found = tuple(module.out_channels if isinstance(module, nn.Conv2d) else 0 for module in sequence)
-    assert found == CHANNELS[name.removesuffix("_bn")]
+    layers = tuple(module.out_channels if isinstance(module, nn.Conv2d) else 0 for module in sequence)
+    assert layers == CHANNELS[name.removesuffix("_bn")]
     assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == (
-        sum(map(bool, found)) if name.endswith("_bn") else 0
+        sum(map(bool, layers)) if name.endswith("_bn") else 0
     )
 
 
@@ -128,10 +128,10 @@ def test_meta_models_hold_shapes_only() -> None:
             "resnet20, resnet32, resnet44, resnet56, charcnn3, charcnn4, charcnn5, charcnn6, vdcnn9, vdcnn17, vdcnn29, "
             "vdcnn49",
         ),
-        ({"width": 0}, "width is 0; it is a factor on the number of channels and must be above 0"),
-        ({"width": -1}, "width is -1; it is a factor on the number of channels and must be above 0"),
-        ({"width": math.nan}, "width is nan; it is a factor on the number of channels and must be above 0"),
-        ({"width": math.inf}, "width is inf; it is a factor on the number of channels and must be above 0"),
+        ({"width": 0}, "width is 0; it is a factor on the number of channels and must be finite and above 0"),
+        ({"width": -1}, "width is -1; it is a factor on the number of channels and must be finite and above 0"),
+        ({"width": math.nan}, "width is nan; it is a factor on the number of channels and must be finite and above 0"),
+        ({"width": math.inf}, "width is inf; it is a factor on the number of channels and must be finite and above 0"),
         ({"num_classes": 0}, "num_classes is 0; it must be a whole number of at least 1"),
         ({"num_classes": 2.5}, "num_classes is 2.5; it must be a whole number of at least 1"),
         ({"num_classes": 2**24 + 1}, "num_classes is 16777217; it must be at most 16777216"),
@@ -152,12 +152,12 @@ def test_meta_models_hold_shapes_only() -> None:
         ({"name": "vdcnn29", "length": 56}, "length is 56; VDCNN-29 needs at least 57 characters"),
     ],
 )
-def test_what_can_not_be_built_is_refused(arguments: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         build_model(**{"name": "vgg11", "num_classes": 10, **arguments})
     assert str(error.value) == message
 
 
-def test_a_truth_value_is_no_number_of_classes() -> None:
+def test_a_boolean_is_not_a_number_of_classes() -> None:
     with pytest.raises(ConfigError, match="num_classes is True"):
         build_model("vgg11", num_classes=True)
