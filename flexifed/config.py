@@ -193,7 +193,7 @@ class NumericsConfig:
         if self.precision is not None:
             _check_literal(self, "precision", get_args(Precision))
 
-    def by_winograd(self, device: str) -> bool:
+    def uses_winograd(self, device: str) -> bool:
         """Whether wide convolutions on a kind of device are by Winograd's algorithm."""
         return self.winograd and device == "cpu" and self.precision is None
 
@@ -259,7 +259,7 @@ class CellConfig:
         True
         """
         config: dict[str, Any] = asdict(self, dict_factory=_without_none)
-        if not self.numerics.by_winograd(self.device):
+        if not self.numerics.uses_winograd(self.device):
             del config["numerics"]["winograd"]
         if not self.numerics.cuda_graph:
             del config["numerics"]["cuda_graph"]

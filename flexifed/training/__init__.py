@@ -1,1 +1,1 @@
-"""One model on one device: its local epochs and its score. Nothing here knows of a federation."""
+"""Training and scoring of one model on one device. Nothing here depends on a federation."""

@@ -1,4 +1,4 @@
-"""The batches of an epoch: inputs and labels in a random order, with their variation."""
+"""The batches of an epoch: inputs and labels in random order, augmented if the config says so."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ def epoch_batches(
     augmentation: torch.Generator,
     prepared_at_once: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each batch's inputs and labels, on the device of the samples.
+    """Yield the inputs and labels of each batch, on the device of the samples.
 
-    Variation is drawn batch by batch, and moved in one go; how many samples are prepared at once changes no draw.
+    The random numbers for augmentation are drawn batch by batch and moved to the device together. The number of samples
+    that are prepared at once does not change them.
 
     Args:
-        samples: as they are stored, (count, ...).
+        samples: as stored, (count, ...).
         labels: int64 (count,).
-        config: batch size, and whether samples are varied.
-        pipeline: makes inputs of them.
-        batches: CPU generator of the order of samples, one permutation an epoch.
-        augmentation: CPU generator of the variation.
-        prepared_at_once: samples, a multiple of the batch size or all of them.
+        config: batch size, and whether to augment.
+        pipeline: turns samples into inputs.
+        batches: CPU generator of the order of samples, one permutation for each epoch.
+        augmentation: CPU generator of the augmentation.
+        prepared_at_once: number of samples to prepare at once, a multiple of the batch size, or all of them.
     """
     device, size = samples.device, config.batch_size
     order = torch.randperm(len(samples), generator=batches)
     drawn = [pipeline.draw(len(batch), augmentation) for batch in order.split(size)] if config.augment else []
-    variation = [_moved(torch.cat(part), device) for part in zip(*drawn, strict=True)]
-    order = _moved(order, device)
+    variation = [_to_device(torch.cat(draws), device) for draws in zip(*drawn, strict=True)]
+    order = _to_device(order, device)
     for first in range(0, len(order), prepared_at_once):
-        some = slice(first, first + prepared_at_once)
-        stored, targets = samples[order[some]], labels[order[some]]
+        chunk = slice(first, first + prepared_at_once)
+        stored, targets = samples[order[chunk]], labels[order[chunk]]
         if config.augment:
-            inputs = pipeline.augment(stored, tuple(part[some] for part in variation))
+            inputs = pipeline.augment(stored, tuple(draws[chunk] for draws in variation))
         else:
             inputs = pipeline.prepare(stored)
         yield from zip(inputs.split(size), targets.split(size), strict=True)
 
 
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on a device. A GPU copies it in its turn: nothing waits here for what it was given before."""
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move a CPU tensor to a device. For a GPU the copy is queued, without waiting for the work before it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

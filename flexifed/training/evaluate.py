@@ -15,7 +15,7 @@ from flexifed.training.workspace import Workspace
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy in 0 to 1, and the mean cross-entropy over the samples, in nats."""
+    """The accuracy, from 0 to 1, and the mean cross-entropy of the samples, in nats."""
 
     accuracy: float
     loss: float

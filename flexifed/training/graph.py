@@ -1,7 +1,7 @@
-"""A step of training that is recorded once and then replayed, so that a GPU gets all of its kernels in one launch.
+"""Training steps that are recorded once and then replayed, so that a GPU gets all kernels of a step in one launch.
 
-A recording is of addresses, not of values: what it reads and writes must stay where it is, and Python is not run again
-(https://docs.pytorch.org/docs/2.11/notes/cuda.html#cuda-graphs).
+A recording holds addresses, not values: all tensors that it reads or writes must stay where they are. A replay runs no
+Python (https://docs.pytorch.org/docs/2.11/notes/cuda.html#cuda-graphs).
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from flexifed.training.step import Step
 
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], None]], Replay]
-"""Runs what it is given, some times or none, and returns what does the same work again on the same memory."""
+"""Records some work, for which it may run it any number of times, and returns a function that repeats the work on the
+same memory."""
 
-_WARM_UP = 3  # runs before a recording: libraries get their memory and choose their kernels, as PyTorch's notes advise
+_WARM_UP = (
+    3  # runs before a recording, in which libraries allocate memory and choose kernels, as PyTorch's notes advise
+)
 
 
 class CudaGraphs:
-    """Records CUDA graphs that share one pool of memory, so that they must not be replayed at the same time.
+    """Records CUDA graphs that share one memory pool, and therefore must not be replayed at the same time.
 
-    Those of different instances may be (`flexifed.training.streams`). PyTorch would give all graphs of a process the
-    same memory for the seed and offset of their random draws, and those that were recorded on one stream the same
-    memory for cuBLAS to work in; here each instance has its own.
+    Graphs of different instances can be replayed at the same time (`flexifed.training.streams`). PyTorch would let all
+    graphs of a process share the memory for the seed and offset of their random draws, and graphs that were recorded on
+    one stream share cuBLAS's workspace; here each instance has its own.
     """
 
     def __init__(self) -> None:
@@ -35,14 +38,14 @@ class CudaGraphs:
         self._draws = self._generator.clone_state()
 
     def __call__(self, work: Callable[[], None]) -> Replay:
-        """Run some work to warm up, then record it."""
+        """Run the work to warm up, then record it."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UP):
                 work()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with self._apart(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with self._isolated(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             work()
         torch.cuda.current_stream().wait_stream(self._stream)
 
@@ -54,8 +57,8 @@ class CudaGraphs:
         return replay
 
     @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """Record with this instance's own state of the generator, and no memory of cuBLAS from before."""
+    def _isolated(self) -> Iterator[None]:
+        """Record with this instance's own generator state, and without cuBLAS's existing workspaces."""
         state = self._generator.graphsafe_get_state()
         self._generator.graphsafe_set_state(self._draws)
         torch._C._cuda_clearCublasWorkspaces()
@@ -67,13 +70,13 @@ class CudaGraphs:
 
 
 class RecordedStep:
-    """Steps that are recorded for each size of batch when it first comes, and replayed from then on.
+    """A step that is recorded when a batch size first occurs, and replayed from then on.
 
-    Dropout draws what it would have drawn without a recording.
+    Dropout draws the same random numbers as without a recording.
 
     Args:
-        step: whose tensors stay where they are as long as this lives.
-        record: how its work is recorded.
+        step: the step to record. Its tensors must stay where they are for the lifetime of this object.
+        record: records the step's work.
     """
 
     def __init__(self, step: Step, record: Record) -> None:
@@ -83,7 +86,7 @@ class RecordedStep:
 
     @property
     def loss_sum(self) -> torch.Tensor:
-        """As in `Step`."""
+        """See `Step`."""
         return self._step.loss_sum
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
@@ -96,12 +99,12 @@ class RecordedStep:
         replay()
 
     def reset(self) -> None:
-        """Begin again as a fresh optimizer would."""
+        """Start again as with a fresh optimizer; recordings are kept."""
         self._step.reset()
 
     @torch.no_grad()
     def _recording(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Replay]:
-        """Record a step on a copy of a batch, and leave all values and random generators as they were."""
+        """Record a step on a copy of a batch, then restore all values and random generators."""
         inputs, targets = inputs.clone(), targets.clone()
         before = [tensor.clone() for tensor in self._step.tensors()]
         with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []), torch.enable_grad():

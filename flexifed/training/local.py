@@ -19,27 +19,27 @@ def train(
     batches: torch.Generator,
     augmentation: torch.Generator,
 ) -> Steps[torch.Tensor]:
-    """Train a workspace's model in place with a fresh optimizer, a step at a time.
+    """Train a workspace's model in place with a fresh optimizer. Yields after each step.
 
-    Dropout draws from PyTorch's global generator: seed it around this call.
+    Dropout draws from PyTorch's global generator, so seed that around this call.
 
     Args:
         workspace: the model, on the device of the data, and all settings.
-        samples: as they are stored, (count, ...).
+        samples: as stored, (count, ...).
         labels: int64 (count,).
-        pipeline: makes inputs of them, with variation if the config says so.
-        batches: CPU generator of the order of samples, one permutation an epoch.
-        augmentation: CPU generator of that variation.
+        pipeline: turns samples into inputs, augmented if the config says so.
+        batches: CPU generator of the order of samples, one permutation for each epoch.
+        augmentation: CPU generator of the augmentation.
 
     Returns:
-        Mean cross-entropy over all samples and epochs, as seen while training: float64 (), on the model's device, which
-        need not have come to it yet.
+        Mean cross-entropy over all samples and epochs, as seen while training: float64 (), on the model's device. A GPU
+        may still be computing it.
     """
     config = workspace.config
-    # On a GPU a whole epoch, so that a step need not launch it; on a CPU a batch, which then lies in its caches.
+    # On a GPU a whole epoch, so that steps need not launch kernels for it; on a CPU a batch, which stays in the caches.
     prepared_at_once = len(samples) if samples.is_cuda else config.batch_size
     workspace.model.train()
-    step = workspace.begin()
+    step = workspace.begin_training()
     for _ in range(config.local_epochs):
         epoch = epoch_batches(
             samples,

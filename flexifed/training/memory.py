@@ -1,4 +1,4 @@
-"""Memory of a process that trains."""
+"""Memory of a training process."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST_C_INT = 2**31 - 1
-_MOST_MAPPED = 32 * 2**20  # some versions of glibc take no more for M_MMAP_THRESHOLD, and hand larger blocks back
+_MOST_MAPPED = 32 * 2**20  # the most that some versions of glibc accept for M_MMAP_THRESHOLD; they return larger blocks
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that its tensors free, for those that come next.
+    """Let this process keep the memory of freed tensors for later ones.
 
-    A training step frees and asks for the same gigabyte again. By default glibc hands large blocks back to the system,
-    which clears every page before it is used again: about a tenth of the step of a full-width VGG. Bits don't change,
-    and neither does the most memory that is held at a time, but it is held until the process ends.
+    Every training step allocates and frees the same gigabyte. By default glibc returns large blocks to the system,
+    which clears every page before it is used again; that takes about a tenth of a step of a full-width VGG. Results and
+    peak memory don't change, but the memory is held until the process ends.
 
     Returns:
-        Whether the C library could be told; only glibc can.
+        Whether the C library accepted the setting; only glibc has it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # Not the other way round: after a call that it takes, for either, glibc no longer adapts both by itself.
-    mapped = any(mallopt(_M_MMAP_THRESHOLD, most) == 1 for most in (_LARGEST_C_INT, _MOST_MAPPED))
-    return mapped and mallopt(_M_TRIM_THRESHOLD, _LARGEST_C_INT) == 1
+    # In this order: once glibc has accepted either setting, it no longer adapts both by itself.
+    accepted = any(mallopt(_M_MMAP_THRESHOLD, threshold) == 1 for threshold in (_LARGEST_C_INT, _MOST_MAPPED))
+    return accepted and mallopt(_M_TRIM_THRESHOLD, _LARGEST_C_INT) == 1
 
 
 def device_shortages(device: torch.device) -> int:
-    """How often this process could not have the memory that it asked a GPU for; 0 on CPUs.
+    """Number of times that this process could not get the memory it requested from a GPU; 0 on CPUs.
 
-    cuDNN's convolutions then try another algorithm, which needs less and rounds otherwise, and nothing is raised.
+    When a cuDNN convolution lacks memory, it silently uses another algorithm, which needs less and rounds differently.
     """
     return int(torch.cuda.memory_stats(device).get("num_ooms", 0)) if device.type == "cuda" else 0

@@ -1,4 +1,4 @@
-"""The process-wide settings of PyTorch that can change bits, set for the length of a computation and put back."""
+"""The process-wide settings of PyTorch that can change bits, set during a computation and restored afterwards."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from flexifed.config import NumericsConfig
 
 @contextmanager
 def numeric_settings(config: NumericsConfig) -> Iterator[None]:
-    """Compute with `config.threads` threads and deterministic cuDNN kernels, and in TF32 if it is asked for.
+    """Compute with `config.threads` threads and deterministic cuDNN kernels, and with TF32 if the config says so.
 
-    By PyTorch's own default convolutions on GPUs are in TF32, matrix products are not. For bf16 see `autocast`.
+    PyTorch's own default on GPUs is TF32 for convolutions but not for matrix products. For bf16 see `autocast`.
     """
     threads = torch.get_num_threads()
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
@@ -33,13 +33,13 @@ def numeric_settings(config: NumericsConfig) -> Iterator[None]:
 
 
 def autocast(config: NumericsConfig, device: torch.device) -> AbstractContextManager[object]:
-    """Around a forward pass and its loss: products in bf16 where the config says so. Weights and sums stay float32."""
+    """Run a forward pass and its loss with products in bf16 if the config says so; weights and sums stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 @contextmanager
 def seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed PyTorch's global generators, the only ones that `nn.Dropout` draws from, and put them back afterwards."""
+    """Seed PyTorch's global generators, the only ones that `nn.Dropout` draws from, and restore them afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -47,7 +47,7 @@ def seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: the GPU's name, or the processor's. Bits agree on one kind of it."""
+    """The name of the GPU or the processor. Results agree to the bit on devices of the same name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

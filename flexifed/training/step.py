@@ -1,4 +1,4 @@
-"""A step of plain mini-batch SGD."""
+"""One step of plain mini-batch SGD."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from flexifed.training.numerics import autocast
 
 
 class Step:
-    """Steps of a fresh optimizer.
+    """Takes training steps with a fresh optimizer.
 
-    A step neither waits for the device nor leaves new tensors behind, and after the first one nothing but values
-    changes: so it can be recorded (`flexifed.training.graph`).
+    A step neither waits for the device nor leaves new tensors behind, and from the second step on only values change.
+    It can therefore be recorded (`flexifed.training.graph`).
 
-    The optimizer is the function under `torch.optim.SGD`. An instance of that class imports torch.compile when it is
-    made, which takes each process a second and a hundred megabytes.
+    The optimizer is the function on which `torch.optim.SGD` is built. To create an instance of that class would import
+    torch.compile, which takes each process a second and a hundred megabytes.
 
     Args:
-        model: trained in place; a step must reach all of its parameters.
+        model: trained in place; every parameter must get a gradient in a step.
         config: SGD's settings.
-        numerics: precision, and how the optimizer steps.
+        numerics: precision, and whether the optimizer is fused.
 
     Attributes:
-        loss_sum: float64 (), on the model's device: cross-entropy as seen while training, over all samples.
+        loss_sum: float64 (), on the model's device: sum of the cross-entropy over all samples, as seen while training.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig, numerics: NumericsConfig) -> None:
@@ -54,7 +54,7 @@ class Step:
         """Take a step.
 
         Args:
-            inputs: what the model takes, (batch, ...).
+            inputs: the model's inputs, (batch, ...).
             targets: int64 (batch,).
         """
         with autocast(self._numerics, inputs.device):
@@ -64,14 +64,13 @@ class Step:
         with torch.no_grad():
             self._sgd(self._parameters, gradients, self._momentum)
         for parameter in self._parameters:
-            parameter.grad = None  # its memory is for the next step, or for whoever trains next
+            parameter.grad = None  # frees its memory for the next step, or for the next model to be trained
         self.loss_sum += loss.detach() * len(targets)
 
     def reset(self) -> None:
-        """Begin again as a fresh optimizer would, in the same memory.
+        """Start again as with a fresh optimizer, in the same memory.
 
-        A fresh optimizer's first step takes the gradient as its momentum; from a momentum of zero that is what comes
-        out too.
+        A fresh optimizer's first step uses the gradient as momentum. With a momentum of zero the result is the same.
         """
         self.loss_sum.zero_()
         if self._momentum:
@@ -81,6 +80,6 @@ class Step:
             self._momentum[:] = buffers
 
     def tensors(self) -> list[torch.Tensor]:
-        """All that a step changes: the model, the optimizer's momentum, and the sum of losses."""
+        """All tensors that a step changes: the model's, the optimizer's momentum, and the sum of losses."""
         momentum = [buffer for buffer in self._momentum if buffer is not None]
         return [*self._parameters, *self._model.buffers(), *momentum, self.loss_sum]

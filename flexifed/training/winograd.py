@@ -1,14 +1,14 @@
 """3x3 convolutions with fewer multiplications, for CPUs: Winograd's minimal filtering F(m x m, 3x3).
 
-An output of m x m values, m being 4 or 2, is computed from its (m + 2) x (m + 2) inputs d and the filter g as
+A tile of m x m outputs Y, with m = 4 or 2, is computed from its (m + 2) x (m + 2) inputs d and the filter g as
 
     Y = A' [(G g G') * (B' d B)] A
 
-so that nine multiplications a value become 2.25 (m = 4) or 4 (m = 2), and summed over input channels they are matrix
-products. Everything is in the inputs' own precision, and gradients are those of the same formula. Only rounding differs
-from a direct convolution's: in float32, relative to their size, outputs and gradients have errors of 2e-6 to 3.3e-6
-with m = 4 and below 1e-6 with m = 2 (root mean squares, seen on CPUs). Those of a direct convolution have 1e-7 to 2e-6,
-and under TF32 3e-4.
+This takes 2.25 (m = 4) or 4 (m = 2) multiplications for each value instead of nine, and summed over input channels they
+are matrix products. Everything is computed in the inputs' own precision, and gradients are those of the same formula.
+Only rounding differs from a direct convolution. In float32 the errors of outputs and gradients, relative to their size,
+are 2e-6 to 3.3e-6 with m = 4 and below 1e-6 with m = 2 (root mean squares, measured on CPUs). Those of a direct
+convolution are 1e-7 to 2e-6, and 3e-4 with TF32.
 
 Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", sections 4.1 to 4.3, whose matrices
 and names these are.
@@ -27,24 +27,24 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 _FEWEST_CHANNELS = 128
-"""On both sides of a convolution; with fewer the transforms cost what the products save."""
+"""Fewest input and output channels of a convolution; with fewer, the transforms cost what the products save."""
 _NUMBERS_AT_ONCE = 600_000
-"""Of an intermediate value: as float32 2.4 MB, so that what one operation writes is in the cache for the next."""
+"""Size of an intermediate tensor: 2.4 MB in float32, so that one operation's output is in the cache for the next."""
 _TILES_AT_ONCE = 64
-"""At least, so that the transformed weights, up to 38 MB, pass through memory seldom."""
+"""Fewest tiles to compute at once, so that the transformed weights, up to 38 MB, are seldom read from memory."""
 _FEWEST_TILES = 32
-"""Of a batch; with fewer it takes longer to transform the weights than a direct convolution takes."""
+"""Fewest tiles of a batch; with fewer, transforming the weights takes longer than a direct convolution."""
 
 
 @dataclass(frozen=True)
 class _Transforms:
-    """The matrices of F(m x m, 3x3) for both axes at once: Kronecker products, which take flattened squares.
+    """The matrices of F(m x m, 3x3) for both axes at once: Kronecker products, which apply to flattened squares.
 
     Attributes:
         tile: m.
-        inputs: B' of both axes, ((m + 2)^2, (m + 2)^2).
-        weight: G of both axes, ((m + 2)^2, 9).
-        outputs: A' of both axes, (m^2, (m + 2)^2).
+        inputs: B' for both axes, ((m + 2)^2, (m + 2)^2).
+        weight: G for both axes, ((m + 2)^2, 9).
+        outputs: A' for both axes, (m^2, (m + 2)^2).
     """
 
     tile: int
@@ -79,7 +79,7 @@ _MATRICES = {
         [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
     ),
 }
-"""B', G and A' of one axis, by m."""
+"""B', G and A' for one axis, by m."""
 
 
 @lru_cache
@@ -89,7 +89,7 @@ def _transforms(tile: int, dtype: torch.dtype) -> _Transforms:
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A convolution for which `fits` holds, computed by `convolve`."""
+    """A convolution for which `is_suitable` holds, computed by `convolve`."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """From (batch, in_channels, height, width) to (batch, out_channels, height, width)."""
@@ -97,14 +97,14 @@ class WinogradConv2d(nn.Conv2d):
 
 
 def use_winograd(model: nn.Module) -> None:
-    """Let those of a model's convolutions that gain from it compute in this way: each stays, and changes its class."""
+    """Switch a model's suitable convolutions to Winograd's algorithm: the modules stay, and change their class."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and fits(module):
+        if type(module) is nn.Conv2d and is_suitable(module):
             module.__class__ = WinogradConv2d
 
 
-def fits(convolution: nn.Conv2d) -> bool:
-    """Whether a convolution is 3x3 with a step and a border of 1, and has channels enough to gain."""
+def is_suitable(convolution: nn.Conv2d) -> bool:
+    """Whether a convolution is 3x3 with stride and padding 1, and has enough channels to become faster."""
     return (
         convolution.kernel_size == (3, 3)
         and convolution.stride == convolution.padding == convolution.dilation == (1, 1)
@@ -115,10 +115,10 @@ def fits(convolution: nn.Conv2d) -> bool:
 
 
 def convolve(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """What `conv2d(images, weight, bias, padding=1)` returns, but for rounding.
+    """Compute `conv2d(images, weight, bias, padding=1)`, with other rounding.
 
-    It is that function's own work where images have an odd size, where they are too few for this to be faster, and
-    under autocast.
+    That function itself is called if images have an odd size, if they are too few for Winograd's algorithm to be
+    faster, and under autocast.
 
     Args:
         images: (batch, in_channels, height, width), on a CPU.
@@ -138,9 +138,11 @@ def convolve(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 class _Convolution(torch.autograd.Function):
-    """In the comments: k images of r x s tiles, tiles of m x m outputs and a x a inputs, c input and o output channels.
+    """Winograd's convolution with its gradients.
 
-    The transformed inputs are not kept for the backward pass: to make them anew takes no longer than to fetch them.
+    In the comments there are k images of r x s tiles, each of m x m outputs and a x a inputs, and c input and o output
+    channels. The transformed inputs are not saved for the backward pass: computing them again is as fast as reading
+    them.
     """
 
     @staticmethod
@@ -155,52 +157,52 @@ class _Convolution(torch.autograd.Function):
         shape = len(images), len(weight), *images.shape[2:]
         outputs = torch.empty(shape, dtype=images.dtype, memory_format=torch.channels_last)
         by_tile = outputs.permute(0, 2, 3, 1).view(len(images), grid[0], tile, grid[1], tile, len(weight))
-        for some in _parts(len(images), grid, size * max(weight.shape[:2])):
-            inputs = _transformed_inputs(padded[some], grid, transforms)
+        for part in _parts(len(images), grid, size * max(weight.shape[:2])):
+            inputs = _transformed_inputs(padded[part], grid, transforms)
             products = torch.bmm(inputs, filters.permute(1, 2, 0))  # (a a, k r s, o)
             tiles = (transforms.outputs @ products.flatten(1)).view(tile, tile, -1, *grid, len(weight))
             if bias is not None:
                 tiles += bias
-            by_tile[some] = tiles.permute(2, 3, 0, 4, 1, 5)
+            by_tile[part] = tiles.permute(2, 3, 0, 4, 1, 5)
         ctx.save_for_backward(padded, filters)
         ctx.transforms, ctx.grid, ctx.has_bias = transforms, grid, bias is not None
-        return outputs  # and no view of it, so that what follows may work in place
+        return outputs  # not a view of it, so that the next operation may work in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of images, weight and bias, each of its shape, from that of the outputs."""
+        """The gradients of images, weight and bias, each of its shape, from the gradient of the outputs."""
         padded, filters = ctx.saved_tensors
         transforms, grid = ctx.transforms, ctx.grid
         size, tile = len(transforms.inputs), transforms.tile
         out_channels, _, in_channels = filters.shape
         gradient = gradient.permute(0, 2, 3, 1).contiguous()
         outputs = gradient.view(-1, grid[0], tile, grid[1], tile, out_channels).permute(2, 4, 0, 1, 3, 5)
-        of_padded = torch.empty_like(padded)
-        of_filters = filters.new_zeros(size, out_channels, in_channels)
-        for some in _parts(len(padded), grid, size * max(out_channels, in_channels)):
-            inputs = _transformed_inputs(padded[some], grid, transforms)
-            tiles = outputs[:, :, some].reshape(tile * tile, -1)
+        grad_padded = torch.empty_like(padded)
+        grad_filters = filters.new_zeros(size, out_channels, in_channels)
+        for part in _parts(len(padded), grid, size * max(out_channels, in_channels)):
+            inputs = _transformed_inputs(padded[part], grid, transforms)
+            tiles = outputs[:, :, part].reshape(tile * tile, -1)
             products = (transforms.outputs.T @ tiles).view(size, -1, out_channels)
-            of_filters.baddbmm_(products.transpose(1, 2), inputs)
-            of_inputs = torch.bmm(products, filters.transpose(0, 1))  # (a a, k r s, c)
-            _add_overlapping(of_padded[some], transforms.inputs.T @ of_inputs.flatten(1), grid, tile)
-        of_weight = transforms.weight.T.expand(out_channels, 9, size) @ of_filters.transpose(0, 1)
+            grad_filters.baddbmm_(products.transpose(1, 2), inputs)
+            grad_inputs = torch.bmm(products, filters.transpose(0, 1))  # (a a, k r s, c)
+            _add_overlapping(grad_padded[part], transforms.inputs.T @ grad_inputs.flatten(1), grid, tile)
+        grad_weight = transforms.weight.T.expand(out_channels, 9, size) @ grad_filters.transpose(0, 1)
         return (
-            of_padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2),
-            of_weight.view(out_channels, 3, 3, in_channels).permute(0, 3, 1, 2),
+            grad_padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2),
+            grad_weight.view(out_channels, 3, 3, in_channels).permute(0, 3, 1, 2),
             gradient.flatten(0, 2).sum(0) if ctx.has_bias else None,
             None,
         )
 
 
 def _parts(count: int, grid: tuple[int, int], numbers: int) -> Iterator[slice]:
-    """So many images at a time that what is computed of them stays in the cache.
+    """Split the images into parts that are small enough for intermediate values to stay in the cache.
 
     Args:
-        count: of images.
-        grid: tiles of an image.
-        numbers: that a tile becomes.
+        count: number of images.
+        grid: rows and columns of tiles in an image.
+        numbers: size of a tile's largest intermediate value.
     """
     tiles = grid[0] * grid[1]
     at_once = max(1, _NUMBERS_AT_ONCE // (tiles * numbers), -(-_TILES_AT_ONCE // tiles))
@@ -208,7 +210,7 @@ def _parts(count: int, grid: tuple[int, int], numbers: int) -> Iterator[slice]:
 
 
 def _padded(images: torch.Tensor) -> torch.Tensor:
-    """With a border of zeros, as (batch, height + 2, width + 2, channels)."""
+    """Images with a border of zeros, as (batch, height + 2, width + 2, channels)."""
     count, channels, height, width = images.shape
     padded = images.new_empty(count, height + 2, width + 2, channels)
     padded[:, [0, -1]] = 0
@@ -218,13 +220,13 @@ def _padded(images: torch.Tensor) -> torch.Tensor:
 
 
 def _transformed_weight(weight: torch.Tensor, transforms: _Transforms) -> torch.Tensor:
-    """G g G', as (o, a a, c): a product for each output channel, which is fast where channels lie last in memory."""
+    """G g G' as (o, a a, c): one product for each output channel, which is fast with channels last in memory."""
     filters = weight.permute(0, 2, 3, 1).flatten(1, 2)
     return torch.bmm(transforms.weight.expand(len(weight), *transforms.weight.shape), filters)
 
 
 def _transformed_inputs(padded: torch.Tensor, grid: tuple[int, int], transforms: _Transforms) -> torch.Tensor:
-    """B' d B of all tiles, as (a a, k r s, c)."""
+    """B' d B of all tiles as (a a, k r s, c)."""
     side = transforms.tile + 2
     windows = _windows(padded, (side, side), grid, transforms.tile)
     inputs = transforms.inputs @ windows.reshape(side * side, -1)
@@ -232,7 +234,7 @@ def _transformed_inputs(padded: torch.Tensor, grid: tuple[int, int], transforms:
 
 
 def _windows(padded: torch.Tensor, shape: tuple[int, int], grid: tuple[int, int], step: int) -> torch.Tensor:
-    """A view of the windows of a shape that begin at every `step`-th position: (*shape, k, r, s, c)."""
+    """A view of the windows of the given shape at every `step`-th position: (*shape, k, r, s, c)."""
     image, row, column, channel = padded.stride()
     return padded.as_strided(
         (*shape, len(padded), *grid, padded.shape[-1]), (row, column, image, step * row, step * column, channel)
@@ -240,7 +242,7 @@ def _windows(padded: torch.Tensor, shape: tuple[int, int], grid: tuple[int, int]
 
 
 def _add_overlapping(padded: torch.Tensor, tiles: torch.Tensor, grid: tuple[int, int], tile: int) -> None:
-    """Overwrite padded images with the sum of their tiles, each of which reaches two rows and columns into the next."""
+    """Overwrite padded images with the sum of their tiles, each of which overlaps the next by two rows and columns."""
     side = tile + 2
     tiles = tiles.view(side, side, len(padded), *grid, padded.shape[-1])
     inner, outer = slice(0, tile), slice(tile, side)

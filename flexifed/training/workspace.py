@@ -1,4 +1,4 @@
-"""What clients of one architecture take turns in."""
+"""The workspace that clients of one architecture share, one at a time."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from flexifed.training.winograd import use_winograd
 
 
 class Workspace:
-    """A model whose values are whoever's turn it is, and how it is trained.
+    """A model that holds the values of one client at a time, and the settings with which it is trained.
 
     Args:
-        model: on its device, where its tensors stay: values are copied into them. Its convolutions may be given
-            another class.
+        model: on its device. Its tensors stay where they are, and clients' values are copied into them. The class of
+            some convolutions may change (`use_winograd`).
         config: epochs, batch size, and SGD's settings.
-        numerics: precision, how the optimizer steps, and whether steps are recorded; what holds for the whole process
-            is `numeric_settings`.
-        record: how a step is recorded. Default: as a CUDA graph.
+        numerics: precision, and whether the optimizer is fused and steps are recorded. Settings of the whole process
+            are those of `numeric_settings`.
+        record: records a step, if `numerics` asks for that. Default: as a CUDA graph.
     """
 
     def __init__(
@@ -29,12 +29,12 @@ class Workspace:
         self.config = config
         self.numerics = numerics
         self.device = next(model.parameters()).device
-        if numerics.by_winograd(self.device.type):
+        if numerics.uses_winograd(self.device.type):
             use_winograd(model)
         self._recorded = RecordedStep(self._fresh_step(), record or CudaGraphs()) if numerics.cuda_graph else None
 
-    def begin(self) -> Step | RecordedStep:
-        """Steps of a fresh optimizer; of those that are recorded, the recordings are kept."""
+    def begin_training(self) -> Step | RecordedStep:
+        """A step with a fresh optimizer. If steps are recorded, existing recordings are kept."""
         if self._recorded is None:
             return self._fresh_step()
         self._recorded.reset()

@@ -1,4 +1,4 @@
-"""What a CUDA graph means, on CPUs: the operators of one run, done again on the very tensors of that run."""
+"""A CUDA graph's semantics on CPUs: the operators of one run, repeated on the very tensors of that run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _FROM_PYTHON = {aten.lift_fresh.default, aten.lift.default}  # torch.tensor(3.0)
 
 
 class CaptureError(RuntimeError):
-    """Something that a stream in capture refuses."""
+    """An operation that a CUDA stream refuses while it is captured."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One that was run: with which arguments, and which of its results were new memory, by position."""
+    """An operator that was run, its arguments, and those of its results that were new memory, by position."""
 
     function: Any
     args: Any
@@ -30,19 +30,19 @@ class Operator:
     made: dict[int, torch.Tensor]
 
     def spoil(self) -> None:
-        """Leave garbage in what it made, as others leave it in memory that was free meanwhile."""
+        """Fill the operator's new tensors with garbage, as other work does with memory that was free in between."""
         for tensor in self.made.values():
             tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
 
     def run_again(self) -> None:
-        """Do the same with the values of now. What changed its arguments or was a view of them does so by itself."""
+        """Run the operator on the current values. Results that are arguments or views of them need no copy."""
         results = tree_leaves(self.function(*self.args, **self.kwargs))
         for position, place in self.made.items():
             place.copy_(results[position])
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes all operators, beneath autograd and autocast, backward included."""
+    """Records all operators below autograd and autocast, those of the backward pass included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,8 +70,8 @@ class _Recorder(TorchDispatchMode):
 class CpuRecorder:
     """Records work as `flexifed.training.graph.CudaGraphs` does.
 
-    A replay runs no Python of the work, and begins with garbage in all that the work made when it was recorded: it may
-    rely on nothing but tensors that were there before, and what it writes itself.
+    A replay runs no Python, and begins with garbage in all tensors that were created during the recording: it can rely
+    only on tensors that existed before, and on what it writes itself.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ def faults():
 if {keep}:
     assert keep_freed_memory()
 fewest = None
-for _ in range(32):  # the first ones find their places
+for _ in range(32):  # the first ones still allocate
     before = faults()
     torch.ones(2**24)
     fewest = faults() - before if fewest is None else min(fewest, faults() - before)
@@ -28,37 +28,38 @@ print(fewest)
 
 
 def fewest_page_faults(*, keep: bool) -> int:
-    """Of any of some tensors of 64 MiB, each freed before the next, in a process of its own."""
+    """The fewest page faults of any of several tensors of 64 MiB, each freed before the next, in a new process."""
     line = [sys.executable, "-c", FAULTS.format(keep=keep)]
     return int(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
 
 
 @pytest.mark.parametrize(
-    ("most_mapped", "told"), [(2**31 - 1, [(-3, 2**31 - 1), (-1, 2**31 - 1)]), (2**25, [(-3, 2**25), (-1, 2**31 - 1)])]
+    ("most_mapped", "expected"),
+    [(2**31 - 1, [(-3, 2**31 - 1), (-1, 2**31 - 1)]), (2**25, [(-3, 2**25), (-1, 2**31 - 1)])],
 )
-def test_a_glibc_that_takes_less_is_told_as_much_as_it_takes(
-    monkeypatch: pytest.MonkeyPatch, most_mapped: int, told: list[tuple[int, int]]
+def test_a_glibc_with_a_lower_limit_is_given_that_limit(
+    monkeypatch: pytest.MonkeyPatch, most_mapped: int, expected: list[tuple[int, int]]
 ) -> None:
-    taken = []
+    accepted = []
 
     def mallopt(option: int, value: int) -> int:
         if option == -3 and value > most_mapped:
             return 0
-        taken.append((option, value))
+        accepted.append((option, value))
         return 1
 
     monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
     assert keep_freed_memory()
-    assert taken == told
+    assert accepted == expected
 
 
 def test_a_glibc_that_refuses_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = []
-    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(mallopt=lambda *told: refused.append(told[0]) or 0))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(mallopt=lambda *call: refused.append(call[0]) or 0))
     assert not keep_freed_memory()
     assert -1 not in refused, "after that it would no longer adapt the other by itself"
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has this setting")
 def test_memory_that_was_freed_is_not_cleared_again() -> None:
     assert fewest_page_faults(keep=True) < 16 < fewest_page_faults(keep=False)  # 16,384 pages, or 32 large ones

@@ -1,6 +1,6 @@
-"""A step that is recorded and replayed does what it does without: to the bit, for all that training can be told.
+"""A recorded and replayed step gives the same bits as a step without recording, with all settings of training.
 
-`CpuRecorder` stands in for CUDA graphs, and finds what a recording would get wrong; the tests at the end need a GPU.
+`CpuRecorder` stands in for CUDA graphs and detects what a recording would get wrong. The tests at the end need a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CLASSES = 3
 
 
 class SmallModel(nn.Module):
-    """All kinds of layers that the families have, in little: (batch, 1, 4, 4) to (batch, 3)."""
+    """A small model with all kinds of layers that the families have: (batch, 1, 4, 4) to (batch, 3)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,10 +80,15 @@ State = dict[str, torch.Tensor]
 def take_turns(
     workspace: Workspace, counts: Sequence[int], rounds: int = 2
 ) -> tuple[list[State], list[float], torch.Tensor]:
-    """Clients with so many samples train in turn in one workspace, each from its own state.
+    """Let clients train in turn in one workspace, each from its own state.
+
+    Args:
+        workspace: the shared workspace.
+        counts: number of samples of each client.
+        rounds: how often each client trains.
 
     Returns:
-        The state of each after each round, the losses, and what dropout would draw next.
+        The state of each client after each round, the losses, and random numbers that are drawn afterwards.
     """
     device = workspace.device
     pipeline = ImagePipeline((0.5,), (0.25,), device, channels_last=True)
@@ -114,25 +119,25 @@ def take_turns(
 def workspaces(
     config: TrainingConfig, numerics: dict[str, object], record: Record | None = None, device: torch.device = CPU
 ) -> tuple[Workspace, Workspace]:
-    """One that runs every step, and one that records it."""
+    """A workspace that runs every step eagerly, and one that records its steps."""
     eager = Workspace(small_model(device=device), config, NumericsConfig(**numerics))
     recorded = Workspace(small_model(device=device), config, NumericsConfig(cuda_graph=True, **numerics), record)
     return eager, recorded
 
 
-def assert_equal(one: State, other: State) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+def assert_equal(first: State, second: State) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 @pytest.mark.parametrize("precision", [None, "bf16"])
 @pytest.mark.parametrize("fused", [None, False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_replayed_steps_are_the_steps(
+def test_replayed_steps_equal_eager_steps(
     momentum: float, weight_decay: float, fused: bool | None, precision: str | None
 ) -> None:
-    """Batches of 8, 8 and 4, then of 8 and 1, then of 7 alone, from client to client."""
+    """The clients' batches are 8, 8 and 4; 8 and 1; only 7; and again 8, 8 and 4."""
     record = CpuRecorder()
     config = TrainingConfig(
         local_epochs=2, batch_size=8, learning_rate=0.1, momentum=momentum, weight_decay=weight_decay
@@ -141,13 +146,13 @@ def test_replayed_steps_are_the_steps(
     counts = [20, 9, 7, 20]
     states, losses, drawn = take_turns(eager, counts)
     replayed, replayed_losses, also_drawn = take_turns(recorded, counts)
-    for one, other in zip(states, replayed, strict=True):
-        assert_equal(one, other)
+    for state, replayed_state in zip(states, replayed, strict=True):
+        assert_equal(state, replayed_state)
     assert losses == replayed_losses
-    assert torch.equal(drawn, also_drawn), "no recording may use up draws of another"
-    assert record.recorded == 4, "one for each size of batch"
+    assert torch.equal(drawn, also_drawn), "no recording may use up random numbers"
+    assert record.recorded == 4, "one for each batch size"
     assert record.replayed == 2 * 2 * (3 + 2 + 1 + 3)
-    assert len({state["mask"].numpy().tobytes() for state in replayed}) > len(counts), "or no draw was tested"
+    assert len({state["mask"].numpy().tobytes() for state in replayed}) > len(counts), "or no random number was tested"
 
 
 @given(
@@ -157,14 +162,16 @@ def test_replayed_steps_are_the_steps(
     momentum=st.sampled_from([0.0, 0.5]),
 )
 @settings(max_examples=25)
-def test_so_it_is_for_any_number_of_samples(counts: list[int], batch_size: int, epochs: int, momentum: float) -> None:
+def test_replayed_steps_equal_eager_steps_for_any_number_of_samples(
+    counts: list[int], batch_size: int, epochs: int, momentum: float
+) -> None:
     config = TrainingConfig(local_epochs=epochs, batch_size=batch_size, learning_rate=0.1, momentum=momentum)
     record = CpuRecorder()
     eager, recorded = workspaces(config, {}, record)
     states, losses, drawn = take_turns(eager, counts, rounds=1)
     replayed, replayed_losses, also_drawn = take_turns(recorded, counts, rounds=1)
-    for one, other in zip(states, replayed, strict=True):
-        assert_equal(one, other)
+    for state, replayed_state in zip(states, replayed, strict=True):
+        assert_equal(state, replayed_state)
     assert losses == replayed_losses
     assert torch.equal(drawn, also_drawn)
     sizes = {min(batch_size, count - first) for count in counts for first in range(0, count, batch_size)}
@@ -184,7 +191,7 @@ def test_so_it_is_for_any_number_of_samples(counts: list[int], batch_size: int, 
 def test_a_federation_of_replayed_steps_ends_with_the_same_bits(
     dataset: str, family: str, width: float, streams: int, tmp_path: object
 ) -> None:
-    """Clients 0 and 4 take turns in one workspace, or overlap, with what they share and what they keep."""
+    """Clients 0 and 4 train in turn in one workspace, or overlap; they have shared and personal layers."""
     info = find_dataset(dataset, data="synthetic", data_dir=tmp_path)  # type: ignore[arg-type]
     config = CellConfig(
         dataset=dataset,  # type: ignore[arg-type]
@@ -198,26 +205,28 @@ def test_a_federation_of_replayed_steps_ends_with_the_same_bits(
     for recorded in (False, True):
         hosts = LocalHosts(config, info, make_shards(config, info), streams=streams if recorded else 1)
         [host] = hosts._hosts
-        if recorded:  # a config of a CPU can't ask for it
+        if recorded:  # the config of a cell on a CPU can't ask for graphs
             numerics = NumericsConfig(cuda_graph=True)
             built = {id(client._workspace): client._workspace for client in host._clients}
-            made = {key: Workspace(one.model, one.config, numerics, record) for key, one in built.items()}
+            recording = {
+                key: Workspace(workspace.model, workspace.config, numerics, record) for key, workspace in built.items()
+            }
             for client in host._clients:
-                client._workspace = made[id(client._workspace)]
+                client._workspace = recording[id(client._workspace)]
         federation = Federation(config, info, hosts)
         played = [federation.play_round().clients for _ in range(2)]
         losses.append([(client.loss, client.train_loss) for clients in played for client in clients])
         digests.append(host.state_sha256(federation.shared))
     assert digests[0] == digests[1]
     assert losses[0] == losses[1]
-    assert record.recorded == 2 * len(made), "two sizes of batch"
-    assert len(made) == max(4, streams), "of four architectures, or as many as overlap"
+    assert record.recorded == 2 * len(recording), "two batch sizes"
+    assert len(recording) == max(4, streams), "one for each of four architectures, or as many as overlap"
 
 
-# What the stand-in would find
+# What the stand-in detects
 
 
-def a_step(**config: object) -> Step:
+def make_step(**config: object) -> Step:
     return Step(small_model(), TrainingConfig(learning_rate=0.1, **config), NumericsConfig())  # type: ignore[arg-type]
 
 
@@ -241,7 +250,7 @@ def test_the_stand_in_refuses_what_a_capture_refuses(work: Callable[[torch.Tenso
         CpuRecorder()(lambda: work(torch.ones(3)))
 
 
-def test_the_stand_in_finds_steps_that_are_not_all_alike() -> None:
+def test_the_stand_in_detects_steps_that_are_not_all_alike() -> None:
     total, runs = torch.zeros(()), []
 
     def work() -> None:
@@ -254,7 +263,7 @@ def test_the_stand_in_finds_steps_that_are_not_all_alike() -> None:
     assert (total.item(), len(runs)) == (1 + 2 + 2, 2), "Python is not run again"
 
 
-def test_the_stand_in_finds_what_outlives_a_step() -> None:
+def test_the_stand_in_detects_tensors_that_outlive_a_step() -> None:
     total, kept = torch.zeros(3), []
 
     def work() -> None:
@@ -265,36 +274,36 @@ def test_the_stand_in_finds_what_outlives_a_step() -> None:
     replay = CpuRecorder()(work)
     kept[-1].fill_(5)
     replay()
-    assert total.tolist() == [3, 3, 3], "made anew in every replay"
+    assert total.tolist() == [3, 3, 3], "created again in every replay"
 
 
-def test_recordings_go_with_their_workspace() -> None:
+def test_recordings_are_freed_with_their_workspace() -> None:
     _, recorded = workspaces(TrainingConfig(batch_size=4, local_epochs=1), {}, CpuRecorder())
     take_turns(recorded, [6])
     model = weakref.ref(recorded.model)
     gc.disable()
     try:
         del recorded
-        assert model() is None, "a GPU's memory would wait for the garbage collector"
+        assert model() is None, "or a GPU's memory would be held until the garbage collector runs"
     finally:
         gc.enable()
 
 
 def test_a_recording_leaves_values_momentum_and_losses_as_they_were() -> None:
-    """The second size of batch comes when the first has already trained."""
-    step = a_step()
+    """The second batch size first occurs when the model has already been trained with the first."""
+    step = make_step()
     recorded = RecordedStep(step, CpuRecorder())
     recorded.reset()
     recorded(*inputs(4))
     before = [tensor.clone() for tensor in step.tensors()]
     drawn = torch.get_rng_state()
     recorded._recording(*inputs(3))
-    assert all(torch.equal(one, other) for one, other in zip(before, step.tensors(), strict=True))
+    assert all(torch.equal(old, tensor) for old, tensor in zip(before, step.tensors(), strict=True))
     assert torch.equal(drawn, torch.get_rng_state())
 
 
 class FakeGenerator:
-    """A GPU's default generator, as graphs see it: it points to a state of (seed, offset)."""
+    """A fake of a GPU's default generator, which points to a state of (seed, offset)."""
 
     def __init__(self, state: list[int]) -> None:
         self.state = state
@@ -316,7 +325,7 @@ class FakeGenerator:
 
 
 class FakeCuda:
-    """What graphs need of `torch.cuda`. Work draws numbers; a graph draws from the state that it was recorded with."""
+    """A fake of what graphs use of `torch.cuda`. A graph draws random numbers from the state it was recorded with."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.generator = FakeGenerator([3, 0])
@@ -373,16 +382,16 @@ class FakeCuda:
         graph.replay = replay
 
 
-def test_each_recorder_has_a_state_of_the_generator_and_draws_what_the_default_one_would(
+def test_each_recorder_has_its_own_generator_state_and_draws_what_the_default_one_would(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """PyTorch keeps a state's seed and offset in one place on the GPU; graphs that overlap would both write to it."""
+    """PyTorch keeps a state's seed and offset in one place on the GPU, to which overlapping graphs would both write."""
     cuda = FakeCuda(monkeypatch)
     own = cuda.generator.state
     replays = [record(lambda: (cuda.draw(), cuda.draw())) for record in (CudaGraphs(), CudaGraphs())]
     assert cuda.generator.state is own
     assert len({id(state) for state in (own, *cuda.states)}) == 3
-    assert own == [3, 2 * 3 * 2 * 4], "warm-ups draw; whoever records puts them back"
+    assert own == [3, 2 * 3 * 2 * 4], "warm-ups draw; the caller restores the state"
     cuda.drawn.clear()
     own[:] = [8, 0]
     for replay in (*replays, replays[0]):
@@ -391,7 +400,7 @@ def test_each_recorder_has_a_state_of_the_generator_and_draws_what_the_default_o
     assert cuda.drawn == [(8, 4 * count) for count in range(7)]
 
 
-def test_a_recording_waits_and_is_waited_for_and_has_memory_of_cublas_to_itself(
+def test_a_recording_waits_and_is_waited_for_and_has_its_own_cublas_workspace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cuda = FakeCuda(monkeypatch)
@@ -400,13 +409,13 @@ def test_a_recording_waits_and_is_waited_for_and_has_memory_of_cublas_to_itself(
     assert cuda.order == [*warm_up, "clear", "capture on side", "captured", "clear", "client waits for side"]
 
 
-def test_a_batch_that_was_recorded_stays_its_givers() -> None:
-    recorded = RecordedStep(a_step(), CpuRecorder())
+def test_a_recording_never_writes_to_the_callers_batch() -> None:
+    recorded = RecordedStep(make_step(), CpuRecorder())
     recorded.reset()
     first = inputs(4, seed=1)
     recorded(*first)
     recorded(*inputs(4, seed=2))
-    assert all(torch.equal(one, other) for one, other in zip(first, inputs(4, seed=1), strict=True))
+    assert all(torch.equal(tensor, same) for tensor, same in zip(first, inputs(4, seed=1), strict=True))
 
 
 def test_graphs_are_refused_on_cpus() -> None:
@@ -416,24 +425,24 @@ def test_graphs_are_refused_on_cpus() -> None:
         NumericsConfig(cuda_graph=1)  # type: ignore[arg-type]
 
 
-def test_who_asks_for_graphs_gets_another_run_id() -> None:
-    asked = CellConfig(
+def test_graphs_change_the_run_id() -> None:
+    with_graphs = CellConfig(
         dataset="cifar10", family="vgg", scheme="standalone", device="cuda", numerics=NumericsConfig(cuda_graph=True)
     )
     plain = CellConfig(dataset="cifar10", family="vgg", scheme="standalone", device="cuda")
-    assert asked.run_id("data") != plain.run_id("data")
+    assert with_graphs.run_id("data") != plain.run_id("data")
 
 
 # On a GPU
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch sees none")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch finds none")
 
 
 @needs_gpu
 @pytest.mark.parametrize("precision", [None, "bf16"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_on_a_gpu_graphs_and_eager_steps_agree(momentum: float, precision: str | None) -> None:
-    """To what rounding differs by, should a library choose other kernels in a capture."""
+    """Within rounding differences, since a library may choose other kernels during a capture."""
     device = torch.device("cuda")
     config = TrainingConfig(local_epochs=2, batch_size=8, learning_rate=0.1, momentum=momentum)
     numerics = {"precision": precision}
@@ -442,11 +451,11 @@ def test_on_a_gpu_graphs_and_eager_steps_agree(momentum: float, precision: str |
         states, losses, drawn = take_turns(eager, [20, 9, 7, 20])
         replayed, replayed_losses, also_drawn = take_turns(recorded, [20, 9, 7, 20])
     tolerance = 1e-3 if precision is None else 2e-2
-    for one, other in zip(states, replayed, strict=True):
-        assert torch.equal(one["mask"], other["mask"]), "the same draws of dropout"
-        assert one.keys() == other.keys()
-        for name in one:
-            torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance)
+    for state, replayed_state in zip(states, replayed, strict=True):
+        assert torch.equal(state["mask"], replayed_state["mask"]), "dropout draws the same"
+        assert state.keys() == replayed_state.keys()
+        for name in state:
+            torch.testing.assert_close(state[name], replayed_state[name], rtol=tolerance, atol=tolerance)
     assert losses == pytest.approx(replayed_losses, rel=tolerance)
     assert torch.equal(drawn, also_drawn)
 
@@ -458,7 +467,7 @@ def test_on_a_gpu_graphs_that_overlap_draw_what_they_draw_alone() -> None:
     pipeline = ImagePipeline((0.5,), (0.25,), device, channels_last=True)
 
     def computation(workspace: Workspace, seed: int) -> Steps[torch.Tensor]:
-        """Adds up all masks that a client's dropout draws."""
+        """Combine all masks that a client's dropout draws."""
         total = torch.zeros(8, 8, device=device)
         streams = {name: torch.Generator().manual_seed(seed) for name in ("batches", "augmentation")}
         with seeded_dropout(seed, device):
@@ -469,10 +478,10 @@ def test_on_a_gpu_graphs_that_overlap_draw_what_they_draw_alone() -> None:
 
     alone, together = ([workspaces(config, {}, device=device)[1] for _ in range(4)] for _ in range(2))
     expected = [run_to_end(computation(workspace, seed)) for seed, workspace in enumerate(alone)]
-    for _ in range(2):  # with what was recorded in the first round
-        plays = [computation(workspace, seed) for seed, workspace in enumerate(together)]
-        found = overlap(plays, [Stream(device) for _ in plays])
-        assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    for _ in range(2):  # the second time with the recordings of the first
+        computations = [computation(workspace, seed) for seed, workspace in enumerate(together)]
+        masks = overlap(computations, [Stream(device) for _ in computations])
+        assert all(torch.equal(mask, expected_mask) for mask, expected_mask in zip(masks, expected, strict=True))
 
 
 @needs_gpu

@@ -1,6 +1,6 @@
-"""A federation of one client is plain PyTorch: the loops here are written out, image by image and step by step.
+"""A federation of one client computes what plain PyTorch does: here its loops are written out, image by image.
 
-Both sides draw from the same named generators; that is all they have in common.
+The only thing that the two sides share is the named generators from which they draw.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROUNDS = 3
 
 
 def one_client(*, numerics: NumericsConfig = NumericsConfig(), **training: object) -> CellConfig:  # noqa: B008
-    """A client with 50 samples a round, in batches of 16, 16, 16 and 2; the third round's window begins anew."""
+    """A client with 50 samples a round, in batches of 16, 16, 16 and 2; the third round reuses the first window."""
     return CellConfig(
         dataset="cifar10",
         family="vgg",
@@ -54,7 +54,7 @@ def one_client(*, numerics: NumericsConfig = NumericsConfig(), **training: objec
 
 
 def federated_weights(config: CellConfig) -> dict[str, torch.Tensor]:
-    """What the only client holds after `ROUNDS` rounds of a federation in this process."""
+    """The state of the only client after `ROUNDS` rounds of a federation in this process."""
     hosts = LocalHosts(config, INFO, make_shards(config, INFO))
     federation = Federation(config, INFO, hosts)
     for _ in range(ROUNDS):
@@ -65,7 +65,7 @@ def federated_weights(config: CellConfig) -> dict[str, torch.Tensor]:
 
 
 def plain_weights(config: CellConfig, shard: ClientShards) -> dict[str, torch.Tensor]:
-    """The same training without any of the project's."""
+    """The state after the same training in plain PyTorch."""
     options = config.training
     memory_format = torch.channels_last if config.numerics.channels_last else torch.contiguous_format
     model = build_model("vgg11_bn", num_classes=10, width=0.03, generator=torch_generator(SEED, "init", 0))
@@ -101,7 +101,7 @@ def plain_weights(config: CellConfig, shard: ClientShards) -> dict[str, torch.Te
 
 
 def cropped_and_flipped(images: torch.Tensor, generator: torch.Generator, padding: int = 4) -> torch.Tensor:
-    """Torchvision's crop, padding and flip, one image after another, with the pipeline's draws."""
+    """Apply torchvision's padding, crop and flip to one image after another, with the pipeline's random numbers."""
     count, _, height, width = images.shape
     rows, columns = torch.randint(2 * padding + 1, (2, count, 1), generator=generator).squeeze(2).tolist()
     flips = (torch.rand(count, 1, generator=generator) < 0.5).squeeze(1).tolist()
@@ -122,10 +122,10 @@ def normalised(image: torch.Tensor) -> torch.Tensor:
     )
 
 
-def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that are not equal to the last bit."""
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
+def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not equal to the last bit."""
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -137,7 +137,7 @@ def test_one_client_trains_exactly_as_plain_pytorch_does(channels_last: bool, au
 
 
 @pytest.mark.parametrize("numerics", [NumericsConfig(fused=True), NumericsConfig(precision="bf16")])
-def test_other_numerics_are_pytorchs_own_and_change_bits(numerics: NumericsConfig) -> None:
+def test_other_numerics_agree_with_pytorch_and_change_bits(numerics: NumericsConfig) -> None:
     config = one_client(numerics=numerics)
     shard = make_shards(config, INFO)[0]
     weights = federated_weights(config)
@@ -151,7 +151,7 @@ def test_tf32_is_refused_on_cpus() -> None:
 
 
 def scored(scoring: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor, Score]:
-    """A model, test images and labels, and the score in batches of 24, 24 and 12."""
+    """A model, its test images and labels, and its score in batches of 24, 24 and 12."""
     model = build_model("vgg11_bn", num_classes=10, width=0.03, generator=torch_generator(SEED, "init", 0))
     images, labels = open_dataset(INFO).test.take(make_shards(one_client(), INFO)[0].test)
     images, labels = images.repeat(3, 1, 1, 1), labels.repeat(3)
@@ -178,8 +178,8 @@ def test_a_score_is_exactly_that_of_a_plain_loop_in_the_same_mode(scoring: str) 
             correct += int((outputs.argmax(1) == targets).sum())
             loss += loss_function(outputs, targets).item()
     assert score == Score(accuracy=correct / len(images), loss=loss / len(images))
-    moved = differing(before, model.state_dict())
-    assert bool(moved) == (scoring == "train"), "the plain loop moves running statistics in training mode alone"
+    changed = differing(before, model.state_dict())
+    assert bool(changed) == (scoring == "train"), "only in training mode does the plain loop change running statistics"
 
 
 def test_scoring_modes_give_different_scores() -> None:
@@ -218,9 +218,9 @@ def test_crop_and_flip_reach_every_offset_and_flip_half() -> None:
     image = torch.arange(9).reshape(1, 1, 3, 3).to(torch.uint8) + 1
     variation = CropAndFlip(padding=1)
     shifted = variation.apply(image.repeat(4000, 1, 1, 1), variation.draw(4000, torch.Generator().manual_seed(0)))
-    seen = {tuple(one.flatten().tolist()) for one in shifted}
+    seen = {tuple(image.flatten().tolist()) for image in shifted}
     assert len(seen) == 2 * 3 * 3
-    assert (shifted[:, 0, 1, 1] != 0).all(), "the centre is never beyond the edge"
+    assert (shifted[:, 0, 1, 1] != 0).all(), "the centre pixel is never cropped away"
 
 
 def settings_now() -> tuple[int, bool, bool, list[int]]:
@@ -230,7 +230,7 @@ def settings_now() -> tuple[int, bool, bool, list[int]]:
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize(("deterministic", "benchmark"), [(False, True), (True, False)])
-def test_numeric_settings_hold_inside_and_are_put_back(
+def test_numeric_settings_apply_inside_and_are_restored(
     fails: bool, deterministic: bool, benchmark: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
@@ -247,7 +247,7 @@ def test_numeric_settings_hold_inside_and_are_put_back(
     assert settings_now() == before
 
 
-def test_tf32_is_allowed_for_all_products_where_it_is_asked_for() -> None:
+def test_tf32_is_allowed_for_all_products_if_the_config_says_so() -> None:
     def allowed() -> tuple[bool, bool]:
         return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
@@ -260,7 +260,7 @@ def test_tf32_is_allowed_for_all_products_where_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_seeded_dropout_draws_from_its_seed_and_puts_the_generator_back(fails: bool) -> None:
+def test_seeded_dropout_draws_from_its_seed_and_restores_the_generator(fails: bool) -> None:
     torch.manual_seed(1)
     before = settings_now()
     drawn: list[torch.Tensor] = []
@@ -286,7 +286,7 @@ def raises_if(fails: bool, body: Callable[[], None]) -> None:
 
 
 def play(config: CellConfig, rounds: int) -> Sequence[float]:
-    """Losses of the scored rounds, one client."""
+    """The losses of a single client in all scored rounds."""
     federation = Federation(config, INFO, LocalHosts(config, INFO, make_shards(config, INFO)))
     return [federation.play_round(train=index < rounds).clients[0].loss for index in range(rounds + 1)]
 

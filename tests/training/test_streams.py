@@ -1,4 +1,4 @@
-"""Computations that overlap come to what they come to alone. Where there is no GPU they take turns on the CPU."""
+"""Overlapping computations have the results that they have alone. Without a GPU they alternate on the CPU."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CPU = torch.device("cpu")
 
 
 def draws(seed: int, count: int) -> Steps[list[float]]:
-    """What a client does: seeded draws from the global generator, with a turn for others between them."""
-    found = []
+    """Draw from the seeded global generator, as a client does, and yield after each number."""
+    numbers = []
     with seeded_dropout(seed, CPU):
         for _ in range(count):
-            found.append(torch.rand(()).item())
+            numbers.append(torch.rand(()).item())
             yield
-    return found
+    return numbers
 
 
 def streams(count: int) -> list[Stream]:
@@ -33,14 +33,14 @@ def streams(count: int) -> list[Stream]:
 
 @given(st.lists(st.tuples(st.integers(0, 2**32), st.integers(0, 6)), min_size=1, max_size=5))
 def test_computations_that_overlap_draw_what_they_draw_alone(computations: list[tuple[int, int]]) -> None:
-    alone = [run_to_end(draws(*one)) for one in computations]
+    alone = [run_to_end(draws(*arguments)) for arguments in computations]
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    assert overlap([draws(*one) for one in computations], streams(5)) == alone
+    assert overlap([draws(*arguments) for arguments in computations], streams(5)) == alone
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_one_that_fails_ends_the_others_and_leaves_the_generator_as_it_was() -> None:
+def test_a_failure_ends_the_other_computations_and_restores_the_generator() -> None:
     ended = []
 
     def endless() -> Steps[None]:
@@ -63,14 +63,14 @@ def test_one_that_fails_ends_the_others_and_leaves_the_generator_as_it_was() -> 
 
 
 class FakeStreams:
-    """What streams need of `torch.cuda`, and the order in which streams wait for each other and are worked on."""
+    """A fake of what streams use of `torch.cuda`. Records the order in which streams wait and get work."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.order: list[str] = []
         self.made = 0
         self.current = "outside"
         fakes = {
-            "Stream": self.make,
+            "Stream": self.make_stream,
             "current_stream": lambda device: self.stream("outside"),
             "stream": self.entered,
             "get_rng_state": lambda device: torch.zeros(1),
@@ -82,7 +82,7 @@ class FakeStreams:
     def stream(self, name: str) -> SimpleNamespace:
         return SimpleNamespace(name=name, wait_stream=lambda other: self.order.append(f"{name} waits for {other.name}"))
 
-    def make(self, device: torch.device) -> SimpleNamespace:
+    def make_stream(self, device: torch.device) -> SimpleNamespace:
         self.made += 1
         return self.stream(f"stream {self.made}")
 
@@ -102,14 +102,14 @@ BEGIN = ["stream 1 waits for outside", "stream 2 waits for outside"]
 END = ["outside waits for stream 1", "outside waits for stream 2"]
 
 
-def test_streams_wait_for_what_was_before_and_what_comes_after_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_wait_for_earlier_work_and_later_work_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeStreams(monkeypatch)
     streams = [Stream(torch.device("cuda")) for _ in range(2)]
     overlap([cuda.work(2), cuda.work(1)], streams)
     assert cuda.order == [*BEGIN, "work on stream 1", "work on stream 2", "work on stream 1", *END]
 
 
-def test_what_comes_after_waits_for_streams_of_which_one_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_work_waits_for_all_streams_even_if_one_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing() -> Steps[None]:
         yield
         raise ArithmeticError("too large")

@@ -1,4 +1,4 @@
-"""Winograd's convolutions are convolutions: the same numbers but for rounding, forward and backward."""
+"""Winograd's convolutions agree with direct ones except for rounding, forward and backward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flexifed.federation.cell import make_shards
 from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.models import build_model
 from flexifed.training import winograd
-from flexifed.training.winograd import WinogradConv2d, convolve, fits, use_winograd
+from flexifed.training.winograd import WinogradConv2d, convolve, is_suitable, use_winograd
 from flexifed.training.workspace import Workspace
 
 INFO = synthetic.info()
@@ -35,14 +35,15 @@ def operands(
     bias: bool = True,
     seed: int = 0,
 ) -> Operands:
-    """Images, weight and bias, of the order of 1 as their convolution is."""
+    """Images, weight and bias, whose convolution has values of order 1."""
     generator = torch.Generator().manual_seed(0)
-    into, out = channels
-    images = torch.randn(count, into, *size, generator=generator, dtype=torch.float64)
-    weight = torch.randn(out, into, 3, 3, generator=generator, dtype=torch.float64) / (3 * into**0.5)
-    offsets = torch.randn(out, generator=generator, dtype=torch.float64)
-    made = [tensor.to(dtype).requires_grad_() for tensor in (images, weight, offsets)]
-    return made[0], made[1], made[2] if bias else None
+    in_channels, out_channels = channels
+    images = torch.randn(count, in_channels, *size, generator=generator, dtype=torch.float64)
+    weight = torch.randn(out_channels, in_channels, 3, 3, generator=generator, dtype=torch.float64)
+    offsets = torch.randn(out_channels, generator=generator, dtype=torch.float64)
+    tensors = (images, weight / (3 * in_channels**0.5), offsets)
+    images, weight, offsets = (tensor.to(dtype).requires_grad_() for tensor in tensors)
+    return images, weight, offsets if bias else None
 
 
 def direct(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -50,10 +51,10 @@ def direct(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def with_gradients(outputs: torch.Tensor, inputs: Operands) -> list[torch.Tensor]:
-    """The outputs, and the gradients of all inputs for one gradient of the outputs."""
+    """The outputs, and the gradients of all inputs for a random gradient of the outputs."""
     gradient = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    given_to = [tensor for tensor in inputs if tensor is not None]
-    return [outputs.detach(), *torch.autograd.grad(outputs, given_to, gradient.to(outputs.dtype))]
+    leaves = [tensor for tensor in inputs if tensor is not None]
+    return [outputs.detach(), *torch.autograd.grad(outputs, leaves, gradient.to(outputs.dtype))]
 
 
 @given(
@@ -84,8 +85,8 @@ def test_outputs_and_gradients_are_those_of_a_direct_convolution(
         patch.setattr(winograd, "_FEWEST_TILES", 1)
         ours = convolve(images.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), offsets)
         ours_and_gradients = with_gradients(ours, inputs)
-    for one, exact in zip(ours_and_gradients, with_gradients(direct(*inputs), inputs), strict=True):
-        torch.testing.assert_close(one, exact, rtol=1e-10, atol=1e-10)
+    for tensor, exact in zip(ours_and_gradients, with_gradients(direct(*inputs), inputs), strict=True):
+        torch.testing.assert_close(tensor, exact, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("count", "size", "tile"), [(8, 8, 4), (32, 4, 4), (4, 6, 2), (32, 2, 2)])
@@ -100,26 +101,27 @@ def test_even_sizes_are_tiled(count: int, size: int, tile: int, monkeypatch: pyt
     [(32, 5, False), (7, 8, False), (31, 4, False), (3, 6, False), (31, 2, False), (32, 4, True)],
     ids=["odd", "7 of 4 tiles", "31 of a tile", "3 of 9 tiles", "31 of a small tile", "autocast"],
 )
-def test_where_nothing_is_gained_a_convolution_is_pytorchs_own_to_the_bit(
+def test_where_it_would_not_be_faster_a_convolution_is_pytorchs_own_to_the_bit(
     count: int, size: int, autocast: bool
 ) -> None:
     inputs = operands(count, (3, 5), (size, size), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        for one, exact in zip(
+        for tensor, exact in zip(
             with_gradients(convolve(*inputs), inputs), with_gradients(direct(*inputs), inputs), strict=True
         ):
-            assert torch.equal(one, exact)
+            assert torch.equal(tensor, exact)
 
 
 @pytest.mark.parametrize("channels", [128, 256])
 @pytest.mark.parametrize(("size", "limit"), [(2, 1e-6), (6, 1e-6), (4, 5e-6), (8, 5e-6)])
 def test_rounding_is_that_of_float32(channels: int, size: int, limit: float) -> None:
-    """Root mean square errors of outputs and gradients, relative to their size; TF32 would be at 3e-4."""
+    """Root mean square errors of outputs and gradients, relative to their size; those of TF32 would be 3e-4."""
     inputs = operands(32, (channels, channels), (size, size), torch.float32)
     images, weight, bias = (tensor.detach().double().requires_grad_() for tensor in inputs if tensor is not None)
     exact = with_gradients(direct(images, weight, bias), (images, weight, bias))
-    for ours, true in zip(with_gradients(convolve(*inputs), inputs), exact, strict=True):
-        assert (ours.double() - true).square().mean().sqrt() < limit * true.square().mean().sqrt()
+    for tensor, exact_tensor in zip(with_gradients(convolve(*inputs), inputs), exact, strict=True):
+        error = (tensor.double() - exact_tensor).square().mean().sqrt()
+        assert error < limit * exact_tensor.square().mean().sqrt()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,9 @@ def test_rounding_is_that_of_float32(channels: int, size: int, limit: float) -> 
         ((2, 3), 36 * 512, [11, 11, 11, 11, 11, 9]),
     ],
 )
-def test_so_many_images_at_a_time_as_stay_in_the_cache(grid: tuple[int, int], numbers: int, sizes: list[int]) -> None:
+def test_images_are_split_into_parts_that_stay_in_the_cache(
+    grid: tuple[int, int], numbers: int, sizes: list[int]
+) -> None:
     parts = list(winograd._parts(64, grid, numbers))
     assert [len(range(64)[part]) for part in parts] == sizes
 
@@ -143,7 +147,7 @@ def test_matrices_are_on_the_cpu_whatever_the_default_device_is() -> None:
     assert convolve(*operands(32, (1, 1), (4, 4), torch.float32)).isfinite().all()
 
 
-def test_a_gradient_of_a_gradient_is_refused_and_not_wrong() -> None:
+def test_second_derivatives_are_refused() -> None:
     images, weight, bias = operands(32, (1, 1), (4, 4), torch.float64)
     (gradient,) = torch.autograd.grad(convolve(images, weight, bias).square().sum(), images, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -162,41 +166,41 @@ def test_a_gradient_of_a_gradient_is_refused_and_not_wrong() -> None:
         nn.Conv2d(127, 128, 3, padding=1),
         nn.Conv2d(128, 127, 3, padding=1),
     ],
-    ids=["1x1", "no border", "stride", "dilation", "groups", "circular", "few in", "few out"],
+    ids=["1x1", "no padding", "stride", "dilation", "groups", "circular", "few in", "few out"],
 )
 def test_other_convolutions_stay_as_they_are(convolution: nn.Conv2d) -> None:
-    assert fits(nn.Conv2d(128, 128, 3, padding=1))
-    assert not fits(convolution)
+    assert is_suitable(nn.Conv2d(128, 128, 3, padding=1))
+    assert not is_suitable(convolution)
     use_winograd(convolution)
     assert type(convolution) is nn.Conv2d
 
 
 def test_a_convolution_stays_the_same_module_wherever_it_is_used() -> None:
-    one = nn.Conv2d(128, 128, 3, padding=1)
-    heard = []
-    one.register_forward_hook(lambda *_: heard.append(1))
-    model = nn.Sequential(one, nn.ReLU(), one)
+    convolution = nn.Conv2d(128, 128, 3, padding=1)
+    calls = []
+    convolution.register_forward_hook(lambda *_: calls.append(1))
+    model = nn.Sequential(convolution, nn.ReLU(), convolution)
     use_winograd(model)
     model(torch.zeros(1, 128, 4, 4))
-    assert isinstance(one, WinogradConv2d)
-    assert len(heard) == 2
+    assert isinstance(convolution, WinogradConv2d)
+    assert len(calls) == 2
     use_winograd(alone := nn.Conv2d(128, 128, 3, padding=1))
     assert isinstance(alone, WinogradConv2d)
 
 
 @pytest.mark.parametrize(("name", "count"), [("vgg11_bn", 6), ("vgg19_bn", 13), ("resnet20", 0)])
-def test_a_model_keeps_its_very_tensors_under_their_names(name: str, count: int) -> None:
+def test_a_model_keeps_its_own_tensors_and_their_names(name: str, count: int) -> None:
     model = build_model(name, num_classes=10, device="meta")
     before = list(model.state_dict(keep_vars=True).items())
     use_winograd(model)
     after = list(model.state_dict(keep_vars=True).items())
     assert [key for key, _ in before] == [key for key, _ in after]
-    assert all(one is other for (_, one), (_, other) in zip(before, after, strict=True))
+    assert all(old is new for (_, old), (_, new) in zip(before, after, strict=True))
     assert sum(isinstance(module, WinogradConv2d) for module in model.modules()) == count
 
 
 def cell(family: FamilyName = "vgg", **numerics: object) -> CellConfig:
-    """VGGs of a quarter's width, whose last convolutions have 128 channels; eight images a round, in batches of 4."""
+    """VGGs of a quarter of the width, whose last convolutions have 128 channels; 8 images a round, in batches of 4."""
     return CellConfig(
         dataset="cifar10",
         family=family,
@@ -224,14 +228,14 @@ def states_after_a_round(config: CellConfig, clients_per_host: int = 4) -> dict[
     [({}, 3), ({"winograd": True}, 3), ({"winograd": False}, 0), ({"precision": "bf16"}, 0)],
     ids=["default", "on", "off", "bf16"],
 )
-def test_models_compute_so_by_default_and_only_in_float32(numerics: dict[str, object], count: int) -> None:
+def test_winograd_is_the_default_and_only_in_float32(numerics: dict[str, object], count: int) -> None:
     workspace = Workspace(
         build_model("vgg11_bn", num_classes=10, width=0.25), TrainingConfig(), NumericsConfig(**numerics)
     )
     assert sum(isinstance(module, WinogradConv2d) for module in workspace.model.modules()) == count
 
 
-def test_models_elsewhere_than_on_a_cpu_are_left_as_they_are() -> None:
+def test_models_on_other_devices_than_cpus_do_not_change() -> None:
     model = build_model("vgg11_bn", num_classes=10, device="meta")
     assert not any(
         isinstance(module, WinogradConv2d)
@@ -240,7 +244,7 @@ def test_models_elsewhere_than_on_a_cpu_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("family", ["vgg", "vgg_plain"])  # the second has a ReLU in place right after a convolution
-def test_a_round_gives_nearly_the_same_weights_and_the_same_bits_wherever_clients_live(
+def test_a_round_gives_nearly_pytorchs_weights_and_the_same_bits_wherever_clients_run(
     family: FamilyName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(winograd, "_FEWEST_TILES", 1)
@@ -255,19 +259,19 @@ def test_a_round_gives_nearly_the_same_weights_and_the_same_bits_wherever_client
             assert torch.equal(tensor, apart[client][name])
             torch.testing.assert_close(tensor, plain[client][name], rtol=1e-3, atol=1e-4)
             differ += not torch.equal(tensor, plain[client][name])
-    assert differ, "or it need not be a setting"
+    assert differ, "or it would not have to be a setting"
 
 
-def test_it_is_part_of_a_run_id_where_it_is_used() -> None:
-    one = CellConfig(dataset="cifar10", family="vgg", scheme="standalone")
-    without = replace(one, numerics=NumericsConfig(winograd=False))
-    assert without.run_id("data") == "e300a5ecd3b72999"  # that of the cell from before there was such a setting
-    assert one.run_id("data") != without.run_id("data")
-    for elsewhere in (replace(one, device="cuda"), replace(one, numerics=NumericsConfig(precision="bf16"))):
-        off = replace(elsewhere, numerics=replace(elsewhere.numerics, winograd=False))
-        assert off.run_id("data") == elsewhere.run_id("data")
+def test_winograd_is_part_of_a_run_id_where_it_is_used() -> None:
+    used = CellConfig(dataset="cifar10", family="vgg", scheme="standalone")
+    switched_off = replace(used, numerics=NumericsConfig(winograd=False))
+    assert switched_off.run_id("data") == "e300a5ecd3b72999"  # as before this setting existed
+    assert used.run_id("data") != switched_off.run_id("data")
+    for unused in (replace(used, device="cuda"), replace(used, numerics=NumericsConfig(precision="bf16"))):
+        off = replace(unused, numerics=replace(unused.numerics, winograd=False))
+        assert off.run_id("data") == unused.run_id("data")
 
 
-def test_it_is_on_or_off() -> None:
+def test_winograd_is_on_or_off() -> None:
     with pytest.raises(ConfigError, match="winograd is 1"):
         cell(winograd=1)
