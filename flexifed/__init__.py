@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["DeclaredLayer", "SharingPlan", "aggregate", "build_model", "sharing_plan", "signature"]
 
-_HOMES = {
+_MODULE_OF = {
     "DeclaredLayer": "flexifed.core.signature",
     "SharingPlan": "flexifed.core.schemes",
     "aggregate": "flexifed.core.aggregate",
@@ -31,12 +31,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import what is public when it is first used, so that `--help` need not wait for torch."""
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    """Import a public name on first use, so that `--help` need not wait for torch."""
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module 'flexifed' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """What is here, and what would be imported, so that it can be completed."""
+    """All public names, including those not imported yet, for tab completion."""
     return sorted({*globals(), *__all__})

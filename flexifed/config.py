@@ -1,7 +1,7 @@
-"""What decides the numbers of a cell, as frozen dataclasses that are checked when they are made.
+"""The configuration that decides a cell's numbers, as frozen dataclasses that check their values on creation.
 
-Nothing here says where a cell runs, where its files lie or how many rounds it lasts: none of that may change a number.
-This module imports neither torch nor Ray, so that a command line can be parsed and refused within a moment.
+Where a cell runs, where its files are and how many rounds it takes are not part of it, since none of that may change a
+number. This module imports neither torch nor Ray, so that a command line can be parsed, or refused, at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ClassifierSharing = Literal["prefix", "never", "always"]
 Precision = Literal["tf32", "bf16"]
 
 _LARGEST_FLOAT = sys.float_info.max
-_LARGEST_INTEGER = 2**63 - 1  # of a Parquet column
+_LARGEST_INTEGER = 2**63 - 1  # the largest in a Parquet column
 _WIDEST = 64.0
 _MOST_THREADS = 1024
 
@@ -49,8 +49,8 @@ assert all(len(versions) == NUM_VERSIONS for versions in FAMILIES.values())
 FAMILY_INPUTS: Mapping[str, InputKind] = MappingProxyType(
     {"vgg": "image", "vgg_plain": "image", "resnet": "image", "charcnn": "text", "vdcnn": "text"}
 )
-"""What a family's models take: images, float (batch, channels, height, width), or texts as indices of characters, int64
-(batch, length)."""
+"""The inputs of each family's models: images, float (batch, channels, height, width), or texts as character indices,
+int64 (batch, length)."""
 DATASET_INPUTS: Mapping[str, InputKind] = MappingProxyType(
     {
         "cifar10": "image",
@@ -60,19 +60,19 @@ DATASET_INPUTS: Mapping[str, InputKind] = MappingProxyType(
         "speech_commands_12": "image",
     }
 )
-"""What a data set's samples are when they reach a model: a spoken word is a spectrogram, an image of one channel."""
+"""The kind of a data set's samples when they reach a model. A spoken word is a spectrogram, an image of one channel."""
 TEXT_LENGTHS: Mapping[str, int] = MappingProxyType({"charcnn": 1014, "vdcnn": 1024})
 """Characters of an input, for each family that takes texts (Zhang et al. 2015; Conneau et al. 2017)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What the clients' models are."""
+    """The clients' models."""
 
     width: float = 1.0
-    """Factor on the number of channels of every layer; the depth, and so what models share, stays."""
+    """Factor on the number of channels of every layer. Depth, and so the layers in common, does not change."""
     init: Literal["own", "shared"] = "own"
-    """`own`: each client draws its own weights, as the authors do. `shared`: common layers start equal."""
+    """`own`: each client draws its own weights, as the authors do. `shared`: common layers start with equal weights."""
 
     def __post_init__(self) -> None:
         _check_number(self, "width", above=0, below=_WIDEST)
@@ -81,18 +81,18 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionConfig:
-    """Who has which data."""
+    """How the data are divided among the clients."""
 
     num_clients: int = 8
     """Number of clients; client k has version k modulo 4."""
     num_shards: int = 20
-    """Number of equal i.i.d. shards that training and test set are each cut into; a client gets one of each."""
+    """Number of equal i.i.d. shards into which training and test set are each split; a client gets one of each."""
     windows_per_shard: int = 10
-    """Number of parts that each shard is cut into; a client trains on one part in a round, then on the next."""
+    """Number of parts into which a training shard is split; a client trains on one part in each round, in turn."""
     max_train: int | None = None
-    """Largest number of training samples that a client uses of its shard. Default: all."""
+    """Maximum number of training samples that a client uses of its shard. Default: all."""
     max_test: int | None = None
-    """Largest number of test samples of its shard that a client is scored on. Default: all."""
+    """Maximum number of test samples of its shard on which a client is scored. Default: all."""
 
     def __post_init__(self) -> None:
         for name in ("max_train", "max_test"):
@@ -115,24 +115,24 @@ class PartitionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a client trains and is scored in a round. A round begins with a fresh SGD optimizer."""
+    """How a client trains and is scored in a round. Every round starts with a fresh SGD optimizer."""
 
     local_epochs: int = 10
-    """Passes over the round's part of the shard in each round."""
+    """Number of passes over the current part of the shard in each round."""
     batch_size: int = 64
-    """Samples in a training step; the last batch of an epoch may be smaller."""
+    """Number of samples in a training step; the last batch of an epoch may be smaller."""
     learning_rate: float = 0.01
-    """SGD's step size."""
+    """Step size of SGD."""
     momentum: float = 0.9
-    """SGD's momentum."""
+    """Momentum of SGD."""
     weight_decay: float = 5e-4
-    """SGD's weight decay, on all parameters."""
+    """Weight decay of SGD, applied to all parameters."""
     augment: bool = True
-    """Augment training images (crop, flip) and spoken words (time shift, background noise). Texts are left alone."""
+    """Augment training images (crop, flip) and spoken words (time shift, background noise). Texts stay as they are."""
     scoring: Literal["eval", "train"] = "eval"
-    """Mode in which a model is scored. `train` is what the authors' program does: with dropout and batch statistics."""
+    """Mode in which a model is scored. `train` is that of the authors' program: with dropout and batch statistics."""
     eval_batch_size: int = 500
-    """Samples in a batch when scoring; with `scoring=train` it changes the scores."""
+    """Number of samples in a batch when scoring; with `scoring=train` it changes the scores."""
 
     def __post_init__(self) -> None:
         _check_integer(self, "local_epochs", 1)
@@ -147,17 +147,17 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SharingConfig:
-    """Options that every scheme understands."""
+    """Options that apply to every scheme."""
 
     weighting: Weighting = "uniform"
-    """`uniform` counts all clients alike, as the authors do; `samples` weights by the number of training samples.
-    Shards here have equal size, so it only changes rounding; it matters for your own clients (`flexifed.aggregate`)."""
+    """`uniform` weights all clients alike, as the authors do; `samples` by their number of training samples. Shards
+    here have equal size, so only rounding differs; it matters for your own clients (`flexifed.aggregate`)."""
     batch_norm_buffers: BatchNormBuffers = "average"
-    """Whether running statistics are averaged like weights, as the authors do, or stay with the client."""
+    """Whether running statistics are averaged like weights, as the authors do, or stay with the client (`local`)."""
     classifier: ClassifierSharing = "prefix"
-    """Classifier layers: shared where the prefix reaches them, never, or always, across versions too."""
+    """Whether classifier layers are shared where the common prefix reaches them, never, or always (across versions)."""
     reduce_block: int = 1
-    """Number of consecutive clients that are summed in their own process before the driver adds up these blocks."""
+    """Number of consecutive clients that are summed in their own process before the driver adds up the blocks."""
 
     def __post_init__(self) -> None:
         _check_literal(self, "weighting", get_args(Weighting))
@@ -168,20 +168,20 @@ class SharingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NumericsConfig:
-    """What can change the last bits of a result, and with them everything that follows."""
+    """Settings that can change the last bits of a result, and with them everything that follows."""
 
     threads: int = 1
-    """CPU threads of a client."""
+    """Number of CPU threads of a client."""
     channels_last: bool = True
-    """Store images and the weights of convolutions with channels last in memory."""
+    """Store images and convolution weights with channels last in memory."""
     fused: bool | None = None
-    """Fused optimizer steps, in one pass through memory. Default: on GPUs only, because CPUs round differently then."""
+    """Fuse optimizer steps into one pass through memory. Default: on GPUs only, since CPUs then round differently."""
     cuda_graph: bool = False
-    """On GPUs, record a training step once and replay it in one launch instead of hundreds."""
+    """On GPUs, record a training step once and replay it with one launch instead of hundreds."""
     precision: Precision | None = None
     """Precision of products: `tf32` (GPUs) or `bf16` (autocast). Default: PyTorch's; on GPUs TF32 for convolutions."""
     winograd: bool = True
-    """Winograd's algorithm for 3x3 convolutions of 128 channels or more, on CPUs in float32. Without: PyTorch's."""
+    """On CPUs in float32, use Winograd's algorithm for 3x3 convolutions of 128 channels or more, not PyTorch's own."""
 
     def __post_init__(self) -> None:
         _check_integer(self, "threads", 1, _MOST_THREADS)
@@ -194,13 +194,13 @@ class NumericsConfig:
             _check_literal(self, "precision", get_args(Precision))
 
     def uses_winograd(self, device: str) -> bool:
-        """Whether wide convolutions on a kind of device are by Winograd's algorithm."""
+        """Whether wide convolutions on this type of device use Winograd's algorithm."""
         return self.winograd and device == "cpu" and self.precision is None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellConfig:
-    """A data set, a family and a scheme under one seed: all that decides a cell's numbers but the data themselves."""
+    """A data set, a family and a scheme under one seed: everything that decides a cell's numbers but the data."""
 
     dataset: DatasetName
     family: FamilyName
@@ -238,24 +238,24 @@ class CellConfig:
         return FAMILIES[self.family]
 
     def model_name(self, client: int) -> str:
-        """The model of a client; see `client_model`."""
+        """The model name of a client; see `client_model`."""
         return client_model(self.family, client)
 
     def version(self, client: int) -> str:
-        """`v1` to `v4`."""
+        """The version of a client: `v1` to `v4`."""
         return f"v{client_version(client) + 1}"
 
     def run_id(self, data_fingerprint: str) -> str:
-        """Sixteen hexadecimal digits for all that decides the numbers: this config and the data.
+        """Identify a run by sixteen hexadecimal digits, derived from all that decides its numbers: config and data.
 
-        A setting that is None is left out, so that a run keeps its id when a further such setting is thought of; so are
-        recorded steps and Winograd's algorithm where they are not used.
+        Settings that are None are left out, so that runs keep their id when such a setting is added. So are recorded
+        steps and Winograd's algorithm where they are not used.
 
         Args:
             data_fingerprint: source and checksum of the data set.
 
-        >>> one = CellConfig(dataset="cifar10", family="vgg", scheme="standalone")
-        >>> one.run_id("real") == CellConfig(dataset="cifar10", family="vgg", scheme="standalone").run_id("real")
+        >>> config = CellConfig(dataset="cifar10", family="vgg", scheme="standalone")
+        >>> config.run_id("real") == CellConfig(dataset="cifar10", family="vgg", scheme="standalone").run_id("real")
         True
         """
         config: dict[str, Any] = asdict(self, dict_factory=_without_none)
@@ -277,21 +277,21 @@ def client_version(client: int) -> int:
 
 
 def client_model(family: FamilyName, client: int) -> str:
-    """The model of a client; see `client_version`."""
+    """The model name of a client; see `client_version`."""
     return FAMILIES[family][client_version(client)]
 
 
 def _check_integer(config: object, name: str, minimum: int, maximum: int = _LARGEST_INTEGER) -> None:
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-        most = "below 2**63" if maximum == _LARGEST_INTEGER else f"at most {maximum}"
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {minimum} and {most}")
+        upper_bound = "below 2**63" if maximum == _LARGEST_INTEGER else f"at most {maximum}"
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {minimum} and {upper_bound}")
 
 
 def _check_number(
     config: object, name: str, *, minimum: float = -math.inf, above: float = -math.inf, below: float = _LARGEST_FLOAT
 ) -> None:
-    """Check a real number, and store it as a float, so that 1 and 1.0 are one config."""
+    """Check a real number and store it as a float, so that 1 and 1.0 give the same config."""
     value = getattr(config, name)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (is_number and minimum <= value and above < value < below):

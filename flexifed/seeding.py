@@ -1,7 +1,7 @@
-"""One named random generator for each purpose, all from one root seed.
+"""One named random generator for each purpose, all derived from one root seed.
 
-A generator is made anew from (root seed, purpose, indices) wherever it is needed, so that no stream depends on where a
-client runs, in which order clients finish, or how often a process was started.
+A generator is created from (root seed, purpose, indices) wherever it is needed, so that no stream of random numbers
+depends on where a client runs, in which order clients finish, or how often a process was restarted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Purpose = Literal["init", "partition", "batches", "augmentation", "dropout", "sc
 
 
 def derive_seed(root_seed: int, purpose: Purpose, *indices: int) -> int:
-    """The 63-bit seed of one stream: the head of SHA-256 over the root seed, the purpose and the indices.
+    """Derive the 63-bit seed of a stream: the first bits of SHA-256 over the root seed, the purpose and the indices.
 
     >>> derive_seed(0, "init", 3) == derive_seed(0, "init", 3)
     True
@@ -29,14 +29,14 @@ def derive_seed(root_seed: int, purpose: Purpose, *indices: int) -> int:
 
 
 def torch_generator(root_seed: int, purpose: Purpose, *indices: int) -> torch.Generator:
-    """A CPU `torch.Generator` for one stream; what is drawn from it is moved to the device."""
+    """A CPU `torch.Generator` for a stream. Numbers are drawn on the CPU and then moved to the device."""
     import torch
 
     return torch.Generator().manual_seed(derive_seed(root_seed, purpose, *indices))
 
 
 def numpy_generator(root_seed: int, purpose: Purpose, *indices: int) -> numpy.random.Generator:
-    """A NumPy generator (PCG64) for one stream."""
+    """A NumPy generator (PCG64) for a stream."""
     import numpy
 
     return numpy.random.default_rng(derive_seed(root_seed, purpose, *indices))
