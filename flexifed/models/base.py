@@ -37,6 +37,9 @@ class FamilyModel(nn.Module):
 
         Args:
             generator: a CPU generator.
+
+        Raises:
+            TypeError: a layer has a module of another kind, whose weights would be left undefined.
         """
         for module in (module for layer in self.declared_layers() for module in layer.modules):
             if isinstance(module, nn.Conv1d | nn.Conv2d):
@@ -54,6 +57,10 @@ class FamilyModel(nn.Module):
                 bound = 1 / math.sqrt(module.in_features)  # as in `nn.Linear.reset_parameters`
                 nn.init.uniform_(module.weight, -bound, bound, generator=generator)
                 nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+            else:
+                raise TypeError(
+                    f"there is no rule for the weights of {module}; override {type(self).__name__}.initialise"
+                )
 
 
 class PaddedShortcut(nn.Module):

@@ -515,7 +515,7 @@ def test_clients_that_overlap_all_queue_the_end_of_their_training_before_one_is_
 
 def test_steps_of_clients_that_overlap_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    step = Workspace.begin
+    step = Workspace.begin_training
 
     def noted(workspace: Workspace) -> Any:
         take = step(workspace)
@@ -527,7 +527,7 @@ def test_steps_of_clients_that_overlap_alternate(monkeypatch: pytest.MonkeyPatch
         noted_take.loss_sum = take.loss_sum  # type: ignore[attr-defined]
         return noted_take
 
-    monkeypatch.setattr(Workspace, "begin", noted)
+    monkeypatch.setattr(Workspace, "begin_training", noted)
     config = cell(training=TrainingConfig(local_epochs=2))
     LocalHosts(config, INFO, make_shards(config, INFO), 2, streams=2)._hosts[0].play_round(0, None, train=True)
     first, second = dict.fromkeys(taken)

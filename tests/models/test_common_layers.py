@@ -10,9 +10,10 @@ from torch import nn
 
 from flexifed.config import DATASET_INPUTS, DATASETS, FAMILIES, FAMILY_INPUTS, CellConfig
 from flexifed.core.schemes import sharing_plan
-from flexifed.core.signature import ModelSignature
+from flexifed.core.signature import DeclaredLayer, ModelSignature
 from flexifed.errors import ConfigError
 from flexifed.models import MODELS, build_model, model_signature
+from flexifed.models.base import FamilyModel
 
 # The convolutions that V1 has in common with any deeper version, V2 with any deeper version, and V3 with V4; and the
 # tensors in the models of the reproducers, who count batch norm as five and a fixed table of one-hot vectors as one.
@@ -99,6 +100,15 @@ def test_linear_layers_at_the_end_are_the_classifier(name: str) -> None:
     for layer in layers:
         assert (layer.role == "classifier") == isinstance(layer.modules[0], nn.Linear)
     assert layers[-1].modules[0].out_features == 10
+
+
+def test_weights_without_a_rule_are_refused() -> None:
+    class Unknown(FamilyModel):
+        def declared_layers(self) -> list[DeclaredLayer]:
+            return [DeclaredLayer((nn.Bilinear(1, 1, 1),))]
+
+    with pytest.raises(TypeError, match=r"no rule for the weights of Bilinear\(.*; override Unknown.initialise"):
+        Unknown().initialise(torch.Generator())
 
 
 def test_every_version_of_every_family_can_be_built() -> None:
