@@ -303,8 +303,9 @@ def _averaged_over(
         same_classifiers: from `_same_classifiers`; read with `classifier="always"` only.
 
     Returns:
-        What identifies the group, together with the architectures (the node, or the key of a classifier layer that is
-        shared across versions), and the indices of the architectures, ascending, or () where the layer is personal.
+        (key, members). The members are the indices of the architectures, ascending, or () where the layer is personal.
+        The key is the node's id, or that of `_classifier_key` for a classifier layer that is shared across versions.
+        Layers with equal key and members are one group.
     """
     members = SCHEMES[scheme](node, architecture, len(architectures))
     if classifier == "prefix":

@@ -41,9 +41,8 @@ class VGG(FamilyModel):
         self, depth: int, *, num_classes: int, batch_norm: bool = True, width: float = 1.0, in_channels: int = 3
     ) -> None:
         super().__init__()
-        blocks: list[
-            nn.Sequential
-        ] = []  # one for each convolution: pooling (first in a stage), convolution, norm, ReLU
+        # One block for each convolution: pooling (first in a stage), convolution, norm, ReLU.
+        blocks: list[nn.Sequential] = []
         previous = in_channels
         for stage, count in enumerate(CONVOLUTIONS[depth]):
             channels = scaled(CHANNELS[stage], width)
