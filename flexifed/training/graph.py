@@ -18,9 +18,7 @@ Record = Callable[[Callable[[], None]], Replay]
 """Records some work, for which it may run it any number of times, and returns a function that repeats the work on the
 same memory."""
 
-_WARM_UP = (
-    3  # runs before a recording, in which libraries allocate memory and choose kernels, as PyTorch's notes advise
-)
+_WARM_UP = 3  # runs before a recording: libraries allocate memory and choose kernels, as PyTorch's notes advise
 
 
 class CudaGraphs:
