@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from flexifed.core.aggregate import aggregate
     from flexifed.core.schemes import SharingPlan, sharing_plan
     from flexifed.core.signature import DeclaredLayer, signature
+    from flexifed.errors import FlexifedError
     from flexifed.models import build_model
 
 __version__ = "0.1.0"
-__all__ = ["DeclaredLayer", "SharingPlan", "aggregate", "build_model", "sharing_plan", "signature"]
+__all__ = ["DeclaredLayer", "FlexifedError", "SharingPlan", "aggregate", "build_model", "sharing_plan", "signature"]
 
 _MODULE_OF = {
     "DeclaredLayer": "flexifed.core.signature",
+    "FlexifedError": "flexifed.errors",
     "SharingPlan": "flexifed.core.schemes",
     "aggregate": "flexifed.core.aggregate",
     "build_model": "flexifed.models",

@@ -29,7 +29,7 @@ Precision = Literal["tf32", "bf16"]
 
 _LARGEST_FLOAT = sys.float_info.max
 _LARGEST_INTEGER = 2**63 - 1  # the largest in a Parquet column
-_WIDEST = 64.0
+WIDEST = 64.0
 _MOST_THREADS = 1024
 
 DATASETS: tuple[str, ...] = get_args(DatasetName)
@@ -75,7 +75,7 @@ class ModelConfig:
     """`own`: each client draws its own weights, as the authors do. `shared`: common layers start with equal weights."""
 
     def __post_init__(self) -> None:
-        _check_number(self, "width", above=0, below=_WIDEST)
+        _check_number(self, "width", above=0, below=WIDEST)
         _check_literal(self, "init", ("own", "shared"))
 
 

@@ -29,7 +29,10 @@ def derive_seed(root_seed: int, purpose: Purpose, *indices: int) -> int:
 
 
 def torch_generator(root_seed: int, purpose: Purpose, *indices: int) -> torch.Generator:
-    """A CPU `torch.Generator` for a stream. Numbers are drawn on the CPU and then moved to the device."""
+    """A CPU `torch.Generator` for a stream. Numbers are drawn on the CPU and then moved to the device.
+
+    PyTorch's CPU generator (mt19937) uses the lower 32 bits of its seed.
+    """
     import torch
 
     return torch.Generator().manual_seed(derive_seed(root_seed, purpose, *indices))

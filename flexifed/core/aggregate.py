@@ -15,7 +15,7 @@ Source: FlexiFed, section 4; the weights are FedAvg's (McMahan et al. 2017, algo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TypeVar
@@ -27,6 +27,7 @@ from flexifed.core.schemes import Group, SharingPlan
 from flexifed.errors import ConfigError, SignatureError
 
 _SUMMED_AT_ONCE = 2**16  # values; half a megabyte as float64
+_LEAST_WEIGHT = 1e-100  # times a value, and its inverse too, a weight neither overflows nor loses digits in float64
 
 T = TypeVar("T")
 State = Mapping[str, torch.Tensor]
@@ -128,6 +129,9 @@ def aggregate(
 ) -> list[dict[str, torch.Tensor]]:
     """Average the layers that the plan shares, and leave the personal layers as they are.
 
+    Clients that take no part in a round have the weight 0: they don't enter a mean, but receive it. A layer none of
+    whose clients takes part stays as it is.
+
     Args:
         plan: from `sharing_plan`.
         states: one state dict for each client, in client order. They are not changed.
@@ -140,10 +144,9 @@ def aggregate(
         the input's own.
 
     Raises:
-        ConfigError: the number of states or weights is wrong, a weight is negative or not finite, the weights of a
-            group do not add up to a finite number above 0, `reduce_block` is below 1, or there are no weights for a
-            plan whose weighting is `samples`.
-        SignatureError: a state does not fit its client's model.
+        ConfigError: the number of states or weights is wrong, a weight is out of range, all weights are 0,
+            `reduce_block` is below 1, or there are no weights for a plan whose weighting is `samples`.
+        SignatureError: a state does not fit its client's model, or has no values (the `meta` device).
 
     >>> from flexifed.core.schemes import sharing_plan
     >>> models = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
@@ -154,21 +157,28 @@ def aggregate(
     [0.75, 0.75]
     """
     numbers = check_weights(plan, weights)
+    if not isinstance(states, Sequence):
+        raise ConfigError(f"states is a {type(states).__name__}; give a list with one state dict for each client")
     if len(states) != plan.num_clients:
         raise ConfigError(f"the plan is for {plan.num_clients} clients, but {len(states)} states were given")
     if not isinstance(reduce_block, int) or reduce_block < 1:
         raise ConfigError(f"reduce_block is {reduce_block!r}; it must be a whole number of at least 1")
-    means = combine_blocks(
-        plan,
-        (
-            sum_block([(shared_tensors(plan, client, states[client]), numbers[client]) for client in block])
-            for block in blocks_of(range(plan.num_clients), reduce_block)
-        ),
+    blocks = (
+        sum_block([(shared_tensors(plan, client, states[client]), numbers[client]) for client in block])
+        for block in blocks_of(range(plan.num_clients), reduce_block)
     )
+    taking_part = {plan.architecture_of[client] for client, number in enumerate(numbers) if number}
+    groups = [group for group in plan.groups if taking_part.intersection(group.architectures)]
+    means = combine_blocks(plan, blocks, groups)
     new_states = []
     for client, state in enumerate(states):
-        own_means = {group: tuple(mean.clone() for mean in means[group]) for group in plan.shared_names(client)}
-        new_states.append(apply_group_state(plan, client, state, own_means))
+        new_values = {
+            group: tuple(mean.clone() for mean in means[group])
+            if group in means
+            else tuple(state[name] for name in names)
+            for group, names in plan.shared_names(client).items()
+        }
+        new_states.append(apply_group_state(plan, client, state, new_values))
     return new_states
 
 
@@ -195,6 +205,10 @@ def check_weights(plan: SharingPlan, weights: Sequence[float] | None) -> list[fl
         if plan.weighting == "samples":
             raise ConfigError("the plan's weighting is 'samples'; give weights, each client's number of samples")
         return [1.0] * plan.num_clients
+    if isinstance(weights, Mapping | Set):
+        raise ConfigError(
+            f"weights is a {type(weights).__name__}; give a list with one number for each client, in order"
+        )
     if len(weights) != plan.num_clients:
         raise ConfigError(f"the plan is for {plan.num_clients} clients, but {len(weights)} weights were given")
     for client, weight in enumerate(weights):
@@ -202,8 +216,10 @@ def check_weights(plan: SharingPlan, weights: Sequence[float] | None) -> list[fl
             raise ConfigError(
                 f"the weight of client {client} is {weight!r}; weights are plain numbers, such as a tensor's `tolist()`"
             )
-        if not 0 <= weight < math.inf:
-            raise ConfigError(f"the weight of client {client} is {weight!r}; weights are finite and not negative")
+        if weight and not _LEAST_WEIGHT <= weight <= 1 / _LEAST_WEIGHT:
+            raise ConfigError(f"the weight of client {client} is {weight!r}; weights are 0 or between 1e-100 and 1e100")
+    if not any(weights):
+        raise ConfigError("the weights of all clients are 0; at least one client has to take part")
     return [float(weight) for weight in weights]
 
 
@@ -263,6 +279,8 @@ def _double(tensor: torch.Tensor) -> torch.dtype:
 def _check_state(plan: SharingPlan, client: int, state: State) -> None:
     """Check the keys of a state, then shapes and types."""
     expected = plan.signatures[client]
+    if not isinstance(state, Mapping):
+        raise SignatureError(f"client {client} has a {type(state).__name__} instead of a state; give its state_dict()")
     if state.keys() != expected.state_keys:
         missing, unknown = expected.state_keys - state.keys(), state.keys() - expected.state_keys
         raise SignatureError(
@@ -276,6 +294,8 @@ def _check_state(plan: SharingPlan, client: int, state: State) -> None:
                     f"client {client}: {name} is {state[name].dtype} of shape {tuple(state[name].shape)}, "
                     f"but its model has {spec.dtype} of shape {spec.shape}"
                 )
+            if state[name].is_meta:
+                raise SignatureError(f"client {client}: {name} is on the meta device, so it has no values to average")
 
 
 def _first_names(names: Iterable[str]) -> str:

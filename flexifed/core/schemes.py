@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import get_args
@@ -134,10 +134,10 @@ class SharingPlan:
     weighting: Weighting
     batch_norm_buffers: BatchNormBuffers
     classifier: ClassifierSharing
-    signatures: tuple[ModelSignature, ...]
-    architectures: tuple[ModelSignature, ...]
+    signatures: tuple[ModelSignature, ...] = field(repr=False)
+    architectures: tuple[ModelSignature, ...] = field(repr=False)
     architecture_of: tuple[int, ...]
-    trie: PrefixTrie
+    trie: PrefixTrie = field(repr=False)
     groups: tuple[Group, ...] = field(repr=False)
     group_of: tuple[tuple[int | None, ...], ...] = field(repr=False)
 
@@ -193,7 +193,7 @@ class SharingPlan:
 
 def sharing_plan(
     models: Sequence[nn.Module | ModelSignature],
-    scheme: str,
+    scheme: str | Cut,
     *,
     weighting: Weighting = "uniform",
     batch_norm_buffers: BatchNormBuffers = "average",
@@ -203,7 +203,8 @@ def sharing_plan(
 
     Args:
         models: one for each client, in client order: modules (on any device) or signatures.
-        scheme: `standalone`, `clustered_fl`, `basic_common`, `clustered_common` or `max_common`.
+        scheme: `standalone`, `clustered_fl`, `basic_common`, `clustered_common` or `max_common`; or a function of your
+            own (see `Cut`), whose name the plan takes.
         weighting: `uniform` counts every client of a group alike, as the authors' program does; `samples` is FedAvg's
             rule, and `aggregate` then needs each client's number of samples.
         batch_norm_buffers: `average` treats running statistics like weights, as the authors' program does; `local`
@@ -213,7 +214,8 @@ def sharing_plan(
             same kind and shapes, across versions too (the paper's Table 3).
 
     Raises:
-        ConfigError: the scheme or an option is unknown, or there is no client.
+        ConfigError: the scheme or an option is unknown, there is no client, or a scheme of your own puts architectures
+            together that do not have the layer in common, or to which it gives different answers.
         SignatureError: a model can't be read as layers.
 
     >>> from flexifed.models import build_model
@@ -222,7 +224,10 @@ def sharing_plan(
     >>> [len(plan.groups_of(architecture)) for architecture in range(3)]
     [1, 6, 6]
     """
-    _check_choice("scheme", scheme, SCHEMES)
+    if not callable(scheme):
+        _check_choice("scheme", scheme, SCHEMES)
+    cut = scheme if callable(scheme) else SCHEMES[scheme]
+    name = _name(cut)
     _check_choice("weighting", weighting, get_args(Weighting))
     _check_choice("batch_norm_buffers", batch_norm_buffers, get_args(BatchNormBuffers))
     _check_choice("classifier", classifier, get_args(ClassifierSharing))
@@ -241,7 +246,7 @@ def sharing_plan(
     for architecture, path in enumerate(trie.paths):
         row: list[int | None] = []
         for node in path:
-            key, members = _averaged_over(node, architecture, architectures, scheme, classifier, same_classifiers)
+            key, members = _averaged_over(node, architecture, architectures, cut, classifier, same_classifiers)
             tensors = _averaged_tensors(node.layer, batch_norm_buffers)
             if sum(num_clients[member] for member in members) < 2 or not tensors:
                 row.append(None)
@@ -249,8 +254,14 @@ def sharing_plan(
                 group = Group(len(groups), node.layer, members, tensors)
                 row.append(groups.setdefault((key, members), group).index)
         group_of.append(tuple(row))
+    for group in groups.values():
+        if odd := [member for member in group.architectures if group.index not in group_of[member]]:
+            raise ConfigError(
+                f"scheme {name!r} averages {group.layer.kind} over architectures {list(group.architectures)}, "
+                f"but answers otherwise for {odd}; it must give all architectures that it puts together the same answer"
+            )
     return SharingPlan(
-        scheme=scheme,
+        scheme=name,
         weighting=weighting,
         batch_norm_buffers=batch_norm_buffers,
         classifier=classifier,
@@ -288,7 +299,7 @@ def _averaged_over(
     node: Node,
     architecture: int,
     architectures: Sequence[ModelSignature],
-    scheme: str,
+    cut: Cut,
     classifier: ClassifierSharing,
     same_classifiers: Mapping[tuple[object, ...], tuple[int, ...]],
 ) -> tuple[Hashable, tuple[int, ...]]:
@@ -298,7 +309,7 @@ def _averaged_over(
         node: the layer's node on the architecture's path through the trie.
         architecture: index of the architecture that has the layer.
         architectures: all distinct architectures.
-        scheme: name of the scheme.
+        cut: the scheme.
         classifier: as in `sharing_plan`.
         same_classifiers: from `_same_classifiers`; read with `classifier="always"` only.
 
@@ -307,17 +318,28 @@ def _averaged_over(
         The key is the node's id, or that of `_classifier_key` for a classifier layer that is shared across versions.
         Layers with equal key and members are one group.
     """
-    members = SCHEMES[scheme](node, architecture, len(architectures))
-    if classifier == "prefix":
-        return id(node), members
-    role = architectures[architecture].layers[node.depth].role
-    if role != "classifier":
-        # Roles do not tell layers apart: the same layer may belong to the classifier of another architecture.
-        return id(node), tuple(member for member in members if architectures[member].layers[node.depth].role == role)
-    if classifier == "never" or scheme == "standalone":
-        return id(node), ()
-    key = _classifier_key(architectures[architecture], node.depth)
-    return key, same_classifiers[key]
+    key: Hashable = id(node)
+    if classifier != "prefix":
+        role = architectures[architecture].layers[node.depth].role
+        if role == "classifier":
+            if classifier == "never" or cut is standalone:
+                return key, ()
+            key = _classifier_key(architectures[architecture], node.depth)
+            return key, same_classifiers[key]
+        # The same layer may belong to the classifier of another architecture, which then does not have it in common.
+        same_role = (index for index in node.architectures if architectures[index].layers[node.depth].role == role)
+        node = replace(node, architectures=tuple(same_role))
+    members = tuple(sorted(cut(node, architecture, len(architectures))))
+    if members and not {architecture} <= {*members} <= {*node.architectures}:
+        raise ConfigError(
+            f"scheme {_name(cut)!r} averages layer {node.depth} of architecture {architecture} over {list(members)}; "
+            f"it must be one of them, and only {list(node.architectures)} have this layer in common"
+        )
+    return key, members
+
+
+def _name(cut: Cut) -> str:
+    return getattr(cut, "__name__", type(cut).__name__)
 
 
 def _averaged_tensors(layer: LayerSignature, batch_norm_buffers: BatchNormBuffers) -> tuple[int, ...]:

@@ -10,23 +10,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from functools import cached_property, partial
+from types import CodeType
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from flexifed.errors import SignatureError
+from flexifed.errors import SignatureError, invalid_choice
 
 Role = Literal["feature", "classifier"]
 
 NORMALISATIONS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
 _NOT_HYPERPARAMETERS = {"training", "inplace"}
 _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_SHOWN_BY_LAYERS = {"num_layers", "depth"}
-"""Attributes of a container that hold its number of layers, which its layers show anyway."""
+_SHOWN_BY_CHILDREN = {"num_layers", "depth"}
+"""Attributes of a module with children that hold their number, which the children show anyway."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +40,34 @@ class DeclaredLayer:
         role: `"feature"` or `"classifier"`.
         before: what is computed without parameters between the layer below and this one (an activation, a pooling, the
             way a shortcut joins), as modules or words. It counts when two layers are compared.
+
+    Raises:
+        SignatureError: `modules` or `before` is not a tuple of these, or the role is unknown.
     """
 
     modules: tuple[nn.Module, ...]
     role: Role = "feature"
     before: tuple[nn.Module | str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_items("modules", self.modules, nn.Module, "torch.nn.Module")
+        _check_items("before", self.before, (nn.Module, str), "torch.nn.Module or str")
+        if self.role not in get_args(Role):
+            raise SignatureError(invalid_choice("role", self.role, get_args(Role)))
+
+
+def _check_items(name: str, items: object, types: type | tuple[type, ...], expected: str) -> None:
+    if not isinstance(items, tuple | list):
+        raise SignatureError(
+            f"DeclaredLayer: {name} is {_short(items)}; give a tuple of {expected}; one alone is (it,)"
+        )
+    for item in items:
+        if not isinstance(item, types):
+            raise SignatureError(f"DeclaredLayer: {name} holds {_short(item)}; give a tuple of {expected}")
+
+
+def _short(value: object) -> str:
+    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 @runtime_checkable
@@ -166,18 +190,20 @@ def signature(model: nn.Module) -> ModelSignature:
         model: on any device, `meta` included; only shapes are read.
 
     Raises:
-        SignatureError: two layers hold the same tensor, a tensor belongs to no layer, or there is no layer at all.
+        SignatureError: two layers hold the same tensor, a tensor belongs to no layer, there is no layer at all, a lazy
+            model has no shapes yet, or a model that declares its layers is inside one that does not.
 
     >>> small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Linear(8, 2))
     >>> [(layer.kind, layer.role, layer.before) for layer in signature(small).layers]
     [('Conv2d + BatchNorm2d', 'feature', ()), ('Linear', 'classifier', ('ReLU()',))]
     """
-    if isinstance(model, DeclaresLayers):
-        declared: tuple[DeclaredLayer, ...] = tuple(model.declared_layers())
-        tail: tuple[str, ...] = ()
-    else:
-        declared, tail = _registered_layers(model)
     key_of = _state_keys(model)
+    tail: tuple[str, ...] = ()
+    if isinstance(model, DeclaresLayers):
+        declared = _declared_layers(model)
+    else:
+        _check_nothing_declared_inside(model)
+        declared, tail = _registered_layers(model)
     layers: list[LayerSignature] = []
     names: list[tuple[str, ...]] = []
     for layer in declared:
@@ -203,10 +229,34 @@ def signature(model: nn.Module) -> ModelSignature:
         )
         names.append(tuple(layer_names))
     if key_of:
-        raise SignatureError(f"these tensors belong to no declared layer: {', '.join(sorted(key_of.values()))}")
+        raise SignatureError(
+            f"these tensors belong to no declared layer: {', '.join(sorted(key_of.values()))}; a layer has the tensors "
+            "of the modules that it lists, not those of their children, so list each module that has some"
+        )
     if not layers:
         raise SignatureError(f"{type(model).__name__} has no layer with parameters, so there is nothing to share")
     return ModelSignature(layers=tuple(layers), names=tuple(names), tail=tail)
+
+
+def _declared_layers(model: DeclaresLayers) -> tuple[DeclaredLayer, ...]:
+    """The layers of a model that declares them."""
+    declared: object = model.declared_layers()
+    if not isinstance(declared, tuple | list) or not all(isinstance(layer, DeclaredLayer) for layer in declared):
+        raise SignatureError(
+            f"{type(model).__name__}.declared_layers() does not return a list of flexifed.DeclaredLayer, one for each "
+            "layer, in forward order"
+        )
+    return tuple(declared)
+
+
+def _check_nothing_declared_inside(model: nn.Module) -> None:
+    """Refuse to read a model in registration order if a part of it, such as a wrapped model, declares another order."""
+    for inner in model.modules():
+        if isinstance(inner, DeclaresLayers):
+            raise SignatureError(
+                f"{type(inner).__name__} declares its layers, but the {type(model).__name__} that contains it does "
+                f"not; give the {type(inner).__name__} itself, or a {type(model).__name__} with declared_layers()"
+            )
 
 
 def _registered_layers(model: nn.Module) -> tuple[tuple[DeclaredLayer, ...], tuple[str, ...]]:
@@ -273,16 +323,53 @@ def _class_name(module: nn.Module) -> str:
 
 def _hyperparameters(module: nn.Module) -> Iterator[tuple[str, str]]:
     """The public attributes of a module that are plain values or functions, such as `stride` and `eps`, as text."""
+    has_children = next(module.children(), None) is not None
     for name, value in sorted(vars(module).items()):
-        if name.startswith("_") or name in _NOT_HYPERPARAMETERS:
+        if name.startswith("_") or name in _NOT_HYPERPARAMETERS or (has_children and name in _SHOWN_BY_CHILDREN):
             continue
-        if callable(value) and hasattr(value, "__qualname__"):
-            # All lambdas have the same name; their code tells them apart.
-            code = getattr(value, "__code__", None)
-            content = repr((code.co_code, code.co_consts, code.co_names)) if code else ""
-            yield name, f"{value.__module__}.{value.__qualname__} {content}"
-        elif _is_plain(value):
+        if _is_plain(value):
             yield name, repr(value)
+        elif _is_function(value):
+            yield name, _describe_function(value, ())
+
+
+def _is_function(value: object) -> bool:
+    return isinstance(value, partial) or (callable(value) and hasattr(value, "__qualname__"))
+
+
+def _describe_function(function: Any, within: tuple[object, ...]) -> str:
+    """A function's name, and what else decides its values: all lambdas have the same name.
+
+    Args:
+        function: a function, a class, or a `functools.partial`.
+        within: the functions that this one is part of, which it may refer to in turn.
+    """
+
+    def describe(value: object) -> str:
+        if _is_plain(value) or any(value is outer for outer in within):
+            return repr(value) if _is_plain(value) else "itself"
+        return _describe_function(value, (*within, function)) if _is_function(value) else type(value).__name__
+
+    if isinstance(function, partial):
+        keywords = {name: describe(value) for name, value in sorted(function.keywords.items())}
+        return f"partial({describe(function.func)}, {[describe(value) for value in function.args]}, {keywords})"
+    name = f"{function.__module__}.{function.__qualname__}"
+    if (code := getattr(function, "__code__", None)) is None:
+        return name
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    captured = [describe(cell.cell_contents) for cell in function.__closure__ or ()]
+    return f"{name} {_describe_code(code)} {[describe(value) for value in defaults]} {captured}"
+
+
+def _describe_code(code: CodeType) -> str:
+    """Bytecode with its constants and names, equal in all processes: constants can be code and sets, too."""
+
+    def describe(constant: object) -> str:
+        if isinstance(constant, CodeType):
+            return _describe_code(constant)
+        return repr(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)
+
+    return repr((code.co_code, [describe(constant) for constant in code.co_consts], code.co_names))
 
 
 def _is_plain(value: object) -> bool:
@@ -293,7 +380,7 @@ def _is_plain(value: object) -> bool:
 
 def _describe_container(module: nn.Module) -> str:
     """Describe a module that contains the layers after it: `Block(residual=True)`."""
-    attributes = [f"{name}={value}" for name, value in _hyperparameters(module) if name not in _SHOWN_BY_LAYERS]
+    attributes = [f"{name}={value}" for name, value in _hyperparameters(module)]
     return f"{_class_name(module)}({', '.join(attributes)})"
 
 

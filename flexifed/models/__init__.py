@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -10,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from flexifed.config import FAMILIES, FAMILY_INPUTS, InputKind
+from flexifed.config import FAMILIES, FAMILY_INPUTS, WIDEST, InputKind
 from flexifed.core.signature import ModelSignature, signature
 from flexifed.errors import ConfigError, invalid_choice
 from flexifed.models import charcnn, resnet, vdcnn, vgg
@@ -57,7 +56,8 @@ def build_model(
         name: `vgg11`, `vgg13`, `vgg16`, `vgg19`, and the same with `_bn` for batch norm; `resnet20`, `resnet32`,
             `resnet44`, `resnet56`; `charcnn3` to `charcnn6`; `vdcnn9`, `vdcnn17`, `vdcnn29`, `vdcnn49`.
         num_classes: size of the output, at least 1.
-        width: factor on all channels, above 0. It does not change the depth, and so not the layers in common.
+        width: factor on all channels, above 0 and below 64. It does not change the depth, and so not the layers in
+            common.
         in_channels: image models only: channels of the input, at least 1. Default: 3.
         alphabet_size: text models only: number of characters that have an index of their own, at least 1. Default: 70
             for CharCNN, 69 for VDCNN.
@@ -75,11 +75,11 @@ def build_model(
     >>> build_model("charcnn3", num_classes=4, width=0.1)(torch.zeros(2, 1014, dtype=torch.int64)).shape
     torch.Size([2, 4])
     """
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise ConfigError(invalid_choice("model", name, MODELS))
-    if isinstance(width, bool) or not (isinstance(width, int | float) and 0 < width < math.inf):
+    if isinstance(width, bool) or not (isinstance(width, int | float) and 0 < width < WIDEST):
         raise ConfigError(
-            f"width is {width!r}; it is a factor on the number of channels and must be finite and above 0"
+            f"width is {width!r}; it is a factor on the number of channels and must be above 0 and below {WIDEST:g}"
         )
     given = {"in_channels": in_channels, "alphabet_size": alphabet_size, "length": length}
     input_options = {option: value for option, value in given.items() if value is not None}

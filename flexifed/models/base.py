@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flexifed.core.signature import DeclaredLayer, Role
+from flexifed.core.signature import NORMALISATIONS, DeclaredLayer, Role
 
 
 class FamilyModel(nn.Module):
@@ -88,8 +88,8 @@ class PaddedShortcut(nn.Module):
 def chain_layers(*parts: tuple[nn.Sequential, Role]) -> list[DeclaredLayer]:
     """Declare the layers of a plain chain of modules.
 
-    Each convolution or linear layer is a layer, together with its batch norm. All other modules count as `before` of
-    the layer after them.
+    Each convolution or linear layer is a layer, together with a normalisation right after it. Activations, poolings and
+    other modules without parameters count as `before` of the layer after them.
 
     Args:
         parts: consecutive parts of the chain, which may be nested, each with the role of its layers.
@@ -101,7 +101,7 @@ def chain_layers(*parts: tuple[nn.Sequential, Role]) -> list[DeclaredLayer]:
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
                 layers.append(DeclaredLayer((module,), role, tuple(before)))
                 before = []
-            elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            elif isinstance(module, NORMALISATIONS) and layers and not before:
                 layers[-1] = replace(layers[-1], modules=(*layers[-1].modules, module))
             elif not isinstance(module, nn.Sequential):
                 before.append(module)

@@ -12,8 +12,9 @@ from torch import nn
 
 from flexifed.config import FAMILIES, SCHEMES
 from flexifed.core.aggregate import aggregate
-from flexifed.core.schemes import SharingPlan, sharing_plan
-from flexifed.core.signature import ModelSignature, signature
+from flexifed.core.schemes import SharingPlan, max_common, sharing_plan
+from flexifed.core.signature import DeclaredLayer, ModelSignature, signature
+from flexifed.core.trie import Node
 from flexifed.errors import ConfigError
 from flexifed.models import build_model, model_signature
 
@@ -293,6 +294,108 @@ def test_arguments_that_make_no_plan_are_refused(arguments: dict[str, object], m
     with pytest.raises(ConfigError) as error:
         sharing_plan(**{"models": [nn.Linear(1, 1)], "scheme": "max_common", **arguments})
     assert str(error.value) == message
+
+
+def chain(*sizes: int, classifiers: int = 1) -> nn.Module:
+    """Linear layers of these sizes, of which the last ones are the classifier."""
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.ModuleList(nn.Linear(size, size) for size in sizes)
+
+        def declared_layers(self) -> list[DeclaredLayer]:
+            features = len(sizes) - classifiers
+            return [
+                DeclaredLayer((layer,), "feature" if index < features else "classifier")
+                for index, layer in enumerate(self.linear)
+            ]
+
+    return Chain()
+
+
+@pytest.mark.parametrize("classifier", ["never", "always"])
+def test_a_layer_that_is_another_models_classifier_has_no_partner_there(classifier: str) -> None:
+    models = [chain(4, 4, classifiers=1), chain(4, 4, classifiers=0)]
+    partners = planned_partners(sharing_plan(models, "max_common", classifier=classifier))
+    assert partners == [[{0, 1}, set()]] * 2
+    assert planned_partners(sharing_plan(models, "max_common")) == [[{0, 1}, {0, 1}]] * 2
+
+
+@pytest.mark.parametrize("classifier", ["never", "always"])
+def test_basic_common_averages_over_all_or_nobody_whatever_the_roles(classifier: str) -> None:
+    models = [chain(4, classifiers=1), chain(4, 5, classifiers=1), chain(4, 6, classifiers=1)]
+    partners = planned_partners(sharing_plan(models, "basic_common", classifier=classifier))
+    assert [layers[0] for layers in partners] == [set()] * 3
+
+
+def test_classifier_always_matches_layers_by_their_place_in_the_classifier() -> None:
+    models = [chain(size, 8, 8, classifiers=2) for size in (3, 4)]
+    plan = sharing_plan(models, "max_common", classifier="always")
+    assert plan.group_of[0] == plan.group_of[1]
+    assert len({*plan.group_of[0]}) == 3, "nothing for the features, and a group for each classifier layer"
+
+
+def test_classifier_always_tells_kinds_of_equal_shapes_apart() -> None:
+    class Other(nn.Linear):
+        pass
+
+    models = [
+        nn.Sequential(nn.Conv2d(1, 1, size), nn.Flatten(), last(4, 2)) for size, last in ((1, nn.Linear), (2, Other))
+    ]
+    assert not sharing_plan(models, "max_common", classifier="always").groups
+
+
+def test_local_buffers_are_those_of_normalisations_and_no_others() -> None:
+    def model() -> nn.Module:
+        model = nn.Linear(2, 2)
+        model.register_buffer("scale", torch.ones(3))
+        return model
+
+    (names,) = sharing_plan([model(), model()], "max_common", batch_norm_buffers="local").shared_names(0).values()
+    assert "scale" in names
+
+
+def first_layer_only(node: Node, architecture: int, num_architectures: int) -> tuple[int, ...]:
+    """A scheme as somebody else would write it."""
+    return node.architectures if node.depth == 0 else ()
+
+
+def test_a_scheme_can_be_a_function_of_ones_own() -> None:
+    models = [chain(4, 5), chain(4, 6), chain(4, 6)]
+    plan = sharing_plan(models, first_layer_only)
+    assert plan.scheme == "first_layer_only"
+    assert planned_partners(plan) == [[{0, 1, 2}, set()]] * 3
+    assert planned_partners(sharing_plan(models, max_common)) == planned_partners(sharing_plan(models, "max_common"))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        (
+            lambda node, architecture, count: range(count),
+            "averages layer 1 of architecture 0 over [0, 1]; it must be one",
+        ),
+        (
+            lambda node, architecture, count: (1 - architecture,),
+            "averages layer 0 of architecture 0 over [1]; it must be",
+        ),
+        (
+            lambda node, architecture, count: node.architectures if architecture == 0 else (),
+            "averages Linear over architectures [0, 1], but answers otherwise for [1]; it must give all",
+        ),
+    ],
+    ids=["not in common", "without itself", "one-sided"],
+)
+def test_schemes_that_contradict_themselves_are_refused(scheme, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        sharing_plan([chain(4, 5), chain(4, 6)], scheme)
+    assert message in str(error.value)
+
+
+def test_a_plans_text_is_short() -> None:
+    models = [build_model(name, num_classes=10, width=0.03) for name in FAMILIES["vgg"]]
+    assert len(repr(sharing_plan(models, "max_common"))) < 300
 
 
 def test_common_prefix_does_not_depend_on_what_follows_it() -> None:

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from flexifed.core.signature import DeclaredLayer, signature
 from flexifed.errors import SignatureError
@@ -249,6 +250,125 @@ def test_models_without_layers_are_refused(model: nn.Module) -> None:
 def test_declarations_that_do_not_fit_the_model_are_refused(declare, message: str) -> None:
     with pytest.raises(SignatureError, match=message):
         signature(Declaring(declare))
+
+
+@pytest.mark.parametrize(
+    ("declare", "message"),
+    [
+        (lambda first, second: DeclaredLayer(first), r"modules is a Linear; give a tuple of torch.nn.Module"),
+        (
+            lambda first, second: DeclaredLayer((first, "relu")),
+            r"modules holds 'relu'; give a tuple of torch.nn.Module",
+        ),
+        (
+            lambda first, second: DeclaredLayer((first,), before="relu"),
+            "before is 'relu'; give a tuple of torch.nn.Mod",
+        ),
+        (lambda first, second: DeclaredLayer((first,), before=nn.ReLU()), "before is a ReLU; give a tuple"),
+        (lambda first, second: DeclaredLayer((first,), before=(torch.relu,)), "before holds a builtin_function_or_"),
+        (lambda first, second: DeclaredLayer((first,), "head"), "role is 'head'; choose one of: feature, classifier"),
+        (lambda first, second: (first, second), r"Declaring.declared_layers\(\) does not return a list of flexifed"),
+        (lambda first, second: None, r"Declaring.declared_layers\(\) does not return a list of flexifed.DeclaredLayer"),
+        (
+            lambda first, second: [DeclaredLayer((nn.Sequential(first), second))],
+            "to no declared layer: first.bias, first.weight; a layer has the tensors of the modules that it lists, not",
+        ),
+    ],
+)
+def test_slips_in_a_declaration_are_explained(declare, message: str) -> None:
+    with pytest.raises(SignatureError, match=message):
+        signature(Declaring(declare))
+
+
+def test_a_model_that_declares_its_layers_is_not_read_through_a_wrapper_that_does_not() -> None:
+    with pytest.raises(SignatureError, match=r"Declared declares its layers, but the DataParallel that contains it do"):
+        signature(nn.DataParallel(Declared()))
+
+
+@pytest.mark.parametrize("model", [nn.LazyLinear(3), nn.Sequential(nn.Conv2d(1, 1, 1), nn.LazyBatchNorm2d())])
+def test_lazy_models_without_shapes_are_refused(model: nn.Module) -> None:
+    with pytest.raises(SignatureError, match="has no shape yet; run the lazy model once before its layers are read"):
+        signature(model)
+
+
+def test_roles_tell_architectures_apart_but_not_layers() -> None:
+    first, second = (
+        signature(Declaring(lambda first, second, role=role: [DeclaredLayer((first,), role), DeclaredLayer((second,))]))
+        for role in ("feature", "classifier")
+    )
+    assert first.layers == second.layers
+    assert first.digest != second.digest
+
+
+class Activated(nn.Module):
+    """Two linear layers with a function between them, which is an attribute."""
+
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.inner = Between(activation)
+        self.outer = nn.Linear(2, 2)
+
+
+class Between(nn.Module):
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.activation = activation
+        self.linear = nn.Linear(2, 2)
+
+
+def captured(slope: object) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda values: functional.leaky_relu(values, slope)
+
+
+def calling(function: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda values: function(values)
+
+
+def nested(slope: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    by_slope = {
+        0.1: lambda values: (lambda: functional.leaky_relu(values, 0.1))(),
+        0.9: lambda values: (lambda: functional.leaky_relu(values, 0.9))(),
+    }
+    return by_slope[slope]
+
+
+def calling_itself(depth: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def again(values: torch.Tensor, left: int = depth) -> torch.Tensor:
+        return again(values.relu(), left - 1) if left else values
+
+    return again
+
+
+FUNCTIONS: dict[str, Callable[[], tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]]] = {
+    "captured": lambda: (captured(0.1), captured(0.9)),
+    "captured function": lambda: (calling(torch.relu), calling(torch.tanh)),
+    "default": lambda: tuple(lambda values, slope=slope: values * slope for slope in (0.1, 0.9)),
+    "keyword default": lambda: tuple(lambda values, *, slope=slope: values * slope for slope in (0.1, 0.9)),
+    "partial": lambda: tuple(partial(functional.leaky_relu, negative_slope=slope) for slope in (0.1, 0.9)),
+    "function of a partial": lambda: (partial(functional.leaky_relu), partial(functional.hardtanh)),
+    "nested code": lambda: (nested(0.1), nested(0.9)),
+    "recursive": lambda: (calling_itself(1), calling_itself(2)),
+}
+
+
+@pytest.mark.parametrize("functions", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_functions_are_told_apart_by_all_that_decides_their_values(functions) -> None:
+    first, second = functions()
+    assert signature(Activated(first)) != signature(Activated(second))
+    assert signature(Activated(first)) == signature(Activated(functions()[0])), "made again, it is the same function"
+
+
+def test_the_number_of_children_does_not_count_even_beside_a_parameter_of_its_own() -> None:
+    def model(depth: int) -> nn.Module:
+        model = nn.Module()
+        model.depth = depth
+        model.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+        model.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(depth))
+        return model
+
+    shallow, deep = signature(model(2)), signature(model(4))
+    assert shallow.layers == deep.layers[:3]
+    assert signature(nn.LSTM(2, 2, num_layers=1)) != signature(nn.LSTM(2, 2, num_layers=2))
 
 
 def test_state_that_is_not_a_tensor_is_refused() -> None:

@@ -128,10 +128,16 @@ def test_meta_models_hold_shapes_only() -> None:
             "resnet20, resnet32, resnet44, resnet56, charcnn3, charcnn4, charcnn5, charcnn6, vdcnn9, vdcnn17, vdcnn29, "
             "vdcnn49",
         ),
-        ({"width": 0}, "width is 0; it is a factor on the number of channels and must be finite and above 0"),
-        ({"width": -1}, "width is -1; it is a factor on the number of channels and must be finite and above 0"),
-        ({"width": math.nan}, "width is nan; it is a factor on the number of channels and must be finite and above 0"),
-        ({"width": math.inf}, "width is inf; it is a factor on the number of channels and must be finite and above 0"),
+        ({"width": 0}, "width is 0; it is a factor on the number of channels and must be above 0 and below 64"),
+        ({"width": -1}, "width is -1; it is a factor on the number of channels and must be above 0 and below 64"),
+        (
+            {"width": math.nan},
+            "width is nan; it is a factor on the number of channels and must be above 0 and below 64",
+        ),
+        (
+            {"width": math.inf},
+            "width is inf; it is a factor on the number of channels and must be above 0 and below 64",
+        ),
         ({"num_classes": 0}, "num_classes is 0; it must be a whole number of at least 1"),
         ({"num_classes": 2.5}, "num_classes is 2.5; it must be a whole number of at least 1"),
         ({"num_classes": 2**24 + 1}, "num_classes is 16777217; it must be at most 16777216"),
