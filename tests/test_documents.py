@@ -84,7 +84,7 @@ def run(code: str) -> dict[str, Any]:
 # Python
 
 
-@pytest.mark.parametrize("code", [*python_blocks(README), *python_blocks(ROOT / "docs" / "report.md")])
+@pytest.mark.parametrize("code", [block for page in PAGES for block in python_blocks(page)])
 def test_python_of_the_pages_runs(code: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(results)
     run(code)

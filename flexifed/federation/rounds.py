@@ -17,6 +17,7 @@ import torch
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import GroupState, combine_blocks
 from flexifed.data import DatasetInfo
+from flexifed.errors import ConfigError
 from flexifed.federation.assignment import assign_clients
 from flexifed.federation.cell import ClientShards, cell_plan
 from flexifed.federation.checkpoint import SHARED, Checkpoint, read_groups, write_groups
@@ -60,7 +61,18 @@ class Hosts(Protocol):
 
 
 class LocalHosts:
-    """All clients in this process."""
+    """All clients in this process.
+
+    Args:
+        config: the cell.
+        info: its data.
+        shards: each client's samples, in client order; `make_shards` cuts them i.i.d.
+        clients_per_host: which clients' sums are formed together; None for all. It changes no number.
+        streams: so many clients overlap on a GPU.
+
+    Raises:
+        ConfigError: not a shard for each client.
+    """
 
     exchange = "all clients are in one process"
 
@@ -72,6 +84,10 @@ class LocalHosts:
         clients_per_host: int | None = None,
         streams: int = 1,
     ) -> None:
+        if len(shards) != config.partition.num_clients:
+            raise ConfigError(
+                f"{len(shards)} shards for {config.partition.num_clients} clients; give one for each client"
+            )
         self.clients = assign_clients(
             config.partition.client_versions, clients_per_host or len(shards), config.sharing.reduce_block
         )

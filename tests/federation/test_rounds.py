@@ -798,3 +798,10 @@ def test_groups_and_block_sums_arrive_as_they_were_sent(
     assert [[bits(tensor) for tensor in sums.tensors] for sums in same.values()] == [
         [bits(tensor) for tensor in sums.tensors] for sums in block.values()
     ]
+
+
+def test_every_client_needs_a_shard() -> None:
+    config = cell()
+    shards = make_shards(config, INFO)
+    with pytest.raises(ConfigError, match=f"{len(shards) - 1} shards for {len(shards)} clients; give one for each"):
+        LocalHosts(config, INFO, shards[:-1])
