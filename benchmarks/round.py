@@ -75,9 +75,6 @@ def peak_memory() -> dict[str, float]:
                 found[f"client actor {process.pid}"] = _high_water(process)
         except (psutil.NoSuchProcess, IndexError):
             continue
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        found["GPU, all processes"] = round((total - free) / MIB)
     return found
 
 
