@@ -234,16 +234,43 @@ def cell_of(options: argparse.Namespace) -> CellConfig:
 
 
 def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
-    """Play rounds of both, in turn."""
-    config, before = cell_of(options), machine()
+    """Play rounds of flexifed and of the baseline in turn; returns what is printed as JSON."""
+    before = machine()
     packages = versions("flexifed", "torch", "torchvision", "ray", "numpy")
+    undisturbed = options.undisturbed if options.device == "cuda" else 0
+    run = run_of(options, results, WARM_UP[options.device] + options.repeat + undisturbed)
+    device = torch.device(options.device)
+    with cluster.connected(None):
+        nodes = cluster.nodes()
+        placement = place_cell(run.config, PlacementOptions(streams=options.streams, cuda_ipc=options.cuda_ipc), nodes)
+        rate = peak_rate(device, int(sum(node["CPU"] for node in nodes)))
+        turns = take_turns(run, placement, options.repeat, undisturbed)
+    samples = samples_per_epoch(run)
+    return {
+        "machine": before,
+        "device": device_name(device),
+        "versions": packages,
+        "cell": describe_cell(run, options, samples[0], placement, turns.exchange),
+        **describe_seconds(turns),
+        "peak_rate": rate,
+        "share_of_peak": share_of_peak(
+            run.config, run.info.num_classes, samples, turns.played, rate, len(placement.clients) * placement.streams
+        ),
+        "undisturbed": turns.undisturbed,
+        "in_one_process": in_one_process(run, options.streams) if device.type == "cuda" else None,
+        "peak_memory_mib": turns.peak_memory_mib,
+        "device_memory_mib": turns.device_memory_mib,
+    }
+
+
+def run_of(options: argparse.Namespace, results: Path, rounds: int) -> CellRun:
+    """The run of the cell, in a results folder that is ready for it; it writes no checkpoint."""
     info = find_dataset(
         "cifar10", data="real" if options.data_dir else "synthetic", data_dir=options.data_dir or Path("data")
     )
-    undisturbed = options.undisturbed if options.device == "cuda" else 0
-    rounds = WARM_UP[options.device] + options.repeat + undisturbed
-    run = CellRun(
-        config=config,
+    ResultsFolder(results).prepare()
+    return CellRun(
+        config=cell_of(options),
         info=info,
         profile="benchmark",
         rounds=rounds,
@@ -251,49 +278,47 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         keep_final=False,
         checkpoint_every=rounds + 1,
     )
-    ResultsFolder(results).prepare()
-    device = torch.device(options.device)
-    with cluster.connected(None):
-        nodes = cluster.nodes()
-        placement = place_cell(config, PlacementOptions(streams=options.streams, cuda_ipc=options.cuda_ipc), nodes)
-        rate = peak_rate(device, int(sum(node["CPU"] for node in nodes)))
-        turns = take_turns(run, placement, options.repeat, undisturbed)
-    played, round_s, baseline_s = turns.played, turns.round_s, turns.baseline_s
-    window = [len(one.train) // config.partition.windows_per_shard for one in make_shards(config, info)]
-    work = [max(work_of(result).values(), key=lambda one: one.either_s) for result in played]
-    at_a_time = len(placement.clients) * placement.streams
+
+
+def samples_per_epoch(run: CellRun) -> list[int]:
+    """How many samples each client trains on in an epoch."""
+    windows = run.config.partition.windows_per_shard
+    return [len(shards.train) // windows for shards in make_shards(run.config, run.info)]
+
+
+def describe_cell(
+    run: CellRun, options: argparse.Namespace, images_per_epoch: int, placement: CellPlacement, exchange: str
+) -> dict[str, object]:
+    """The cell, as JSON: its settings, its data and where its clients ran."""
     return {
-        "machine": before,
-        "device": device_name(device),
-        "versions": packages,
-        "cell": {
-            "family": options.family,
-            "scheme": options.scheme,
-            "width": options.width,
-            "data": f"{info.name}, {info.source}",
-            "clients": config.partition.num_clients,
-            "images_in_an_epoch": window[0],
-            "local_epochs": options.local_epochs,
-            "precision": options.precision,
-            "fused": options.fused,
-            "cuda_graph": options.cuda_graph,
-            "winograd": options.winograd,
-            "placement": str(placement),
-            "exchange": turns.exchange,
-        },
-        "round_s": spread(round_s),
-        "baseline_s": spread(baseline_s),
-        "ratio": spread([theirs / ours for theirs, ours in zip(baseline_s, round_s, strict=True)]),
-        "train_s": spread([one.train_s for one in work]),
-        "eval_s": spread([one.eval_s for one in work]),
-        "aggregate_s": spread([result.aggregate_s for result in played]),
-        "overhead": spread([1 - one.either_s / wall for one, wall in zip(work, round_s, strict=True)]),
-        "peak_rate": rate,
-        "share_of_peak": share_of_peak(config, info.num_classes, window, played, rate, at_a_time),
-        "undisturbed": turns.undisturbed,
-        "in_one_process": in_one_process(run, options.streams) if device.type == "cuda" else None,
-        "peak_memory_mib": turns.peak_memory_mib,
-        "device_memory_mib": turns.device_memory_mib,
+        "family": options.family,
+        "scheme": options.scheme,
+        "width": options.width,
+        "data": f"{run.info.name}, {run.info.source}",
+        "clients": run.config.partition.num_clients,
+        "images_in_an_epoch": images_per_epoch,
+        "local_epochs": options.local_epochs,
+        "precision": options.precision,
+        "fused": options.fused,
+        "cuda_graph": options.cuda_graph,
+        "winograd": options.winograd,
+        "placement": str(placement),
+        "exchange": exchange,
+    }
+
+
+def describe_seconds(turns: Turns) -> dict[str, dict[str, float]]:
+    """Seconds of the rounds and of their parts, as JSON: median and spread over the rounds."""
+    pairs = zip(turns.round_s, turns.baseline_s, strict=True)
+    busiest = [max(work_of(result).values(), key=lambda work: work.either_s) for result in turns.played]
+    return {
+        "round_s": spread(turns.round_s),
+        "baseline_s": spread(turns.baseline_s),
+        "ratio": spread([baseline_s / round_s for round_s, baseline_s in pairs]),
+        "train_s": spread([work.train_s for work in busiest]),
+        "eval_s": spread([work.eval_s for work in busiest]),
+        "aggregate_s": spread([result.aggregate_s for result in turns.played]),
+        "overhead": spread([1 - work.either_s / round_s for work, round_s in zip(busiest, turns.round_s, strict=True)]),
     }
 
 
