@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
-from common import RoundObserver
+from common import RoundObserver, machine, versions
 
 from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
@@ -119,8 +117,8 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         return {"early": round(early, 4), "late": round(statistics.median(seconds[-window:]), 4)}
 
     return {
-        "machine": f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} CPUs, load {psutil.getloadavg()}",
-        "versions": {name: version(name) for name in ("flexifed", "torch", "ray", "pyarrow")},
+        "machine": machine(),
+        "versions": versions("flexifed", "torch", "ray", "pyarrow"),
         "cell": {"rounds": options.rounds, "clients": 4, "actors": 2, "width": options.width},
         "base_round": options.base_round,
         "growth": {name: round(value, 4) for name, value in growth.items()},

@@ -69,7 +69,7 @@ def lines_of(pages: Sequence[Path], name: str) -> list[Any]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `results/`, as thin runs on real data would leave it."""
     folder = tmp_path_factory.mktemp("readme")
-    write_grid: Callable[..., int] = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))["write_grid"]
+    write_grid: Callable[..., int] = runpy.run_path(str(ROOT / "benchmarks" / "generate.py"))["write_grid"]
     cells = [("cifar10", family, scheme) for family in ("vgg", "resnet") for scheme in ("clustered_fl", "max_common")]
     write_grid(folder / "results", rounds=3, seeds=(0, 1), cells=cells, source="real", profile="thin")
     return folder

@@ -10,13 +10,13 @@ import pytest
 
 from flexifed.config import SCHEMES
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "report.py"
+GENERATOR = Path(__file__).parents[2] / "benchmarks" / "generate.py"
 
 
 @pytest.fixture(scope="session")
 def write_grid() -> Callable[..., int]:
-    """`write_grid` of the benchmark."""
-    return runpy.run_path(str(BENCHMARK))["write_grid"]
+    """The function of `benchmarks/generate.py` that writes generated results."""
+    return runpy.run_path(str(GENERATOR))["write_grid"]
 
 
 @pytest.fixture(scope="session")
