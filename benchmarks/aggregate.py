@@ -19,6 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,14 +87,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             {key: tensor.clone() for key, tensor in models[client % len(models)].state_dict().items()}
             for client in range(count)
         ]
-        sizes[str(count)] = one = {
-            "plan_s": timed(lambda s=signatures: sharing_plan(s, "max_common"), options.repeat),
-            "aggregate_s": timed(lambda p=plan, s=states: aggregate(p, s), options.repeat),
+        size: dict[str, Any] = {
+            "plan_s": timed(partial(sharing_plan, signatures, "max_common"), options.repeat),
+            "aggregate_s": timed(partial(aggregate, plan, states), options.repeat),
         }
         if count <= options.pairwise:
-            one["pairwise_plan_s"] = timed(lambda s=signatures: pairwise_groups(s), options.repeat)
-            one["speedup"] = round(one["pairwise_plan_s"]["median"] / one["plan_s"]["median"], 1)
-        print(f"{count} clients: {json.dumps(one)}", file=sys.stderr)
+            size["pairwise_plan_s"] = timed(partial(pairwise_groups, signatures), options.repeat)
+            size["speedup"] = round(size["pairwise_plan_s"]["median"] / size["plan_s"]["median"], 1)
+        sizes[str(count)] = size
+        print(f"{count} clients: {json.dumps(size)}", file=sys.stderr)
     fitted = [count for count in options.clients if count >= options.fit_from]
     return {
         "machine": machine(),

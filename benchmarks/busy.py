@@ -91,6 +91,8 @@ def device_use(device: torch.device, work: Callable[[], object]) -> DeviceUse:
             work()
             _wait_for(device)
             ended = time.time_ns()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
     seen = profiler.profiler.kineto_results.events()  # as they came; PyTorch's own tables of them take minutes
     spans = [
         (max(started, event.start_ns()), min(ended, event.end_ns()))

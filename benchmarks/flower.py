@@ -190,7 +190,7 @@ class Clock(RoundObserver):
         self.ended.append(time.perf_counter())
 
 
-def rounds_of_rows(rows: Sequence[Mapping[str, Any]], ended: Sequence[float]) -> Rounds:
+def rounds_of_rows(rows: Sequence[Mapping[Any, Any]], ended: Sequence[float]) -> Rounds:
     """What flexifed wrote of a cell, as rounds of training that are scored after the aggregation.
 
     Its own rounds are scored at their start, so the scores of round r are those of round r + 1 there; what it scored
@@ -200,7 +200,7 @@ def rounds_of_rows(rows: Sequence[Mapping[str, Any]], ended: Sequence[float]) ->
         rows: of the results.
         ended: when each of its rounds was heard of; the last one only scores.
     """
-    by_round: dict[int, list[Mapping[str, Any]]] = {}
+    by_round: dict[int, list[Mapping[Any, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["client"]):
         by_round.setdefault(int(row["round"]), []).append(row)
     return [

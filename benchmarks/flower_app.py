@@ -72,7 +72,7 @@ class Task:
         """The model of a client, with the weights that all of its architecture begin with."""
         generator = torch_generator(self.config.seed, "init")
         model = cell_model(self.config, self.info, self.config.model_name(client), generator=generator)
-        return model.to(memory_format=torch.channels_last)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def window(self, client: int, round_index: int) -> torch.Tensor:
         """Which of its training samples the client trains on in a round, int64 (count,)."""
@@ -163,7 +163,7 @@ class TutorialTask(Task):
 
     def model(self, client: int) -> nn.Module:
         """The model of a client, in PyTorch's own memory format."""
-        return super().model(client).to(memory_format=torch.contiguous_format)
+        return super().model(client).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 PROGRAMS = {"defaults": TutorialTask, "tutorial": TutorialTask, "lean": Task}

@@ -17,7 +17,7 @@ Cell = tuple[str, str, str]
 
 _BYTES_SENT = {"standalone": 0, "basic_common": 8_192}
 _BYTES_SENT_BY_OTHERS = 112_000_000
-_PERCENT_WITHOUT_PAPER = 80.0
+_PERCENT_WITHOUT_PAPER = 80.0  # for schemes that the paper does not have
 _NUM_VERSIONS = 4
 
 
@@ -46,16 +46,16 @@ def write_grid(
     """
     folder = ResultsFolder(results / "table1")
     paper = paper_table()
+    paper_percent = dict(zip(paper.index, paper.to_numpy(), strict=True))
+    unknown = np.full(_NUM_VERSIONS, _PERCENT_WITHOUT_PAPER)
     scored = rounds + 1 if played is None else played
     total = 0
-    for cell in [*paper.index] if cells is None else cells:
-        known = cell in paper.index  # the paper has no accuracies for schemes that were added to its five
-        final_percent = paper.loc[cell].to_numpy() if known else np.full(_NUM_VERSIONS, _PERCENT_WITHOUT_PAPER)
+    for cell in paper_percent if cells is None else cells:
         for seed in seeds:
             table = _rows(
                 cell,
                 seed,
-                final_percent,
+                paper_percent.get(cell, unknown),
                 rounds=rounds,
                 scored=scored,
                 clients=clients,

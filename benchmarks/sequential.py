@@ -61,7 +61,9 @@ class SequentialLoop:
         self._shards = shards
         self._device = torch.device(config.device)
         self._plan = cell_plan(config, data.info)
-        self._states: list[State] = [self._build(client).state_dict() for client in range(len(shards))]
+        self._states: list[dict[str, torch.Tensor]] = [
+            self._build(client).state_dict() for client in range(len(shards))
+        ]
         to_input = [transforms.ToTensor(), transforms.Normalize(data.info.mean, data.info.std)]
         self._plain = transforms.Compose(to_input)
         self._varied = transforms.Compose(
@@ -114,7 +116,7 @@ class SequentialLoop:
                 loss.item()
 
 
-def averaged(plan: SharingPlan, states: Sequence[State]) -> list[State]:
+def averaged(plan: SharingPlan, states: Sequence[State]) -> list[dict[str, torch.Tensor]]:
     """The plain mean of each group's tensors, put into copies of the states."""
     new = [copy.deepcopy(dict(state)) for state in states]
     for group in plan.groups:
