@@ -1,15 +1,16 @@
-"""How plan and aggregation grow with the number of clients, and against matching clients in pairs.
+"""Time the sharing plan and the aggregation as the number of clients grows, and compare with pairwise matching.
 
-    uv run --extra test python benchmarks/aggregate.py            to 10,000 clients, about a minute on 2 cores
+    uv run --extra test python benchmarks/aggregate.py            up to 10,000 clients, about a minute on 2 cores
 
-Clients hold the four VGGs in turn, thin, under Max-Common. Prints JSON:
+The clients have thin versions of the four VGGs in turn; the scheme is Max-Common. Prints JSON:
 
-    plan_s, aggregate_s     seconds for each number of clients, median of some; the states are the clients' own
-    exponent                slope of log seconds over log clients, from --fit-from clients on; 1 is linear
-    pairwise_plan_s         the same groups found by comparing each client with each other, as far as --pairwise clients
+    plan_s, aggregate_s     seconds for each number of clients, median and spread; each client has a state of its own
+    exponent                slope of log seconds over log clients, from --fit-from clients upwards; 1 is linear
+    pairwise_plan_s         seconds to find the same groups by comparing every client with every other, up to --pairwise
+                            clients
     speedup                 pairwise_plan_s / plan_s
 
-Exit status 1 if an exponent is above --limit.
+The exit status is 1 if an exponent exceeds --limit.
 """
 
 from __future__ import annotations
@@ -34,65 +35,65 @@ NUM_CLASSES = 10
 
 
 def pairwise_groups(signatures: Sequence[ModelSignature]) -> set[tuple[int, frozenset[int]]]:
-    """Max-Common's groups, client by client: for each layer of each, all others whose models agree up to it.
+    """Find Max-Common's groups pairwise: for each layer of each client, all clients whose models agree up to it.
 
     Returns:
-        (number of the layer, its clients), for all layers that at least two clients share.
+        (layer index, clients) for each group of at least two clients.
     """
     groups = set()
-    for mine in signatures:
-        common = [_common_layers(mine, other) for other in signatures]
-        for layer in range(len(mine.layers)):
+    for model in signatures:
+        common = [_num_common_layers(model, other) for other in signatures]
+        for layer in range(len(model.layers)):
             members = frozenset(client for client, count in enumerate(common) if count > layer)
             if len(members) > 1:
                 groups.add((layer, members))
     return groups
 
 
-def _common_layers(one: ModelSignature, other: ModelSignature) -> int:
+def _num_common_layers(first: ModelSignature, second: ModelSignature) -> int:
     count = 0
-    for mine, theirs in zip(one.layers, other.layers, strict=False):
-        if mine != theirs:
+    for layer, other in zip(first.layers, second.layers, strict=False):
+        if layer != other:
             break
         count += 1
     return count
 
 
-def timed(work: Callable[[], object], repeat: int) -> dict[str, float]:
-    """Seconds of some calls; the first, which warms up, is left out."""
+def time_calls(function: Callable[[], object], repeat: int) -> dict[str, float]:
+    """Time `repeat` calls, after one that warms up; returns median and spread of their seconds."""
     seconds = []
     for _ in range(repeat + 1):
         started = time.perf_counter()
-        work()
+        function()
         seconds.append(time.perf_counter() - started)
     return spread(seconds[1:])
 
 
 def exponent(counts: Sequence[int], seconds: Sequence[float]) -> float:
-    """The power of the count that seconds grow with, fitted on a logarithmic scale."""
+    """Fit seconds ~ count ** exponent on a logarithmic scale."""
     return round(float(np.polyfit(np.log(counts), np.log(seconds), 1)[0]), 3)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Time each number of clients."""
+    """Time the plan and the aggregation for each number of clients."""
     torch.set_num_threads(1)
     names = FAMILIES["vgg"]
     models = [build_model(name, num_classes=NUM_CLASSES, width=options.width) for name in names]
-    kinds = [signature(model) for model in models]
+    distinct = [signature(model) for model in models]
     sizes: dict[str, dict[str, Any]] = {}
     for count in options.clients:
-        signatures = [kinds[client % len(kinds)] for client in range(count)]
+        signatures = [distinct[client % len(distinct)] for client in range(count)]
         plan = sharing_plan(signatures, "max_common")
         states = [
             {key: tensor.clone() for key, tensor in models[client % len(models)].state_dict().items()}
             for client in range(count)
         ]
         size: dict[str, Any] = {
-            "plan_s": timed(partial(sharing_plan, signatures, "max_common"), options.repeat),
-            "aggregate_s": timed(partial(aggregate, plan, states), options.repeat),
+            "plan_s": time_calls(partial(sharing_plan, signatures, "max_common"), options.repeat),
+            "aggregate_s": time_calls(partial(aggregate, plan, states), options.repeat),
         }
         if count <= options.pairwise:
-            size["pairwise_plan_s"] = timed(partial(pairwise_groups, signatures), options.repeat)
+            size["pairwise_plan_s"] = time_calls(partial(pairwise_groups, signatures), options.repeat)
             size["speedup"] = round(size["pairwise_plan_s"]["median"] / size["plan_s"]["median"], 1)
         sizes[str(count)] = size
         print(f"{count} clients: {json.dumps(size)}", file=sys.stderr)
@@ -103,20 +104,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "models": {"names": names, "width": options.width, "scheme": "max_common"},
         "clients": sizes,
         "exponent": {
-            what: exponent(fitted, [sizes[str(count)][what]["median"] for count in fitted])
-            for what in ("plan_s", "aggregate_s")
+            step: exponent(fitted, [sizes[str(count)][step]["median"] for count in fitted])
+            for step in ("plan_s", "aggregate_s")
         },
     }
 
 
 def main() -> int:
-    """Measure, and print it."""
+    """Measure, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 40, 200, 1000, 5000, 10_000])
-    parser.add_argument("--pairwise", type=int, default=1000, help="compare in pairs up to so many clients")
+    parser.add_argument(
+        "--pairwise", type=int, default=1000, help="match clients pairwise up to this number of clients"
+    )
     parser.add_argument("--width", type=float, default=0.03125)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--fit-from", type=int, default=200, help="fewer clients cost what a call costs")
+    parser.add_argument(
+        "--fit-from",
+        type=int,
+        default=200,
+        help="fit the exponent from this number of clients upwards; below it, the fixed cost of a call dominates",
+    )
     parser.add_argument("--limit", type=float, default=1.1, help="exponent that is still allowed")
     options = parser.parse_args()
     if sum(count >= options.fit_from for count in options.clients) < 2:

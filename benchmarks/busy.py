@@ -1,4 +1,4 @@
-"""How much of a time a device, or a process, was at work."""
+"""How busy processes and devices are: the time in which they work, and its share of the whole."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KINDS = {"cpu": (ProfilerActivity.CPU, DeviceType.CPU), "cuda": (ProfilerActivi
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of a round in which at least one client of a process trained, was scored, or did either."""
+    """Seconds of a round in which at least one client of a process was training, being scored, or either."""
 
     train_s: float
     eval_s: float
@@ -32,7 +32,7 @@ class Work:
 
 
 def work_of(result: RoundResult) -> dict[int, Work]:
-    """The work of each process in a round of training, by number. A client trains as soon as it is scored."""
+    """The work of each process in a round of training, by process index. A client trains as soon as it is scored."""
     training: dict[int, list[tuple[float, float]]] = defaultdict(list)
     scoring: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for host, client in zip(result.host_of, result.clients, strict=True):
@@ -47,22 +47,22 @@ def work_of(result: RoundResult) -> dict[int, Work]:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """How long at least one of some spans of time, (start, end), lasts. Those that overlap count once."""
-    total, end = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
+    """The length of the union of time spans, each (start, end): where spans overlap, time counts once."""
+    total, covered_until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, covered_until))
+        covered_until = max(covered_until, end)
     return total
 
 
 @dataclass(frozen=True)
 class DeviceUse:
-    """How a device was used for some time.
+    """How a device was used over a period of time.
 
     Attributes:
-        share: of the time, in which it did at least one thing.
-        operations: kernels, copies and fills.
-        seen_until: part of the time after which the profiler saw no more.
+        share: the share of the period in which the device executed at least one operation.
+        operations: the number of kernels, copies and fills.
+        seen_until: the end of the last operation that the profiler saw, as a share of the period.
     """
 
     share: float
@@ -71,17 +71,18 @@ class DeviceUse:
 
 
 def device_use(device: torch.device, work: Callable[[], object]) -> DeviceUse:
-    """How busy some work keeps its device, as PyTorch's profiler sees it.
+    """Measure how busy `work` keeps a device, with PyTorch's profiler.
 
-    The profiler slows down what launches kernels, so the share is rather too small than too large. It may miss some, at
-    its beginning, so something else goes first, or at its end: compare the number of operations with other runs'.
+    The profiler slows down the launching of kernels, so the share is more likely too small than too large. It may miss
+    operations at its beginning, which is why other operations come first, or at its end: compare the number of
+    operations with that of other runs.
 
     Raises:
-        RuntimeError: it saw nothing, because it could not look.
+        RuntimeError: the profiler saw no operation, because it has no access to the device's events.
     """
     activity, kind = _KINDS[device.type]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Warning: Profiler clears events")  # there is one cycle
+        warnings.filterwarnings("ignore", message="Warning: Profiler clears events")  # there is only one cycle
         profiler = profile(activities=[activity])
         with profiler:
             for _ in range(100):
@@ -93,15 +94,15 @@ def device_use(device: torch.device, work: Callable[[], object]) -> DeviceUse:
             ended = time.time_ns()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
-    seen = profiler.profiler.kineto_results.events()  # as they came; PyTorch's own tables of them take minutes
+    events = profiler.profiler.kineto_results.events()  # raw: building PyTorch's own tables of them takes minutes
     spans = [
         (max(started, event.start_ns()), min(ended, event.end_ns()))
-        for event in seen
+        for event in events
         if event.device_type() == kind and event.start_ns() < ended and event.end_ns() > started
     ]
     if not spans:
         raise RuntimeError(
-            f"PyTorch's profiler saw nothing on {device}; for a GPU it needs CUPTI and the right to use it"
+            f"PyTorch's profiler saw nothing on {device}; for a GPU it needs CUPTI and the permission to use it"
         )
     last = max(end for _, end in spans)
     return DeviceUse(covered(spans) / (ended - started), len(spans), (last - started) / (ended - started))
@@ -109,12 +110,12 @@ def device_use(device: torch.device, work: Callable[[], object]) -> DeviceUse:
 
 @contextmanager
 def utilization(device: torch.device) -> Iterator[dict[str, object]]:
-    """Sample what a GPU's driver says of it for the length of a `with` block, of all processes together.
+    """Sample a GPU's utilization and memory with nvidia-smi during a `with` block, over all processes together.
 
     Yields:
-        A dictionary that is filled when the block ends. samples: how many were taken; utilization: percent of the time
-        in which a kernel ran, their median; least_utilization; memory_mib: the most in use. Or error, if nvidia-smi
-        can't be asked.
+        A dictionary that is filled when the block ends. samples: the number of samples; utilization: the percentage of
+        time in which a kernel ran, median over the samples; least_utilization: the smallest sample; memory_mib: the
+        most memory in use. If nvidia-smi fails, it has only error: the reason.
     """
     result: dict[str, object] = {}
     query = ["--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", "--loop-ms=200"]

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: the machine, the versions, a median with its spread, an observer of a grid."""
+"""Shared by the benchmarks: a description of the machine and versions, median and spread, an observer of a grid."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def machine() -> str:
-    """The kind of machine, its CPUs, the instructions that PyTorch uses, and its load over 1, 5 and 15 minutes."""
+    """Describe the machine: its type, CPUs, the instruction set that PyTorch uses, load over 1, 5 and 15 minutes."""
     import torch
 
-    load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
+    load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
     instructions = torch.backends.cpu.get_cpu_capability()
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {instructions}, load {load}"
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Python's version, and those of installed packages. This one may also lie on the path without being installed."""
+    """The versions of Python and of installed packages. flexifed itself may be on the path without being installed."""
     return {"python": platform.python_version()} | {name: _version(name) for name in names}
 
 
@@ -38,12 +38,12 @@ def _version(name: str) -> str:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """How many values there are, their median, the smallest and the largest."""
+    """The number of values, their median, minimum and maximum."""
     return {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 class RoundObserver:
-    """An `Observer` of cells that only play rounds; subclasses define `reported`."""
+    """An `Observer` for cells that only play rounds; subclasses define `reported`."""
 
     def cell_started(self, name: str) -> None:
         """Ignore it."""
@@ -53,5 +53,5 @@ class RoundObserver:
         raise NotImplementedError
 
     def noted(self, message: str, name: str | None = None) -> None:
-        """Print what should not have happened."""
+        """Print the message, which no benchmark expects."""
         print(message, file=sys.stderr)

@@ -1,11 +1,11 @@
-"""Does a long run grow? Memory of each process, the object store and the time of a round, over many rounds of one cell.
+"""Check that a long run does not grow: memory of each process, object store and seconds of a round, over many rounds.
 
-    uv run --extra test python benchmarks/memory.py                  1,000 rounds, some minutes on 2 cores
+    uv run --extra test python benchmarks/memory.py                  1,000 rounds of one cell, some minutes on 2 cores
     uv run --extra test python benchmarks/memory.py --rounds 200
 
-Prints JSON. `uss_mib` is the memory that a process shares with no other (USS, by psutil); `growth` compares the last
-sample with the one at `--base-round`. Exit status 1 if a process has grown by more than `--limit`, or if the
-object store holds more than then.
+Prints JSON. `uss_mib` is the memory that a process shares with no other process (USS, by psutil); `growth` compares the
+last sample with the one at `--base-round`. The exit status is 1 if a process has grown by more than `--limit`, or the
+object store by more than 1 MiB.
 """
 
 from __future__ import annotations
@@ -39,37 +39,37 @@ TITLES = {"ray::ClientActor": "client actor", "ray::ResourceTrainable": "driver"
 
 
 class Sampler(RoundObserver):
-    """Notes the time of every round, and samples the processes' memory after some of them."""
+    """Records the time of every round, and samples the memory of all processes after some rounds."""
 
     def __init__(self, rounds: int, base_round: int) -> None:
-        self.at = {base_round, rounds, *range(base_round, rounds, max(1, rounds // 20))}
+        self.sampled_rounds = {base_round, rounds, *range(base_round, rounds, max(1, rounds // 20))}
         self.samples: list[dict[str, Any]] = []
-        self.arrived: list[float] = []
+        self.reported_at: list[float] = []
 
     def reported(self, report: CellReport) -> None:
-        """Note the time, and sample where it is due."""
-        self.arrived.append(time.perf_counter())
-        if report.round_index in self.at:
+        """Record the time, and take a sample if one is due."""
+        self.reported_at.append(time.perf_counter())
+        if report.round_index in self.sampled_rounds:
             self.samples.append({"round": report.round_index, "uss_mib": uss_by_process(), **object_store()})
 
 
 def uss_by_process() -> dict[str, float]:
-    """USS in MiB of this process, of the driver and of each client actor."""
-    found = {"command": psutil.Process().memory_full_info().uss / MIB}
+    """The USS, in MiB, of this process, of the driver and of each client actor."""
+    uss_mib = {"command": psutil.Process().memory_full_info().uss / MIB}
     for process in psutil.Process().children(recursive=True):
         try:
             title = process.cmdline()[0].split(".")[0]
             if title in TITLES:
-                found[f"{TITLES[title]} {process.pid}"] = process.memory_full_info().uss / MIB
+                uss_mib[f"{TITLES[title]} {process.pid}"] = process.memory_full_info().uss / MIB
         except (psutil.NoSuchProcess, IndexError):
             continue
-    return {name: round(value, 2) for name, value in found.items()}
+    return {name: round(value, 2) for name, value in uss_mib.items()}
 
 
 def object_store() -> dict[str, float]:
-    """What Ray's shared memory holds."""
+    """The contents of Ray's object store: MiB in use, objects, MiB spilled to disk."""
     import ray
-    from ray._private import internal_api  # there is no public way without a dashboard
+    from ray._private import internal_api  # without a dashboard there is no public API for this
 
     state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
     stats = internal_api.get_memory_info_reply(state).store_stats
@@ -81,12 +81,12 @@ def object_store() -> dict[str, float]:
 
 
 def place(options: PlacementOptions, run: CellRun, nodes: Sequence[Resources]) -> CellPlacement:
-    """A cell's place, as `run_grid` asks for it."""
+    """Place a cell, with the signature that `run_grid` calls."""
     return place_cell(run.config, options, nodes)
 
 
 def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
-    """Run one small cell, and say what its processes held on the way."""
+    """Run one small cell; returns the memory of its processes and the seconds of its rounds, as printed in JSON."""
     config = CellConfig(
         dataset="cifar10",
         family="vgg",
@@ -107,7 +107,7 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     base = next(sample for sample in sampler.samples if sample["round"] == options.base_round)
     last = sampler.samples[-1]
     growth = {name: last["uss_mib"][name] / before - 1 for name, before in base["uss_mib"].items()}
-    between = [later - earlier for earlier, later in zip(sampler.arrived, sampler.arrived[1:], strict=False)]
+    between = [later - earlier for earlier, later in zip(sampler.reported_at, sampler.reported_at[1:], strict=False)]
     window = max(1, options.rounds // 10)
     rows = ResultsFolder(results).read([run.name])
     round_s = rows[rows["client"] == 0].sort_values("round")["round_s"].tolist()[:-1]
@@ -130,13 +130,15 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, and print it."""
+    """Measure, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1000)
-    parser.add_argument("--base-round", type=int, default=100, help="the round that the end is compared with")
-    parser.add_argument("--width", type=float, default=0.0625, help="of the VGGs; their tensors pass the object store")
-    parser.add_argument("--num-shards", type=int, default=10_000, help="more shards, fewer samples in a round")
-    parser.add_argument("--limit", type=float, default=0.02, help="growth that is still allowed")
+    parser.add_argument("--base-round", type=int, default=100, help="the round that the last one is compared with")
+    parser.add_argument(
+        "--width", type=float, default=0.0625, help="width of the VGGs, whose tensors pass through the object store"
+    )
+    parser.add_argument("--num-shards", type=int, default=10_000, help="more shards mean fewer samples in a round")
+    parser.add_argument("--limit", type=float, default=0.02, help="largest growth of a process that is allowed")
     options = parser.parse_args()
     if not 0 < options.base_round < options.rounds:
         parser.error("--base-round must lie between 0 and --rounds")

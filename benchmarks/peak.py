@@ -1,4 +1,4 @@
-"""The rate at which a machine can compute at best, and how much of it training reaches."""
+"""The peak rate at which a machine computes, and the share of it that training reaches."""
 
 from __future__ import annotations
 
@@ -13,30 +13,35 @@ from flexifed.config import CellConfig
 from flexifed.federation.rounds import RoundResult
 from flexifed.models.cost import model_multiply_adds
 
-TRAINING_PASSES = 3  # forward, and backward to inputs and to weights: products of the same size
-FLOPS = 2  # a multiply-add is two
+TRAINING_PASSES = 3  # forward, and backward with respect to inputs and to weights: products of the same size
+FLOPS = 2  # of a multiply-add
 
 
 def peak_rate(device: torch.device, cores: int, repeat: int = 6) -> float:
-    """FLOP/s of a product of two large square float32 matrices, the best of some.
+    """Measure the FLOP/s of a product of two large square float32 matrices; returns the best of `repeat` runs.
 
-    On a GPU in TF32, as PyTorch's convolutions are by default, and many at a time: it needs a while to speed up, and
-    one alone is over too soon to be timed.
+    On a GPU, products are in TF32, PyTorch's default for convolutions, and a run is many of them in a row: a GPU takes
+    a while to reach its full clock rate, and a single product ends too soon to be timed.
+
+    Args:
+        device: where to multiply.
+        cores: the number of threads on a CPU.
+        repeat: the number of runs.
     """
     on_gpu = device.type == "cuda"
-    size, at_a_time = (8192, 30) if on_gpu else (4096, 1)
-    one, other = torch.rand(2, size, size, device=device)
+    size, products_per_run = (8192, 30) if on_gpu else (4096, 1)
+    left, right = torch.rand(2, size, size, device=device)
     threads = torch.get_num_threads()
     torch.set_num_threads(cores)
     torch.backends.cuda.matmul.allow_tf32, before = True, torch.backends.cuda.matmul.allow_tf32
     seconds = []
     for _ in range(repeat):
         started = time.perf_counter()
-        for _ in range(at_a_time):
-            torch.mm(one, other)
+        for _ in range(products_per_run):
+            torch.mm(left, right)
         if on_gpu:
             torch.cuda.synchronize(device)
-        seconds.append((time.perf_counter() - started) / at_a_time)
+        seconds.append((time.perf_counter() - started) / products_per_run)
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = before
     return FLOPS * size**3 / min(seconds)
@@ -50,14 +55,17 @@ def share_of_peak(
     rate: float,
     sharing: int,
 ) -> dict[str, float]:
-    """Which part of the peak rate training reached, by model and over all processes together.
+    """The share of the peak rate that training reached, by model, and over all processes as `all`.
 
-    A client that trains beside others is held against its share of the peak.
+    A client that trains beside others is compared with its share of the peak.
 
     Args:
-        samples: that each client trains on in an epoch.
+        config: the cell.
+        num_classes: the number of classes of its data set.
+        samples: the number of samples that each client trains on in an epoch.
         results: rounds of training.
-        sharing: clients that train at a time.
+        rate: the peak rate in FLOP/s.
+        sharing: the number of clients that train at the same time.
     """
     flops: dict[str | int, float] = defaultdict(float)  # by model, and by process
     seconds: dict[str | int, float] = defaultdict(float)

@@ -1,7 +1,7 @@
-"""How long a table takes to come out of many rows: `python benchmarks/report.py` prints JSON.
+"""Time `flexifed report` on the rows of the whole grid: `python benchmarks/report.py` prints JSON.
 
-The rows are generated: every cell of the paper's table, 502 rounds, 8 clients, 3 seeds, with curves that rise to about
-the paper's accuracies. They are named synthetic, as they are.
+The rows are generated: every cell of the paper's table, 502 rounds, 8 clients, 3 seeds, with accuracies that rise to
+about the paper's. They are labelled as synthetic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from generate import write_grid
 
 
 def main() -> None:
-    """Generate, run the command in a fresh process a few times, print JSON."""
+    """Generate the rows, run the command on them in fresh processes, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=502)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
