@@ -1,28 +1,30 @@
-"""How long a round takes through real actors, against a plain sequential loop on the same data and device.
+"""Time rounds that run in Ray actors against a plain sequential loop on the same data and device.
 
     uv run --extra test python benchmarks/round.py --local-epochs 1      some minutes on 2 cores
     uv run --extra test python benchmarks/round.py --device cuda         the published protocol on a GPU
-    ... --device cuda --cuda-graph --streams 8                           the same in one actor, clients overlapping
+    ... --device cuda --cuda-graph --streams 8                           the same in one actor, with overlapping clients
 
-Rounds of both take turns in one run, and the first of each, which warms up, is left out; on a GPU the first two, since
-memory that recordings gave back is asked for again in the second. So are checkpoints, which go by the clock and take
-less than 3 % of a run's time: between rounds of the baseline one would come with every round.
+Rounds of flexifed and of the baseline, `benchmarks/sequential.py`, alternate within one run. The first round of each
+warms up and does not count; on a GPU the first two, since in the second one PyTorch asks again for memory that it gave
+back after recording CUDA graphs. Checkpoints are left out: they are written at intervals of time and take less than 3 %
+of a run, but with rounds of the baseline in between, every round would write one.
 Prints JSON:
 
-    round_s, baseline_s     seconds of a round, scoring and averaging included; the baseline is benchmarks/sequential.py
+    round_s, baseline_s     seconds of a round of flexifed and of the baseline, with scoring and averaging
     ratio                   baseline_s / round_s, round by round
-    train_s, eval_s         seconds of the busiest process in which at least one client trains, or is scored
-    overhead                part of a round in which the busiest process does neither
-    peak_rate               FLOP/s of a large matrix product on all cores, or on the GPU, measured in this run
-    share_of_peak           of it, while training: by model, and over all of them
-    undisturbed             on a GPU, rounds of ours one after another, without the baseline between them: round_s, and
-                            utilization, percent of the time in which the GPU ran a kernel of any process, as its driver
-                            samples it; memory_mib, in use by all processes
+    train_s, eval_s         seconds in which at least one client of the busiest process trains, or is scored
+    overhead                share of a round in which the busiest process neither trains nor scores
+    peak_rate               FLOP/s of a large matrix product on all cores, or on the GPU, measured in the same run
+    share_of_peak           share of peak_rate that training reaches: by model, and over all models
+    undisturbed             on a GPU, rounds of flexifed alone, without the baseline in between: round_s; utilization,
+                            the percentage of time in which a kernel of any process ran, as the GPU's driver samples it;
+                            memory_mib, in use by all processes
     in_one_process          on a GPU, a round with all clients in one process, under PyTorch's profiler: device_busy,
-                            the part of it in which the GPU did anything, operations, seen_until, the part of it after
-                            which the profiler saw none, and device_memory_mib, the most that PyTorch held
-    peak_memory_mib         of each process of ours, and of this one, which plays driver and baseline
-    device_memory_mib       of the GPU, in use by all processes together after the last round; PyTorch gives none back
+                            the share of the round in which the GPU executed anything; operations; seen_until, the share
+                            of the round after which the profiler saw nothing; device_memory_mib, the most memory that
+                            PyTorch reserved
+    peak_memory_mib         of each client actor, and of this process, which runs the driver and the baseline
+    device_memory_mib       GPU memory in use by all processes after the last round; PyTorch releases none of it
 """
 
 from __future__ import annotations
@@ -62,20 +64,20 @@ from flexifed.results.store import ResultsFolder
 from flexifed.training.numerics import device_name
 
 MIB = 2**20
-WARM_UP = {"cpu": 1, "cuda": 2}  # rounds
+WARM_UP_ROUNDS = {"cpu": 1, "cuda": 2}
 PROFILE_TIMEOUT_S = 180.0
 
 
 def peak_memory() -> dict[str, float]:
-    """The most resident memory, in MiB, that each client actor and this process have had; shared memory counts."""
-    found = {"this process": _high_water(psutil.Process())}
+    """The peak resident memory, in MiB, of this process and of each client actor, including shared memory."""
+    peak_mib = {"this process": _high_water(psutil.Process())}
     for process in psutil.Process().children(recursive=True):
         try:
             if process.cmdline()[0].startswith("ray::ClientActor"):
-                found[f"client actor {process.pid}"] = _high_water(process)
+                peak_mib[f"client actor {process.pid}"] = _high_water(process)
         except (psutil.NoSuchProcess, IndexError):
             continue
-    return found
+    return peak_mib
 
 
 def _high_water(process: psutil.Process) -> float:
@@ -84,21 +86,21 @@ def _high_water(process: psutil.Process) -> float:
 
 
 @dataclass(frozen=True)
-class Turns:
-    """What was measured while rounds of both were played in turn.
+class Measurements:
+    """What was measured in alternating rounds of flexifed and of the baseline.
 
     Attributes:
-        exchange: how tensors of ours got from process to process.
-        played: what our clients measured.
-        round_s: seconds of each round of ours.
-        baseline_s: likewise of the baseline.
-        undisturbed: rounds of ours alone, on a GPU.
-        peak_memory_mib: of each process, at the end.
-        device_memory_mib: of the GPU, at the end.
+        exchange: how flexifed's processes exchange tensors.
+        results: the results of flexifed's rounds, with what its clients measured.
+        round_s: seconds of each round of flexifed.
+        baseline_s: seconds of each round of the baseline.
+        undisturbed: figures of flexifed's rounds without the baseline, on a GPU; None on a CPU.
+        peak_memory_mib: peak memory of each process.
+        device_memory_mib: GPU memory in use after the last round; None on a CPU.
     """
 
     exchange: str
-    played: Sequence[RoundResult]
+    results: Sequence[RoundResult]
     round_s: Sequence[float]
     baseline_s: Sequence[float]
     undisturbed: dict[str, object] | None
@@ -106,8 +108,8 @@ class Turns:
     device_memory_mib: int | None
 
 
-def take_turns(run: CellRun, placement: CellPlacement, repeat: int, undisturbed: int) -> Turns:
-    """Play rounds of both in turn, after some that warm up and don't count; then rounds of ours alone."""
+def play_alternately(run: CellRun, placement: CellPlacement, repeat: int, undisturbed: int) -> Measurements:
+    """Alternate rounds of flexifed and of the baseline, first some that do not count; then play flexifed's alone."""
     shards = make_shards(run.config, run.info)
     baseline = SequentialLoop(run.config, open_dataset(run.info), shards)
     group = ray.util.placement_group([bundle for bundle in placement.bundles if bundle])
@@ -116,11 +118,11 @@ def take_turns(run: CellRun, placement: CellPlacement, repeat: int, undisturbed:
     log = open_log(run, str(placement))
     hosts.begin(run.config, run.info, placement, shards)
     session = CellSession(run, str(placement), hosts, shards, log)
-    warm_up = WARM_UP[run.config.device]
-    played, round_s, baseline_s = [], [], []
+    warm_up = WARM_UP_ROUNDS[run.config.device]
+    results, round_s, baseline_s = [], [], []
     for index in range(warm_up + repeat):
         started = time.perf_counter()
-        played.append(session.play_round())
+        results.append(session.play_round())
         between = time.perf_counter()
         baseline.play_round(index)
         finished = time.perf_counter()
@@ -132,13 +134,13 @@ def take_turns(run: CellRun, placement: CellPlacement, repeat: int, undisturbed:
     memory = peak_memory(), device_memory_mib(device)
     log.close()
     hosts.shut_down()
-    return Turns(hosts.exchange, played[warm_up:], round_s[warm_up:], baseline_s[warm_up:], alone, *memory)
+    return Measurements(hosts.exchange, results[warm_up:], round_s[warm_up:], baseline_s[warm_up:], alone, *memory)
 
 
 def play_undisturbed(session: CellSession, device: torch.device, rounds: int) -> dict[str, object]:
-    """Play rounds of ours one after another, and sample how busy the GPU is meanwhile.
+    """Play rounds of flexifed alone, and sample how busy the GPU is meanwhile.
 
-    A sample is of up to a second before it, so a quarter of the rounds go first.
+    A sample covers up to a second before it is taken, so sampling starts after a quarter of the rounds.
     """
     for _ in range(rounds // 4):
         session.play_round()
@@ -152,24 +154,24 @@ def play_undisturbed(session: CellSession, device: torch.device, rounds: int) ->
     return {"round_s": spread(round_s), **samples}
 
 
-def in_one_process(run: CellRun, streams: int) -> dict[str, object]:
-    """How busy a GPU is, and how full, with all clients in one process: a profiler sees no other.
+def profile_in_one_process(run: CellRun, streams: int) -> dict[str, object]:
+    """Measure how busy and how full a GPU is with all clients in one process, as a profiler sees only its own process.
 
-    It is a process of its own, with a limit, because minutes of measuring have gone before it, and a profiler can fail
-    or hang: what goes wrong is returned as `error`.
+    This runs in a new process with a time limit: a profiler can fail or hang, and minutes of measurements would be
+    lost. A failure is returned as `error`.
     """
-    return in_new_process(_in_one_process, run, streams, timeout_s=PROFILE_TIMEOUT_S)
+    return in_new_process(_profile_in_one_process, run, streams, timeout_s=PROFILE_TIMEOUT_S)
 
 
 def in_new_process(
     function: Callable[..., dict[str, object]], *arguments: object, timeout_s: float
 ) -> dict[str, object]:
-    """What a function returns in a new process, or why there is nothing as `error`."""
+    """Call a function in a new process; returns its result, or the reason why there is none as `error`."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, function, arguments))
     process.start()
-    sender.close()  # so that the end of the process is the end of what can be received
+    sender.close()  # so that receiving fails once the process has ended
     try:
         if not receiver.poll(timeout_s):
             return {"error": f"no answer within {timeout_s:g} s"}
@@ -191,10 +193,10 @@ def _send(sender: Connection, function: Callable[..., dict[str, object]], argume
     sender.send(result)
 
 
-def _in_one_process(run: CellRun, streams: int) -> dict[str, object]:
+def _profile_in_one_process(run: CellRun, streams: int) -> dict[str, object]:
     hosts = LocalHosts(run.config, run.info, make_shards(run.config, run.info), streams=streams)
     federation = Federation(run.config, run.info, hosts)
-    for _ in range(WARM_UP["cuda"]):
+    for _ in range(WARM_UP_ROUNDS["cuda"]):
         federation.play_round()
     use = device_use(torch.device(run.config.device), federation.play_round)
     return {
@@ -206,7 +208,7 @@ def _in_one_process(run: CellRun, streams: int) -> dict[str, object]:
 
 
 def device_memory_mib(device: torch.device) -> int | None:
-    """What all processes together hold of a GPU now."""
+    """The GPU memory that is in use by all processes together; None on a CPU."""
     if device.type == "cpu":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -214,7 +216,7 @@ def device_memory_mib(device: torch.device) -> int | None:
 
 
 def cell_of(options: argparse.Namespace) -> CellConfig:
-    """A cell under the published protocol, but for what the line says."""
+    """The cell to measure: the published protocol, with the changes from the command line."""
     authors = PROFILES["authors"]
     return CellConfig(
         dataset="cifar10",
@@ -234,37 +236,42 @@ def cell_of(options: argparse.Namespace) -> CellConfig:
 
 
 def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
-    """Play rounds of flexifed and of the baseline in turn; returns what is printed as JSON."""
+    """Alternate rounds of flexifed and of the baseline; returns the figures that are printed as JSON."""
     before = machine()
     packages = versions("flexifed", "torch", "torchvision", "ray", "numpy")
     undisturbed = options.undisturbed if options.device == "cuda" else 0
-    run = run_of(options, results, WARM_UP[options.device] + options.repeat + undisturbed)
+    run = make_run(options, results, WARM_UP_ROUNDS[options.device] + options.repeat + undisturbed)
     device = torch.device(options.device)
     with cluster.connected(None):
         nodes = cluster.nodes()
         placement = place_cell(run.config, PlacementOptions(streams=options.streams, cuda_ipc=options.cuda_ipc), nodes)
         rate = peak_rate(device, int(sum(node["CPU"] for node in nodes)))
-        turns = take_turns(run, placement, options.repeat, undisturbed)
+        measured = play_alternately(run, placement, options.repeat, undisturbed)
     samples = samples_per_epoch(run)
     return {
         "machine": before,
         "device": device_name(device),
         "versions": packages,
-        "cell": describe_cell(run, options, samples[0], placement, turns.exchange),
-        **describe_seconds(turns),
+        "cell": describe_cell(run, options, samples[0], placement, measured.exchange),
+        **describe_seconds(measured),
         "peak_rate": rate,
         "share_of_peak": share_of_peak(
-            run.config, run.info.num_classes, samples, turns.played, rate, len(placement.clients) * placement.streams
+            run.config,
+            run.info.num_classes,
+            samples,
+            measured.results,
+            rate,
+            len(placement.clients) * placement.streams,
         ),
-        "undisturbed": turns.undisturbed,
-        "in_one_process": in_one_process(run, options.streams) if device.type == "cuda" else None,
-        "peak_memory_mib": turns.peak_memory_mib,
-        "device_memory_mib": turns.device_memory_mib,
+        "undisturbed": measured.undisturbed,
+        "in_one_process": profile_in_one_process(run, options.streams) if device.type == "cuda" else None,
+        "peak_memory_mib": measured.peak_memory_mib,
+        "device_memory_mib": measured.device_memory_mib,
     }
 
 
-def run_of(options: argparse.Namespace, results: Path, rounds: int) -> CellRun:
-    """The run of the cell, in a results folder that is ready for it; it writes no checkpoint."""
+def make_run(options: argparse.Namespace, results: Path, rounds: int) -> CellRun:
+    """Make the run of the cell, which writes no checkpoint, and prepare its results folder."""
     info = find_dataset(
         "cifar10", data="real" if options.data_dir else "synthetic", data_dir=options.data_dir or Path("data")
     )
@@ -281,7 +288,7 @@ def run_of(options: argparse.Namespace, results: Path, rounds: int) -> CellRun:
 
 
 def samples_per_epoch(run: CellRun) -> list[int]:
-    """How many samples each client trains on in an epoch."""
+    """The number of samples that each client trains on in an epoch."""
     windows = run.config.partition.windows_per_shard
     return [len(shards.train) // windows for shards in make_shards(run.config, run.info)]
 
@@ -289,7 +296,7 @@ def samples_per_epoch(run: CellRun) -> list[int]:
 def describe_cell(
     run: CellRun, options: argparse.Namespace, images_per_epoch: int, placement: CellPlacement, exchange: str
 ) -> dict[str, object]:
-    """The cell, as JSON: its settings, its data and where its clients ran."""
+    """Describe the cell for the JSON: its settings, its data and where its clients run."""
     return {
         "family": options.family,
         "scheme": options.scheme,
@@ -307,51 +314,59 @@ def describe_cell(
     }
 
 
-def describe_seconds(turns: Turns) -> dict[str, dict[str, float]]:
-    """Seconds of the rounds and of their parts, as JSON: median and spread over the rounds."""
-    pairs = zip(turns.round_s, turns.baseline_s, strict=True)
-    busiest = [max(work_of(result).values(), key=lambda work: work.either_s) for result in turns.played]
+def describe_seconds(measured: Measurements) -> dict[str, dict[str, float]]:
+    """Describe the seconds of rounds and of their parts for the JSON: median and spread over the rounds."""
+    pairs = zip(measured.round_s, measured.baseline_s, strict=True)
+    busiest = [max(work_of(result).values(), key=lambda work: work.either_s) for result in measured.results]
     return {
-        "round_s": spread(turns.round_s),
-        "baseline_s": spread(turns.baseline_s),
+        "round_s": spread(measured.round_s),
+        "baseline_s": spread(measured.baseline_s),
         "ratio": spread([baseline_s / round_s for round_s, baseline_s in pairs]),
         "train_s": spread([work.train_s for work in busiest]),
         "eval_s": spread([work.eval_s for work in busiest]),
-        "aggregate_s": spread([result.aggregate_s for result in turns.played]),
-        "overhead": spread([1 - work.either_s / round_s for work, round_s in zip(busiest, turns.round_s, strict=True)]),
+        "aggregate_s": spread([result.aggregate_s for result in measured.results]),
+        "overhead": spread(
+            [1 - work.either_s / round_s for work, round_s in zip(busiest, measured.round_s, strict=True)]
+        ),
     }
 
 
 def main() -> None:
-    """Measure, and print it."""
+    """Measure, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--local-epochs", type=int, default=10, help="the published program's 10, or 1 for CPUs")
-    parser.add_argument("--repeat", type=int, default=3, help="rounds of each that count")
-    parser.add_argument("--undisturbed", type=int, default=20, help="rounds of ours alone on a GPU")
+    parser.add_argument("--local-epochs", type=int, default=10, help="10 in the published program; 1 is enough on CPUs")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds of flexifed, and of the baseline, that count")
+    parser.add_argument("--undisturbed", type=int, default=20, help="rounds of flexifed alone, on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--streams", type=int, default=1, help="clients of an actor that overlap on a GPU")
     parser.add_argument(
         "--cuda-ipc",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="tensors between actors on one GPU stay there",
+        help="pass tensors between actors on one GPU without leaving it",
     )
     parser.add_argument("--width", type=float, default=1.0)
-    parser.add_argument("--precision", choices=get_args(Precision), help="of ours; default: PyTorch's own")
-    parser.add_argument("--fused", action="store_true", help="optimizer steps of ours in one pass, on CPUs too")
     parser.add_argument(
-        "--cuda-graph", action="store_true", help="training steps of ours recorded and replayed, on GPUs"
+        "--precision", choices=get_args(Precision), help="precision of flexifed; default: PyTorch's own"
+    )
+    parser.add_argument(
+        "--fused", action="store_true", help="let flexifed take optimizer steps in one pass, on CPUs too"
+    )
+    parser.add_argument(
+        "--cuda-graph", action="store_true", help="let flexifed record training steps as CUDA graphs and replay them"
     )
     parser.add_argument(
         "--winograd",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="wide convolutions of ours by Winograd's algorithm, on CPUs in float32",
+        help="let flexifed compute wide convolutions by Winograd's algorithm, on CPUs in float32",
     )
     parser.add_argument("--scheme", choices=SCHEMES, default="max_common")
     parser.add_argument("--family", choices=("vgg", "vgg_plain", "resnet"), default="vgg")
-    parser.add_argument("--num-shards", type=int, default=20, help="more shards, fewer images")
-    parser.add_argument("--data-dir", type=Path, help="real CIFAR-10; default: synthetic images of its size")
+    parser.add_argument("--num-shards", type=int, default=20, help="more shards mean fewer images for each client")
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder with CIFAR-10; default: synthetic images of the same size"
+    )
     with tempfile.TemporaryDirectory(prefix="flexifed-round-") as folder:
         measured = measure(parser.parse_args(), Path(folder))
     print(json.dumps(measured, indent=1))

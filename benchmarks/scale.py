@@ -1,19 +1,19 @@
-"""From 8 clients to 1,000 on one machine: what a client costs in seconds and memory, and what the driver holds.
+"""Measure the seconds and the memory that a client costs, and the memory of the driver, for 8 to 1,000 clients.
 
     uv run --extra test python benchmarks/scale.py                           some minutes and 10 GB on 2 cores
     uv run --extra test python benchmarks/scale.py --clients 8 40
 
-Clients hold the four VGGs in turn, thin, under Max-Common, and each has its own synthetic images. Prints JSON, for each
-number of clients:
+The clients have thin versions of the four VGGs in turn, each with synthetic images of its own; the scheme is
+Max-Common. Prints JSON, for each number of clients:
 
-    round_s, s_per_client       seconds of a round; over the number of clients
-    aggregate_s                 of them, the driver's mean
-    clients_mib, mib_per_client memory of all client actors that they share with no other process (USS), at most
-    driver_mib, command_mib     likewise of the driver and of this process
-    store_mib                   what Ray's shared memory held at most when a round had ended
+    round_s, s_per_client       seconds of a round; the same divided by the number of clients
+    clients_mib, mib_per_client peak memory of all client actors that they share with no other process (USS); the same
+                                divided by the number of clients
+    driver_mib, command_mib     peak USS of the driver and of this process
+    store_mib                   peak use of Ray's shared memory at the end of a round
 
-and `driver_growth`, the driver's memory at the most clients over that at the fewest, less one. Exit status 1 if it is
-above --limit.
+and `driver_growth`, the driver's memory with the most clients relative to that with the fewest, minus one. The exit
+status is 1 if it exceeds --limit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from flexifed.orchestra.trial import PlacedRun
 from flexifed.results.store import ResultsFolder
 
 NUM_BLOCKS = 8
-"""However many clients there are, so many sums travel: blocks of consecutive clients are summed where they live."""
+"""Each process sums blocks of consecutive clients, so that the driver gets this many sums for any number of clients."""
 
 
 class Sampler(RoundObserver):
@@ -50,15 +50,15 @@ class Sampler(RoundObserver):
         self.memory: list[dict[str, float]] = []
 
     def reported(self, report: CellReport) -> None:
-        """Sum up what the processes of each kind hold, in MiB."""
-        held = {"client actor": 0.0, "driver": 0.0, "command": 0.0, "store": object_store()["store_mib"]}
+        """Add up the memory, in MiB, of the processes of each kind."""
+        mib_by_kind = {"client actor": 0.0, "driver": 0.0, "command": 0.0, "store": object_store()["store_mib"]}
         for name, mib in uss_by_process().items():
-            held[name.rstrip(" 0123456789")] += mib
-        self.memory.append(held)
+            mib_by_kind[name.rstrip(" 0123456789")] += mib
+        self.memory.append(mib_by_kind)
 
 
-def measure_one(num_clients: int, options: argparse.Namespace, results: Path) -> dict[str, Any]:
-    """Run one cell with so many clients."""
+def measure_cell(num_clients: int, options: argparse.Namespace, results: Path) -> dict[str, Any]:
+    """Run one cell with this number of clients."""
     config = CellConfig(
         dataset="cifar10",
         family="vgg",
@@ -85,36 +85,40 @@ def measure_one(num_clients: int, options: argparse.Namespace, results: Path) ->
         raise SystemExit(f"the cell failed: {failures}")
     rows = ResultsFolder(results).read([run.name])
     round_s = rows[rows["client"] == 0].sort_values("round")["round_s"].tolist()[1:-1]
-    most = {kind: round(max(held[kind] for held in sampler.memory), 1) for kind in sampler.memory[0]}
+    peak = {kind: round(max(sample[kind] for sample in sampler.memory), 1) for kind in sampler.memory[0]}
     return {
         "round_s": spread(round_s),
         "s_per_client": spread([seconds / num_clients for seconds in round_s]),
-        "clients_mib": most["client actor"],
-        "mib_per_client": round(most["client actor"] / num_clients, 2),
-        "driver_mib": most["driver"],
-        "command_mib": most["command"],
-        "store_mib": most["store"],
+        "clients_mib": peak["client actor"],
+        "mib_per_client": round(peak["client actor"] / num_clients, 2),
+        "driver_mib": peak["driver"],
+        "command_mib": peak["command"],
+        "store_mib": peak["store"],
     }
 
 
 def main() -> int:
-    """Measure, and print it."""
+    """Measure, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 40, 200, 1000])
-    parser.add_argument("--rounds", type=int, default=4, help="of training; the first, which warms up, does not count")
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="rounds of training; the first, which warms up, does not count"
+    )
     parser.add_argument("--width", type=float, default=0.125)
-    parser.add_argument("--images", type=int, default=10, help="that a client trains on, and is scored on")
+    parser.add_argument(
+        "--images", type=int, default=10, help="images that a client trains on, and images that it is scored on"
+    )
     parser.add_argument("--num-shards", type=int, default=1000)
-    parser.add_argument("--limit", type=float, default=0.25, help="growth of the driver that is still allowed")
+    parser.add_argument("--limit", type=float, default=0.25, help="largest growth of the driver that is allowed")
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("--rounds must be at least 2, as the first does not count")
     sizes: dict[str, dict[str, Any]] = {}
     for num_clients in sorted(options.clients):
         with tempfile.TemporaryDirectory(prefix="flexifed-scale-") as folder:
-            sizes[str(num_clients)] = measure_one(num_clients, options, Path(folder))
+            sizes[str(num_clients)] = measure_cell(num_clients, options, Path(folder))
         print(f"{num_clients} clients: {json.dumps(sizes[str(num_clients)])}", file=sys.stderr)
-    fewest, most = (sizes[str(ends(options.clients))]["driver_mib"] for ends in (min, max))
+    fewest_mib, most_mib = (sizes[str(extreme(options.clients))]["driver_mib"] for extreme in (min, max))
     print(
         json.dumps(
             {
@@ -127,12 +131,12 @@ def main() -> int:
                     "scheme": "max_common",
                 },
                 "clients": sizes,
-                "driver_growth": round(most / fewest - 1, 3),
+                "driver_growth": round(most_mib / fewest_mib - 1, 3),
             },
             indent=1,
         )
     )
-    return int(most / fewest - 1 > options.limit)
+    return int(most_mib / fewest_mib - 1 > options.limit)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""A round as the published program plays it: one client after another, images one by one, models built anew.
+"""The baseline: a round as the published program plays it, one client after another, image by image.
 
-Written from its description, not from its code: PIL transforms behind a DataLoader, a new model for every client in
-every round, states passed on as deep copies, PyTorch's default threads and memory format, scores in training mode.
+Written from the program's description, not from its code: PIL transforms behind a DataLoader, a new model for every
+client in every round, states passed on as deep copies, PyTorch's default threads and memory format, scoring in training
+mode.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from flexifed.federation.cell import ClientShards, cell_model, cell_plan
 
 
 class Images(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-    """Some images of a set, each decoded and transformed when it is asked for.
+    """Images of a data set, each converted to a PIL image and transformed on access.
 
     Args:
-        samples: a data set's stored images.
-        indices: which of them.
-        transform: from a PIL image to a model's input.
+        samples: the stored images of the data set.
+        indices: the indices of the images to use.
+        transform: makes a model's input of a PIL image.
     """
 
     def __init__(self, samples: Split, indices: np.ndarray, transform: transforms.Compose) -> None:
@@ -47,12 +48,12 @@ class Images(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
 
 
 class SequentialLoop:
-    """All clients of a cell of images, one after another.
+    """Plays the clients of a cell one after another; its data are images.
 
     Args:
         config: the cell.
-        data: its data set.
-        shards: each client's samples.
+        data: the cell's data set.
+        shards: the samples of each client.
     """
 
     def __init__(self, config: CellConfig, data: Dataset, shards: Sequence[ClientShards]) -> None:
@@ -66,7 +67,7 @@ class SequentialLoop:
         ]
         to_input = [transforms.ToTensor(), transforms.Normalize(data.info.mean, data.info.std)]
         self._plain = transforms.Compose(to_input)
-        self._varied = transforms.Compose(
+        self._augmented = transforms.Compose(
             [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *to_input]
         )
 
@@ -80,7 +81,7 @@ class SequentialLoop:
             windows = self._config.partition.windows_per_shard
             self._train(model, window(shards.train, round_index, windows))
             self._states[client] = copy.deepcopy(model.state_dict())
-        self._states = averaged(self._plan, self._states)
+        self._states = average_groups(self._plan, self._states)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return scores
@@ -106,7 +107,7 @@ class SequentialLoop:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
-        images = Images(self._data.train, indices, self._varied)
+        images = Images(self._data.train, indices, self._augmented)
         for _ in range(settings.local_epochs):
             for inputs, labels in DataLoader(images, batch_size=settings.batch_size, shuffle=True):
                 optimizer.zero_grad()
@@ -116,15 +117,15 @@ class SequentialLoop:
                 loss.item()
 
 
-def averaged(plan: SharingPlan, states: Sequence[State]) -> list[dict[str, torch.Tensor]]:
-    """The plain mean of each group's tensors, put into copies of the states."""
-    new = [copy.deepcopy(dict(state)) for state in states]
+def average_groups(plan: SharingPlan, states: Sequence[State]) -> list[dict[str, torch.Tensor]]:
+    """Replace each group's tensors by their plain mean, in copies of the states."""
+    new_states = [copy.deepcopy(dict(state)) for state in states]
     for group in plan.groups:
         members = plan.members(group)
         names = [plan.shared_names(client)[group.index] for client in members]
         for position in range(len(group.specs)):
-            held = [states[client][own[position]] for client, own in zip(members, names, strict=True)]
-            mean = torch.stack(held).mean(0)
+            tensors = [states[client][own[position]] for client, own in zip(members, names, strict=True)]
+            mean = torch.stack(tensors).mean(0)
             for client, own in zip(members, names, strict=True):
-                new[client][own[position]] = mean.clone()
-    return new
+                new_states[client][own[position]] = mean.clone()
+    return new_states
