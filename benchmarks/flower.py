@@ -1,25 +1,28 @@
-"""The same job in Flower's simulation engine and in flexifed, timed in turn: rounds a minute of both.
+"""Play the same job in flexifed and in Flower's simulation engine, in turn, and compare their rounds per minute.
 
     uv run --extra test python benchmarks/flower.py                        thin VGGs, 8 clients, synthetic CIFAR-10
     uv run --extra test python benchmarks/flower.py --data-dir data        the same on CIFAR-10
-    uv run --extra test python benchmarks/flower.py --profile thin         whole shards in every round, unvaried
+    uv run --extra test python benchmarks/flower.py --profile thin         whole shards in every round, no augmentation
 
-The cell is the one that `round.py --local-epochs 1` plays, but for its width and its scheme: the published protocol
-with one local epoch instead of ten.
+The cell is that of `round.py --local-epochs 1`, except for its width and its scheme: the published protocol with one
+local epoch instead of ten.
 
-Same models, data, shards, local steps, seeds and scoring, FedAvg within each architecture (`flower_job.py`). Flower
-plays it three times (`flower_app.py`): `defaults`, as its tutorials are written and with its own default of two CPUs a
-client; `tutorial`, with as many clients at a time as flexifed, one thread each; and `lean`, which is that with
-flexifed's own functions for batches, steps and scoring, so that what differs is the engine alone.
+Both sides have the same models, data, shards, local steps, seeds and scoring, and apply FedAvg within each architecture
+(`flower_job.py`). Flower plays the job with three programs (`flower_app.py`): `defaults`, written like Flower's
+tutorials and with its own default of two CPUs a client; `tutorial`, the same with as many clients at a time as
+flexifed, one thread each; and `lean`, like `tutorial` but with flexifed's own functions for batches, steps and scoring,
+so that the sides differ in the engine alone.
 
-Flower pins another Ray, so it has an environment of its own, which uv makes at the first call (minutes and gigabytes).
+Flower pins another version of Ray, so it has an environment of its own. uv makes it at the first call, which takes
+minutes and gigabytes.
 
-Prints JSON. A repetition is a fresh process for each side, one after another. Rounds a minute are of the steady state,
-from the end of the first round to the end of the last; `wall_s` is the whole process, start-up included.
-`outside_s` is what a round takes beyond an even share of training and scoring for each client at a time: the engine,
-and CPUs that wait for others; `outside_share` is its part of the round. `same_numbers` says how far the lean program's
-scores are from flexifed's, over all clients and rounds: nothing, where both did the same work and means are exact, as
-those of two clients are. The other programs draw other batches: their scores are only alike.
+Prints JSON. In a repetition, each side runs in a fresh process, one after another. Rounds per minute are measured in
+the steady state, from the end of the first round to the end of the last; `wall_s` is the time of the whole process,
+with its start. `outside_s` is the time of a round beyond an even share of training and scoring for the clients that run
+at the same time: the engine, and CPUs that wait for others; `outside_share` is its share of the round. `same_numbers`
+gives the largest difference between the scores of the lean program and flexifed's, over all clients and rounds: zero if
+both did the same work and means are exact, as the mean of two clients is. The other programs draw other batches, so
+their scores are only similar.
 """
 
 from __future__ import annotations
@@ -53,8 +56,8 @@ TIMEOUT_S = 3600.0
 APP = Path(__file__).with_name("flower_app.py")
 
 Rounds = list[dict[str, Any]]
-"""Of each round when it `ended` (seconds of one clock), `accuracies` and `losses` by client, and `computing_s`: seconds
-of training and scoring, over all clients."""
+"""For each round: when it `ended` (seconds of one clock), `accuracies` and `losses` by client, and `computing_s`, the
+seconds of training and scoring over all clients."""
 
 
 class FlowerError(Exception):
@@ -62,34 +65,36 @@ class FlowerError(Exception):
 
 
 def default_environment() -> Path:
-    """Where Flower's environment is kept between calls."""
+    """The folder in which Flower's environment is kept between calls."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexifed" / "flower-env"
 
 
 def requirements() -> list[str]:
-    """What Flower's environment holds: Flower, and what flexifed's models and data need, in the versions used here."""
-    here = {name: version(name).split("+")[0] for name in ("torch", "torchvision", "safetensors")}
-    return [f"flwr[simulation]=={FLOWER}", *(f"{name}=={number}" for name, number in here.items())]
+    """The packages of Flower's environment: Flower, and what flexifed's models and data need, in the same versions."""
+    installed = {name: version(name).split("+")[0] for name in ("torch", "torchvision", "safetensors")}
+    return [f"flwr[simulation]=={FLOWER}", *(f"{name}=={number}" for name, number in installed.items())]
 
 
-def made_environment(folder: Path) -> Path:
-    """The interpreter of Flower's environment, which is made if it is missing or holds other versions.
+def prepare_environment(folder: Path) -> Path:
+    """Make Flower's environment if it is missing or has other versions; returns its Python interpreter.
 
     Raises:
-        FlowerError: the folder holds something else, there is no uv, or it fails.
+        FlowerError: the folder contains something else, or uv is not installed or fails.
     """
     python = folder / "bin" / "python"
     wanted = "\n".join(requirements())
-    made = folder / "flexifed-requirements.txt"
-    if python.exists() and made.is_file() and made.read_text() == wanted:
+    installed = folder / "flexifed-requirements.txt"
+    if python.exists() and installed.is_file() and installed.read_text() == wanted:
         return python
     if folder.exists() and not (folder / "pyvenv.cfg").is_file() and any(folder.iterdir()):
-        raise FlowerError(f"{folder} holds something else than an environment; name another folder by --flower-env")
+        raise FlowerError(
+            f"{folder} contains something other than an environment; name another folder with --flower-env"
+        )
     uv = shutil.which("uv")
     if uv is None:
         raise FlowerError(
-            "Flower needs an environment of its own, and uv, which would make it, is not installed: install uv, or "
-            f"name the Python of an environment with {', '.join(requirements())} by --flower-python"
+            "Flower needs an environment of its own, and uv, which makes it, is not installed: install uv, or "
+            f"name the Python of an environment with {', '.join(requirements())} with --flower-python"
         )
     print(f"making an environment for Flower in {folder}", file=sys.stderr)
     for line in (
@@ -99,15 +104,15 @@ def made_environment(folder: Path) -> Path:
         done = subprocess.run(line, stdout=sys.stderr, check=False)
         if done.returncode:
             raise FlowerError(f"`{' '.join(line)}` failed with status {done.returncode}")
-    made.write_text(wanted)
+    installed.write_text(wanted)
     return python
 
 
 def flower_versions(python: Path) -> dict[str, str]:
-    """The versions in Flower's environment.
+    """The versions of the packages in Flower's environment.
 
     Raises:
-        FlowerError: it is no Python with Flower.
+        FlowerError: `python` can't be run, or does not have Flower.
     """
     program = "import json; from common import versions; print(json.dumps(versions('flwr', 'ray', 'torch', 'numpy')))"
     try:
@@ -125,12 +130,12 @@ def play_flower(job: Job, program: str, python: Path) -> tuple[Rounds, float]:
     """Let Flower play the job in a process of its own; returns its rounds, and the seconds of the whole process.
 
     Raises:
-        FlowerError: it fails.
+        FlowerError: the process fails, or takes too long.
     """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
         "PYTHONPATH": str(APP.parents[1]),
         "OMP_NUM_THREADS": str(CPUS_PER_CLIENT[program]),
-        "FLWR_TELEMETRY_ENABLED": "0",  # nothing of a benchmark goes anywhere
+        "FLWR_TELEMETRY_ENABLED": "0",  # a benchmark reports to no one
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
@@ -139,7 +144,7 @@ def play_flower(job: Job, program: str, python: Path) -> tuple[Rounds, float]:
     try:
         done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
-        raise FlowerError(f"Flower's side was not done after {TIMEOUT_S:g} s") from error
+        raise FlowerError(f"Flower's side did not finish within {TIMEOUT_S:g} s") from error
     wall_s = time.perf_counter() - started
     if done.returncode:
         raise FlowerError(f"Flower's side failed:\n{done.stderr}")
@@ -155,7 +160,7 @@ def play_flexifed(job: Job) -> tuple[Rounds, float]:
 
 
 def _play_cell(job: Job) -> Rounds:
-    """Play the job as the command does: as a grid of one cell, with its files."""
+    """Play the job as an experiment does: as a grid of one cell that writes its files."""
     from flexifed.cells.run import CellRun
     from flexifed.orchestra import cluster
     from flexifed.orchestra.placement import PlacementOptions, place_cell
@@ -164,7 +169,7 @@ def _play_cell(job: Job) -> Rounds:
     from flexifed.results.store import ResultsFolder
 
     config, info = job.config(), job.info()
-    clock = Clock()
+    clock = RoundClock()
     with tempfile.TemporaryDirectory(prefix="flexifed-flower-") as folder:
         run = CellRun(config=config, info=info, profile=job.profile, rounds=job.rounds, results=Path(folder))
         results = ResultsFolder(run.results)
@@ -179,26 +184,26 @@ def _play_cell(job: Job) -> Rounds:
     return rounds_of_rows(rows.to_dict("records"), clock.ended)
 
 
-class Clock(RoundObserver):
-    """Notes the time of every round."""
+class RoundClock(RoundObserver):
+    """Records the time at which every round was reported."""
 
     def __init__(self) -> None:
         self.ended: list[float] = []
 
     def reported(self, report: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.ended.append(time.perf_counter())
 
 
 def rounds_of_rows(rows: Sequence[Mapping[Any, Any]], ended: Sequence[float]) -> Rounds:
-    """What flexifed wrote of a cell, as rounds of training that are scored after the aggregation.
+    """Convert the rows of a cell to rounds that are scored after the aggregation, as Flower scores them.
 
-    Its own rounds are scored at their start, so the scores of round r are those of round r + 1 there; what it scored
-    before the first training, Flower does not.
+    flexifed scores clients at the start of a round, so the scores of round r are in the rows of round r + 1. The scores
+    before the first training are dropped, as Flower has none.
 
     Args:
-        rows: of the results.
-        ended: when each of its rounds was heard of; the last one only scores.
+        rows: the rows of flexifed's results.
+        ended: when each of flexifed's rounds was reported; the last round only scores.
     """
     by_round: dict[int, list[Mapping[Any, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["client"]):
@@ -214,10 +219,10 @@ def rounds_of_rows(rows: Sequence[Mapping[Any, Any]], ended: Sequence[float]) ->
     ]
 
 
-def measured(rounds: Rounds, wall_s: float, at_a_time: int) -> dict[str, float]:
-    """The figures of one side in one repetition, which trains so many clients at a time."""
+def describe_rounds(rounds: Rounds, wall_s: float, at_a_time: int) -> dict[str, float]:
+    """The figures of one side in one repetition; `at_a_time` of its clients train at the same time."""
     steady_s = rounds[-1]["ended"] - rounds[0]["ended"]
-    computing_s = sum(one["computing_s"] for one in rounds[1:])
+    computing_s = sum(entry["computing_s"] for entry in rounds[1:])
     return {
         "rounds_per_minute": 60 * (len(rounds) - 1) / steady_s,
         "round_s": steady_s / (len(rounds) - 1),
@@ -230,30 +235,32 @@ def measured(rounds: Rounds, wall_s: float, at_a_time: int) -> dict[str, float]:
 
 
 def largest_difference(ours: Rounds, theirs: Rounds) -> dict[str, float]:
-    """The largest difference of any client's scores in any round."""
+    """The largest difference between both sides' scores, over all clients and rounds."""
     return {
         name: max(
-            abs(mine - other)
-            for one, another in zip(ours, theirs, strict=True)
-            for mine, other in zip(one[name], another[name], strict=True)
+            abs(our_score - their_score)
+            for our_round, their_round in zip(ours, theirs, strict=True)
+            for our_score, their_score in zip(our_round[name], their_round[name], strict=True)
         )
         for name in ("accuracies", "losses")
     }
 
 
-def summary(repetitions: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """Medians and spreads of every side's figures, and of flexifed's rounds a minute over the other's.
+def describe_repetitions(repetitions: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Median and spread of every side's figures, and of the ratio of flexifed's rounds per minute to each program's.
 
     Args:
-        repetitions: for each, by side (`flexifed`, and Flower's programs), its figures.
+        repetitions: for each repetition, the figures of each side: `flexifed` and Flower's programs.
     """
     sides = repetitions[0].keys()
     described: dict[str, Any] = {
-        side: {name: spread([one[side][name] for one in repetitions]) for name in repetitions[0][side]}
+        side: {name: spread([figures[side][name] for figures in repetitions]) for name in repetitions[0][side]}
         for side in sides
     }
     described["ratio"] = {
-        side: spread([one["flexifed"]["rounds_per_minute"] / one[side]["rounds_per_minute"] for one in repetitions])
+        side: spread(
+            [figures["flexifed"]["rounds_per_minute"] / figures[side]["rounds_per_minute"] for figures in repetitions]
+        )
         for side in sides
         if side != "flexifed"
     }
@@ -261,16 +268,16 @@ def summary(repetitions: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[st
 
 
 def measure(job: Job, repeat: int, programs: Sequence[str], python: Path) -> dict[str, Any]:
-    """Play the job on all sides, in turn."""
+    """Play the job on all sides in turn; returns the figures that are printed as JSON."""
     before = machine()
     repetitions = []
     differences = []
     for _ in range(repeat):
         rounds, wall_s = play_flexifed(job)
-        figures = {"flexifed": measured(rounds, wall_s, job.cpus)}
+        figures = {"flexifed": describe_rounds(rounds, wall_s, job.cpus)}
         for program in programs:
             theirs, wall_s = play_flower(job, program, python)
-            figures[program] = measured(theirs, wall_s, job.cpus // CPUS_PER_CLIENT[program])
+            figures[program] = describe_rounds(theirs, wall_s, job.cpus // CPUS_PER_CLIENT[program])
             if program == "lean":
                 differences.append(largest_difference(rounds, theirs))
         repetitions.append(figures)
@@ -279,45 +286,59 @@ def measure(job: Job, repeat: int, programs: Sequence[str], python: Path) -> dic
         "machine": {"before": before, "after": machine()},
         "versions": {"flexifed": versions("flexifed", "ray", "torch", "numpy"), "flower": flower_versions(python)},
         "job": json.loads(job.to_json()) | {"data_source": job.info().source},
-        **summary(repetitions),
+        **describe_repetitions(repetitions),
     }
     if differences:
-        largest = {name: max(one[name] for one in differences) for name in differences[0]}
+        largest = {name: max(difference[name] for difference in differences) for name in differences[0]}
         result["same_numbers"] = {"equal": not any(largest.values()), "largest_difference": largest}
-    return rounded(result)
+    return round_numbers(result)
 
 
-def rounded(value: Any) -> Any:
-    """The same with four significant digits."""
+def round_numbers(value: Any) -> Any:
+    """Round all floats in nested dictionaries to four significant digits."""
     if isinstance(value, dict):
-        return {name: rounded(one) for name, one in value.items()}
+        return {name: round_numbers(entry) for name, entry in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Read the command line."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--profile", choices=PROFILES, default=Job.profile, help="of shards, batches, steps and augmentation"
+        "--profile",
+        choices=PROFILES,
+        default=Job.profile,
+        help="profile that decides shards, batches, steps and augmentation",
     )
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=10, help="the first is not timed")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of training; the first is not timed")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--width", type=float, default=Job.width, help="of the VGGs")
+    parser.add_argument("--width", type=float, default=Job.width, help="width of the VGGs")
     parser.add_argument("--local-epochs", type=int, default=Job.local_epochs)
-    parser.add_argument("--max-train", type=int, help="training samples of a client; default: its whole shard")
-    parser.add_argument("--max-test", type=int, help="test samples of a client; default: its whole shard")
+    parser.add_argument("--max-train", type=int, help="most training samples of a client; default: its whole shard")
+    parser.add_argument("--max-test", type=int, help="most test samples of a client; default: its whole shard")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--cpus", type=int, default=os.cpu_count(), help="so many clients train at a time; in `defaults` half as many"
+        "--cpus",
+        type=int,
+        default=os.cpu_count(),
+        help="number of clients that train at the same time; half of it in `defaults`",
     )
-    parser.add_argument("--data-dir", help="a folder with CIFAR-10; default: its synthetic stand-in")
+    parser.add_argument("--data-dir", help="folder with CIFAR-10; default: its synthetic stand-in")
     parser.add_argument(
-        "--program", choices=CPUS_PER_CLIENT, action="append", help="of Flower; default: all with enough CPUs"
+        "--program",
+        choices=CPUS_PER_CLIENT,
+        action="append",
+        help="program of Flower; default: all that have enough CPUs",
     )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--flower-python", type=Path, help="the Python of an environment that has Flower")
-    where.add_argument("--flower-env", type=Path, default=default_environment(), help="made if it is missing")
+    environment = parser.add_mutually_exclusive_group()
+    environment.add_argument("--flower-python", type=Path, help="Python of an environment that has Flower")
+    environment.add_argument(
+        "--flower-env",
+        type=Path,
+        default=default_environment(),
+        help="folder of Flower's environment, which is made if it is missing",
+    )
     options = parser.parse_args(arguments)
     for name, least in (("rounds", 2), ("repeat", 1), ("cpus", 1)):
         if getattr(options, name) < least:
@@ -330,15 +351,15 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
 
 
 def main() -> int:
-    """Measure, and print it."""
+    """Measure, and print the results."""
     parser, options = parse()
     try:
-        told = {field.name: getattr(options, field.name) for field in fields(Job)}
+        settings = {field.name: getattr(options, field.name) for field in fields(Job)}
         data_dir = options.data_dir and str(Path(options.data_dir).expanduser().absolute())
-        job = Job(**told | {"data_dir": data_dir})
+        job = Job(**settings | {"data_dir": data_dir})
         job.config()
         job.info()
-        python = options.flower_python or made_environment(options.flower_env.expanduser().absolute())
+        python = options.flower_python or prepare_environment(options.flower_env.expanduser().absolute())
         flower_versions(python)
     except (FlexifedError, FlowerError) as error:
         parser.error(str(error))

@@ -1,18 +1,19 @@
-"""The job of `flower.py` as a Flower app, run by Flower's simulation engine; needs `flwr[simulation]`, and not our Ray.
+"""The job of `flower.py` as a Flower app for Flower's simulation engine; needs `flwr[simulation]`, not flexifed's Ray.
 
     python benchmarks/flower_app.py '{"clients": 8, ...}' tutorial
 
-A ClientApp with train, evaluate and query, a ServerApp, and a strategy that lets Flower's own FedAvg average what the
-clients of each architecture reply. As in Flower's tutorials a client has nothing between two calls but the number of
-its partition: its model is built anew, loads the arrays of the message, and goes back as arrays. It is one of:
+The app has a ClientApp with train, evaluate and query, a ServerApp, and a strategy that lets Flower's own FedAvg
+average the replies of the clients of each architecture. As in Flower's tutorials, a client keeps nothing between two
+calls but the number of its partition: each call builds the model, loads the arrays of the message into it, and sends
+the model back as arrays. The program is one of:
 
-- `tutorial`: batches from a `DataLoader` that makes tensors of one image after another with torchvision's transforms,
-  as in Flower's PyTorch tutorial.
+- `tutorial`: batches from a `DataLoader` that converts images to tensors one by one with torchvision's transforms, as
+  in Flower's PyTorch tutorial.
 - `defaults`: the same, with Flower's own default of two CPUs a client.
-- `lean`: batches, local steps and scoring by flexifed's own functions, so that what differs is the engine alone.
+- `lean`: batches, local steps and scoring by flexifed's own functions, so that the sides differ in the engine alone.
 
-What a process needs of the data it loads once, at its first call, for all clients. Prints JSON in its last line: when
-each round ended, what each client scored in it, and for how long it trained and was scored.
+A process loads its data once, at its first call, for all clients. The last line of the output is JSON: when each round
+ended, the scores of each client in it, and the seconds of training and scoring.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ CPU = torch.device("cpu")
 
 
 class Task:
-    """A job as a client process knows it: models, data, and what a client does with them, with so many threads."""
+    """A job in a client process: models, data, training and scoring, with a given number of threads."""
 
     def __init__(self, job: Job, threads: int = 1) -> None:
         config, self.info = job.config(), job.info()
@@ -69,18 +70,18 @@ class Task:
         self.pipeline = make_pipeline(data, self.config.family, device=CPU, channels_last=True)
 
     def model(self, client: int) -> nn.Module:
-        """The model of a client, with the weights that all of its architecture begin with."""
+        """Build the model of a client, with the initial weights of its architecture."""
         generator = torch_generator(self.config.seed, "init")
         model = cell_model(self.config, self.info, self.config.model_name(client), generator=generator)
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def window(self, client: int, round_index: int) -> torch.Tensor:
-        """Which of its training samples the client trains on in a round, int64 (count,)."""
+        """The indices of the training samples that a client trains on in a round, int64 (count,)."""
         shard = np.arange(len(self.train_samples[client][1]))
         return torch.from_numpy(window(shard, round_index, self.config.partition.windows_per_shard))
 
     def train(self, model: nn.Module, client: int, round_index: int) -> float:
-        """Train in place; returns the mean loss."""
+        """Train the model in place; returns the mean loss."""
         samples, labels = (stored[self.window(client, round_index)] for stored in self.train_samples[client])
         seed = self.config.seed
         with seeded_dropout(derive_seed(seed, "dropout", client, round_index), CPU):
@@ -95,7 +96,7 @@ class Task:
             return streams.run_to_end(steps).item()
 
     def test(self, model: nn.Module, client: int) -> tuple[float, float]:
-        """Accuracy and loss on the client's own test shard."""
+        """Score the model on the client's own test shard; returns accuracy and loss."""
         samples, labels = self.test_samples[client]
         # Without Winograd's algorithm, which a workspace would switch on for wide convolutions: all records of this
         # benchmark were scored by PyTorch's own.
@@ -105,7 +106,7 @@ class Task:
 
 
 class Images(TorchDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """A client's samples as PIL images, which torchvision's transforms make tensors of, one by one."""
+    """A client's samples as PIL images, which torchvision's transforms convert to tensors one by one."""
 
     def __init__(self, samples: LabelledSamples, transform: Compose) -> None:
         images, self._labels = samples
@@ -120,17 +121,17 @@ class Images(TorchDataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class TutorialTask(Task):
-    """The same with PyTorch's DataLoader and loops, as in Flower's tutorials."""
+    """A task with PyTorch's DataLoader and plain loops, as in Flower's tutorials."""
 
     def __init__(self, job: Job, threads: int = 1) -> None:
         super().__init__(job, threads)
         plain = [ToTensor(), Normalize(self.info.mean, self.info.std)]
-        varied = [RandomCrop(32, padding=4), RandomHorizontalFlip()] if self.config.training.augment else []
-        self._train_images = [Images(samples, Compose([*varied, *plain])) for samples in self.train_samples]
+        augmentation = [RandomCrop(32, padding=4), RandomHorizontalFlip()] if self.config.training.augment else []
+        self._train_images = [Images(samples, Compose([*augmentation, *plain])) for samples in self.train_samples]
         self._test_images = [Images(samples, Compose(plain)) for samples in self.test_samples]
 
     def train(self, model: nn.Module, client: int, round_index: int) -> float:
-        """Train in place; returns the mean loss over the batches."""
+        """Train the model in place; returns the mean loss over the batches."""
         config = self.config.training
         torch.manual_seed(derive_seed(self.config.seed, "batches", client, round_index))
         images = Subset(self._train_images[client], self.window(client, round_index).tolist())
@@ -150,7 +151,7 @@ class TutorialTask(Task):
         return total / (config.local_epochs * len(batches))
 
     def test(self, model: nn.Module, client: int) -> tuple[float, float]:
-        """Accuracy and loss on the client's own test shard."""
+        """Score the model on the client's own test shard; returns accuracy and loss."""
         images = self._test_images[client]
         correct, total = 0, 0.0
         model.eval()
@@ -162,7 +163,7 @@ class TutorialTask(Task):
         return correct / len(images), total / len(images)
 
     def model(self, client: int) -> nn.Module:
-        """The model of a client, in PyTorch's own memory format."""
+        """Build the model of a client, in PyTorch's default memory format."""
         return super().model(client).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
@@ -170,42 +171,42 @@ PROGRAMS = {"defaults": TutorialTask, "tutorial": TutorialTask, "lean": Task}
 
 
 @cache
-def task(program: str, job: str) -> Task:
-    """Made once in each process, for all its calls."""
+def cached_task(program: str, job: str) -> Task:
+    """The task of this process, which is made at its first call."""
     if program == "lean":
         keep_freed_memory()  # as flexifed's own processes do
     return PROGRAMS[program](Job.from_json(job), CPUS_PER_CLIENT[program])
 
 
-def _received(message: Message, context: Context) -> tuple[Task, int, nn.Module, int]:
-    """What a call is about: the task, the client, its model with the arrays of the message, the round from 0."""
+def _unpack(message: Message, context: Context) -> tuple[Task, int, nn.Module, int]:
+    """Read a message: the task, the client, its model with the arrays of the message, and the round, from 0."""
     config = message.content["config"]
-    mine = task(str(config["program"]), str(config["job"]))
+    task = cached_task(str(config["program"]), str(config["job"]))
     client = int(context.node_config["partition-id"])
-    model = mine.model(client)
+    model = task.model(client)
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    return mine, client, model, int(config["server-round"]) - 1
+    return task, client, model, int(config["server-round"]) - 1
 
 
 @client_app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say which client this is, and which architecture it has."""
+    """Reply with the client's number and its architecture."""
     client = int(context.node_config["partition-id"])
     name = Job.from_json(str(message.content["config"]["job"])).config().model_name(client)
-    return Message(RecordDict({"who": ConfigRecord({"client": client, "architecture": name})}), reply_to=message)
+    return Message(RecordDict({"identity": ConfigRecord({"client": client, "architecture": name})}), reply_to=message)
 
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the model of the message on the client's samples."""
-    mine, client, model, round_index = _received(message, context)
+    task, client, model, round_index = _unpack(message, context)
     started = time.perf_counter()
-    with numeric_settings(mine.config.numerics):
-        loss = mine.train(model, client, round_index)
+    with numeric_settings(task.config.numerics):
+        loss = task.train(model, client, round_index)
     metrics: dict[str, Any] = {
         "train_loss": loss,
         "train_s": time.perf_counter() - started,
-        "num-examples": len(mine.window(client, round_index)),
+        "num-examples": len(task.window(client, round_index)),
     }
     content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord(metrics)})
     return Message(content, reply_to=message)
@@ -214,27 +215,28 @@ def train(message: Message, context: Context) -> Message:
 @client_app.evaluate()
 def test(message: Message, context: Context) -> Message:
     """Score the model of the message on the client's own test samples."""
-    mine, client, model, _ = _received(message, context)
+    task, client, model, _ = _unpack(message, context)
     started = time.perf_counter()
-    with numeric_settings(mine.config.numerics):
-        accuracy, loss = mine.test(model, client)
+    with numeric_settings(task.config.numerics):
+        accuracy, loss = task.test(model, client)
     metrics: dict[str, Any] = {
         "client": client,
         "accuracy": accuracy,
         "loss": loss,
         "eval_s": time.perf_counter() - started,
-        "num-examples": len(mine.test_samples[client][0]),
+        "num-examples": len(task.test_samples[client][0]),
     }
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
 
 class FedAvgByArchitecture(FedAvg):
-    """FedAvg among the clients of each architecture; all of them take part in every round.
+    """FedAvg among the clients of each architecture; all clients take part in every round.
 
-    One record holds the arrays of all architectures, named `<architecture>/<name>`; a client gets those of its own.
+    One record holds the arrays of all architectures, named `<architecture>/<name>`; a client gets the arrays of its
+    own architecture.
 
     Args:
-        architecture_of: by node, in the order of clients.
+        architecture_of: the architecture of each node, in the order of clients.
     """
 
     def __init__(self, architecture_of: dict[int, str]) -> None:
@@ -246,31 +248,31 @@ class FedAvgByArchitecture(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """A message to every client, with the arrays of its architecture."""
+        """Make a training message for every client, with the arrays of its architecture."""
         return self._messages(server_round, arrays, config, MessageType.TRAIN)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The same, to be scored."""
+        """Make a scoring message for every client, with the arrays of its architecture."""
         return self._messages(server_round, arrays, config, MessageType.EVALUATE)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Flower's own FedAvg, for one architecture after another."""
+        """Apply Flower's own FedAvg to one architecture after another."""
         by_node = _by_node(replies, len(self._architecture_of))
         self._train_s = sum(reply.content["metrics"]["train_s"] for reply in by_node.values())
         merged = ArrayRecord()
         for architecture in dict.fromkeys(self._architecture_of.values()):
-            own = [by_node[node] for node, name in self._architecture_of.items() if name == architecture]
-            arrays, _ = super().aggregate_train(server_round, own)
+            members = [by_node[node] for node, name in self._architecture_of.items() if name == architecture]
+            arrays, _ = super().aggregate_train(server_round, members)
             assert arrays is not None
             merged.update({f"{architecture}/{name}": array for name, array in arrays.items()})
         return merged, None
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Note what each client scored, and the time: the round has ended."""
+        """Record the scores of all clients, and the time at which the round ended."""
         scored = [reply.content["metrics"] for reply in _by_node(replies, len(self._architecture_of)).values()]
         scored.sort(key=lambda metrics: metrics["client"])
         self.rounds.append(
@@ -286,14 +288,14 @@ class FedAvgByArchitecture(FedAvg):
     def _messages(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, message_type: str
     ) -> Iterable[Message]:
-        told = ConfigRecord({**config, "server-round": server_round})
+        round_config = ConfigRecord({**config, "server-round": server_round})
         by_architecture: dict[str, ArrayRecord] = {}
         for full_name, array in arrays.items():
             architecture, name = full_name.split("/", 1)
             by_architecture.setdefault(architecture, ArrayRecord())[name] = array
         contents = {
-            architecture: RecordDict({self.arrayrecord_key: own, self.configrecord_key: told})
-            for architecture, own in by_architecture.items()
+            architecture: RecordDict({self.arrayrecord_key: record, self.configrecord_key: round_config})
+            for architecture, record in by_architecture.items()
         }
         return [
             Message(contents[name], dst_node_id=node, message_type=message_type)
@@ -302,7 +304,7 @@ class FedAvgByArchitecture(FedAvg):
 
 
 def _by_node(replies: Iterable[Message], expected: int) -> dict[int, Message]:
-    """Replies by the node that sent them.
+    """Index the replies by the node that sent them.
 
     Raises:
         RuntimeError: a client failed or did not answer.
@@ -318,22 +320,23 @@ def _by_node(replies: Iterable[Message], expected: int) -> dict[int, Message]:
 
 
 def make_server_app(job: Job, program: str, rounds: list[dict[str, Any]]) -> ServerApp:
-    """A ServerApp that plays the job, and puts what it heard of each round into `rounds`."""
+    """Make a ServerApp that plays the job, and appends the figures of each round to `rounds`."""
     server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         config = job.config()
-        told = ConfigRecord({"job": job.to_json(), "program": program})
+        job_config = ConfigRecord({"job": job.to_json(), "program": program})
         while len(nodes := list(grid.get_node_ids())) < job.clients:
             time.sleep(0.1)
         questions = [
-            Message(RecordDict({"config": told}), dst_node_id=node, message_type=MessageType.QUERY) for node in nodes
+            Message(RecordDict({"config": job_config}), dst_node_id=node, message_type=MessageType.QUERY)
+            for node in nodes
         ]
         answers = _by_node(grid.send_and_receive(questions), job.clients)
-        who = {node: answer.content["who"] for node, answer in answers.items()}
-        ordered = sorted(who, key=lambda node: who[node]["client"])
-        strategy = FedAvgByArchitecture({node: str(who[node]["architecture"]) for node in ordered})
+        identities = {node: answer.content["identity"] for node, answer in answers.items()}
+        ordered = sorted(identities, key=lambda node: identities[node]["client"])
+        strategy = FedAvgByArchitecture({node: str(identities[node]["architecture"]) for node in ordered})
         models = Task(job)
         initial = {
             f"{config.model_name(client)}/{name}": tensor
@@ -344,8 +347,8 @@ def make_server_app(job: Job, program: str, rounds: list[dict[str, Any]]) -> Ser
             grid=grid,
             initial_arrays=ArrayRecord(initial),
             num_rounds=job.rounds,
-            train_config=told,
-            evaluate_config=ConfigRecord(told),
+            train_config=job_config,
+            evaluate_config=ConfigRecord(job_config),
         )
         rounds.extend(strategy.rounds)
 
@@ -353,7 +356,7 @@ def make_server_app(job: Job, program: str, rounds: list[dict[str, Any]]) -> Ser
 
 
 def play(job: Job, program: str) -> list[dict[str, Any]]:
-    """Let Flower's simulation engine play the job; returns what was heard of each round."""
+    """Play the job in Flower's simulation engine; returns the figures of each round."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
     rounds: list[dict[str, Any]] = []
     run_simulation(
@@ -369,16 +372,16 @@ def play(job: Job, program: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Play, and print."""
+    """Play the job, and print the figures of its rounds."""
     try:
         print(json.dumps(play(Job.from_json(sys.argv[1]), sys.argv[2])), flush=True)
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # when the engine has failed, the thread of the ServerApp waits for it without end
+        os._exit(1)  # after a failure of the engine, the ServerApp's thread waits for it forever
 
 
 if __name__ == "__main__":
-    from flower_app import main as importable_main  # so that Flower's actors import this file once, and keep its caches
+    from flower_app import main as importable_main  # Flower's actors must import this file once, to keep its caches
 
     importable_main()

@@ -1,4 +1,4 @@
-"""The job of `flower.py`: what both sides are told, and the programs that Flower plays it by."""
+"""The job of `flower.py`, as both sides get it, and the programs with which Flower plays it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from flexifed.data import DatasetInfo, find_dataset
 from flexifed.profiles import PROFILES, ProfileName
 
 CPUS_PER_CLIENT = {"defaults": 2, "tutorial": 1, "lean": 1}
-"""By Flower's program: CPUs, and threads, of each client. Flower's own default is two, flexifed's one."""
+"""CPUs, and threads, of each client, by program of Flower. Flower's own default is two, flexifed's is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """VGGs on CIFAR-10, averaged within each architecture; thin ones, and one local epoch, unless it says otherwise.
+    """VGGs on CIFAR-10, averaged within each architecture; by default thin ones, with one local epoch in a round.
 
     Attributes:
-        profile: whose shards, batches, steps and augmentation these are.
-        clients: client k has version k modulo 4.
-        rounds: of training.
-        width: factor on all channels.
-        local_epochs: of each client in each round.
-        max_train: training samples of a client at most; None for its whole shard, of which it trains on a part in
+        profile: the profile that decides shards, batches, steps and augmentation.
+        clients: the number of clients; client k has version k modulo 4.
+        rounds: the number of rounds of training.
+        width: a factor on the number of channels of all layers.
+        local_epochs: the number of epochs that a client trains in a round.
+        max_train: the most training samples of a client; None for its whole shard, of which it trains on a part in
             each round.
-        max_test: test samples of a client at most; None for its whole shard.
-        seed: of everything random.
-        cpus: so many clients train at a time, each with one thread; of Flower's, see `CPUS_PER_CLIENT`.
+        max_test: the most test samples of a client; None for its whole shard.
+        seed: the root seed of all random numbers.
+        cpus: the number of flexifed's clients that train at the same time, each with one thread; for Flower's clients
+            see `CPUS_PER_CLIENT`.
         data_dir: a folder with CIFAR-10; None for its synthetic stand-in.
     """
 
@@ -44,12 +45,12 @@ class Job:
     data_dir: str | None = None
 
     def config(self) -> CellConfig:
-        """The cell: `clustered_fl` is FedAvg within each architecture.
+        """The cell of the job. Its scheme, `clustered_fl`, is FedAvg within each architecture.
 
-        All clients of an architecture begin with the weights that a server would send them.
+        All clients of an architecture start from the same weights, as if a server had sent them.
 
         Raises:
-            ConfigError: a number out of range.
+            ConfigError: a number is out of range.
         """
         profile = PROFILES[self.profile]
         return CellConfig(
@@ -69,7 +70,7 @@ class Job:
         )
 
     def info(self) -> DatasetInfo:
-        """Which data.
+        """The data set of the job.
 
         Raises:
             DataError: `data_dir` has no CIFAR-10.
@@ -79,10 +80,10 @@ class Job:
         return find_dataset("cifar10", data="real", data_dir=Path(self.data_dir))
 
     def to_json(self) -> str:
-        """As text, for another process."""
+        """Encode the job as text, for another process."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """From what `to_json` made."""
+        """Decode the text that `to_json` returned."""
         return cls(**json.loads(text))

@@ -1,4 +1,4 @@
-"""The benchmarks of speed, on so little that only their own working is tested."""
+"""The benchmarks of speed, at sizes so small that only the scripts themselves are tested."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def aggregate_benchmark() -> Iterator[Any]:
-    """benchmarks/aggregate.py as a module; what stands beside it is found there."""
+    """benchmarks/aggregate.py as a module, with its folder on the path for the modules that it imports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
         import aggregate
@@ -50,16 +50,16 @@ def round_benchmark() -> Iterator[Any]:
         patch.syspath_prepend(FOLDER)
         import round
 
-        yield round  # while its folder is on the path, where new processes look for it
+        yield round  # with its folder still on the path, as processes that a test starts import it too
 
 
 def run(script: str, *arguments: str, status: int = 0) -> dict[str, Any]:
-    """What a benchmark prints."""
+    """Run a benchmark; returns the JSON that it prints."""
     line = [sys.executable, str(FOLDER / script), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr
-    return json.loads(done.stdout)
+    finished = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == status, finished.stderr
+    return json.loads(finished.stdout)
 
 
 LAYERS = [nn.Conv1d(2, 2, 1), nn.Conv1d(2, 2, 3), nn.Linear(2, 2)]
@@ -67,7 +67,7 @@ MODELS = st.lists(st.sampled_from(LAYERS), min_size=1, max_size=4)
 
 
 @given(st.lists(MODELS, min_size=1, max_size=8))
-def test_matching_in_pairs_finds_the_groups_of_the_plan(
+def test_pairwise_matching_finds_the_groups_of_the_plan(
     aggregate_benchmark: Any, models: list[list[nn.Module]]
 ) -> None:
     signatures = [signature(nn.Sequential(*map(copy.deepcopy, model))) for model in models]
@@ -81,12 +81,12 @@ def test_matching_in_pairs_finds_the_groups_of_the_plan(
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
-def test_the_exponent_of_a_power_is_that_power(aggregate_benchmark: Any, power: float) -> None:
+def test_the_exponent_of_a_power_law_is_its_power(aggregate_benchmark: Any, power: float) -> None:
     counts = [8, 100, 5000]
     assert aggregate_benchmark.exponent(counts, [3.0 * count**power for count in counts]) == pytest.approx(power)
 
 
-def test_work_that_overlaps_counts_once(round_benchmark: Any) -> None:
+def test_overlapping_work_counts_once(round_benchmark: Any) -> None:
     def client(index: int, started: float, train_s: float, eval_s: float) -> ClientRound:
         return ClientRound(
             client=index,
@@ -107,8 +107,8 @@ def test_work_that_overlaps_counts_once(round_benchmark: Any) -> None:
     assert round_benchmark.work_of(overlapping)[0] == work(2.25, 0.75, 2.75)
 
 
-def test_the_share_of_the_peak_is_of_the_time_in_which_anyone_trains(round_benchmark: Any) -> None:
-    """Two clients of a process that overlap for all of 2 s, and one of another process that takes 1 s."""
+def test_the_share_of_the_peak_is_relative_to_the_time_in_which_any_client_trains(round_benchmark: Any) -> None:
+    """Two clients of one process overlap for their whole 2 s; a client of another process takes 1 s."""
     config = CellConfig(
         dataset="cifar10",
         family="vgg",
@@ -136,13 +136,13 @@ def test_the_share_of_the_peak_is_of_the_time_in_which_anyone_trains(round_bench
     assert shares["vgg16_bn"] == pytest.approx(10 * flops[2] * 3 / 1e9, abs=1e-3)
 
 
-def test_the_peak_is_the_fastest_product_on_the_cores_that_are_named(
+def test_the_peak_is_the_fastest_product_on_the_given_cores(
     round_benchmark: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, threads, seconds = [0.0], [], iter([4.0, 0.5, 3.0])
 
-    def product(one: torch.Tensor, _: torch.Tensor) -> None:
-        assert one.shape == (4096, 4096)
+    def product(left: torch.Tensor, _: torch.Tensor) -> None:
+        assert left.shape == (4096, 4096)
         threads.append(torch.get_num_threads())
         clock[0] += next(seconds)
 
@@ -155,10 +155,10 @@ def test_the_peak_is_the_fastest_product_on_the_cores_that_are_named(
     assert torch.get_num_threads() == before
 
 
-def test_only_what_a_device_itself_did_in_that_time_makes_it_busy(
+def test_only_operations_of_the_device_within_the_period_make_it_busy(
     round_benchmark: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the profiler tells of a GPU, with what the CPU did for it, and what came before and went on after."""
+    """The profiler also reports operations of the CPU, and operations that reach beyond the period."""
     spans = (
         (DeviceType.CPU, 1_000, 2_000),
         (DeviceType.CUDA, 500, 900),
@@ -211,49 +211,49 @@ def hangs() -> dict[str, object]:
         (hangs, 0.1, "no answer within 0.1 s"),
     ],
 )
-def test_what_goes_wrong_after_minutes_of_measuring_does_not_lose_what_was_measured(
+def test_a_failure_after_minutes_of_measuring_does_not_lose_the_measurements(
     round_benchmark: Any, function: Callable[[], dict[str, object]], timeout_s: float, error: str
 ) -> None:
     assert round_benchmark.in_new_process(function, timeout_s=timeout_s) == {"error": error}
     assert not multiprocessing.active_children()
 
 
-def test_a_new_process_gives_back_what_its_function_returns(round_benchmark: Any) -> None:
+def test_a_new_process_returns_the_result_of_its_function(round_benchmark: Any) -> None:
     assert round_benchmark.in_new_process(dict, [("a", 1)], timeout_s=100.0) == {"a": 1}
 
 
 @pytest.fixture
 def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a command of that name on the path, which prints some lines and goes on until it is ended."""
+    """Puts a fake nvidia-smi on the path, which prints the given lines and then runs until it is terminated."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="0123"))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
 
-    os.mkfifo(tmp_path / "asked")
+    os.mkfifo(tmp_path / "arguments")
 
     def install(lines: str) -> None:
         command = tmp_path / "nvidia-smi"
-        command.write_text(f"#!/bin/sh\nprintf '{lines}'\necho \"$@\" > {tmp_path}/asked\nexec tail -f /dev/null\n")
+        command.write_text(f"#!/bin/sh\nprintf '{lines}'\necho \"$@\" > {tmp_path}/arguments\nexec tail -f /dev/null\n")
         command.chmod(0o755)
 
     return install
 
 
-def test_a_gpus_utilization_is_what_its_driver_samples(
+def test_utilization_is_the_median_of_the_drivers_samples(
     round_benchmark: Any, nvidia_smi: Callable[[str], None], tmp_path: Path
 ) -> None:
     nvidia_smi("80, 1000\\n91, 3000\\n95, 2000\\n9")
     with sys.modules["busy"].utilization(torch.device("cuda")) as result:
-        asked = (tmp_path / "asked").read_text()  # which waits for it
+        arguments = (tmp_path / "arguments").read_text()  # blocks until the command has written them
     assert result == {"samples": 3, "utilization": 91, "least_utilization": 80, "memory_mib": 3000}
-    assert "--id=GPU-0123" in asked
+    assert "--id=GPU-0123" in arguments
 
 
-def test_a_driver_that_does_not_answer_is_named_and_loses_nothing(
+def test_a_driver_that_does_not_answer_is_reported_as_an_error(
     round_benchmark: Any, nvidia_smi: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nvidia_smi("No devices were found\\n")
     with sys.modules["busy"].utilization(torch.device("cuda")) as result:
-        (tmp_path / "asked").read_text()
+        (tmp_path / "arguments").read_text()
     assert result == {"error": "No devices were found"}
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with sys.modules["busy"].utilization(torch.device("cuda")) as result:
@@ -262,22 +262,22 @@ def test_a_driver_that_does_not_answer_is_named_and_loses_nothing(
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), max_size=8))
-def test_spans_that_overlap_count_once(round_benchmark: Any, spans: list[tuple[int, int]]) -> None:
+def test_overlapping_spans_count_once(round_benchmark: Any, spans: list[tuple[int, int]]) -> None:
     moments = {moment for start, length in spans for moment in range(start, start + length)}
     assert sys.modules["busy"].covered((start, start + length) for start, length in spans) == len(moments)
 
 
-def test_the_part_in_which_a_device_works_is_seen(round_benchmark: Any) -> None:
-    one = torch.rand(400, 400)
-    busy = round_benchmark.device_use(torch.device("cpu"), lambda: [one @ one for _ in range(20)])
+def test_the_share_in_which_a_device_works_is_measured(round_benchmark: Any) -> None:
+    matrix = torch.rand(400, 400)
+    busy = round_benchmark.device_use(torch.device("cpu"), lambda: [matrix @ matrix for _ in range(20)])
     half_idle = round_benchmark.device_use(
-        torch.device("cpu"), lambda: [(one @ one, threading.Event().wait(0.05)) for _ in range(4)]
+        torch.device("cpu"), lambda: [(matrix @ matrix, threading.Event().wait(0.05)) for _ in range(4)]
     )
     assert 0 < half_idle.share < 0.5 < busy.share <= 1
     assert busy.operations == 5 * half_idle.operations
 
 
-def test_the_baselines_mean_is_the_plans(round_benchmark: Any) -> None:
+def test_the_baseline_averages_as_the_plan_does(round_benchmark: Any) -> None:
     models = [build_model(name, num_classes=10, width=0.03) for name in FAMILIES["vgg"] * 2]
     plan = sharing_plan(models, "max_common")
     states = [model.state_dict() for model in models]
@@ -310,14 +310,14 @@ def test_a_round_is_timed_against_the_loop() -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_scale_sees_every_kind_of_process() -> None:
+def test_scale_finds_every_kind_of_process() -> None:
     measured = run("scale.py", "--clients", "4", "12", "--rounds", "2", "--width", "0.03", "--images", "2")
     assert set(measured["clients"]) == {"4", "12"}
-    for one in measured["clients"].values():
-        assert min(one["clients_mib"], one["driver_mib"], one["command_mib"]) > 50
+    for size in measured["clients"].values():
+        assert min(size["clients_mib"], size["driver_mib"], size["command_mib"]) > 50
     assert measured["driver_growth"] < 0.25
 
 
-def test_the_page_about_speed_is_made_of_what_the_benchmarks_printed() -> None:
-    made = subprocess.run([sys.executable, str(FOLDER / "page.py")], capture_output=True, text=True, check=True).stdout
-    assert made == (FOLDER.parent / "docs" / "speed.md").read_text(), "python benchmarks/page.py > docs/speed.md"
+def test_the_page_about_speed_is_up_to_date() -> None:
+    page = subprocess.run([sys.executable, str(FOLDER / "page.py")], capture_output=True, text=True, check=True).stdout
+    assert page == (FOLDER.parent / "docs" / "speed.md").read_text(), "python benchmarks/page.py > docs/speed.md"
