@@ -7,19 +7,19 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("flexifed", deadline=None)  # a busy machine is no defect
+settings.register_profile("flexifed", deadline=None)  # a test that is slow on a busy machine is not a failure
 settings.load_profile("flexifed")
-# Threads that wait for each other at every small operation cost more than they bring, above all beside another process
-# of tests.
+# The tests' operations are small: threads that wait for each other at each of them cost more time than they save,
+# especially next to other test processes.
 torch.set_num_threads(1)
 
-# Looking for doctests imports a conftest.py by its bare name, and takes the second one for the first.
+# The doctest collector imports every conftest.py by its bare name, and confuses the second one with the first.
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """What a test draws from PyTorch's global generator, as dropout does, does not depend on the tests before it."""
+    """Seed PyTorch's global generator, which dropout draws from, so that a test does not depend on those before it."""
     torch.manual_seed(0)
 
 
@@ -28,14 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--data-dir",
         type=Path,
         default=None,
-        help="folder with real data in their publishers' layouts (see `flexifed data`); default: FLEXIFED_DATA_DIR",
+        help="folder with real data in the publishers' layouts (see `flexifed data`); default: FLEXIFED_DATA_DIR",
     )
 
 
 @pytest.fixture(scope="session")
 def data_dir(pytestconfig: pytest.Config) -> Path:
-    """A folder with real data. Tests that need one are skipped where none is named, and fail where it is wrong."""
-    named = pytestconfig.getoption("--data-dir") or os.environ.get("FLEXIFED_DATA_DIR")
-    if not named:
-        pytest.skip("needs real data: name their folder with --data-dir or in FLEXIFED_DATA_DIR")
-    return Path(named)
+    """A folder with real data. Tests that need it are skipped if none is given, and fail if it is wrong."""
+    folder = pytestconfig.getoption("--data-dir") or os.environ.get("FLEXIFED_DATA_DIR")
+    if not folder:
+        pytest.skip("needs real data: set their folder with --data-dir or FLEXIFED_DATA_DIR")
+    return Path(folder)

@@ -1,4 +1,4 @@
-"""Damage for Hypothesis: bytes of a real file, changed as disks, networks and people change them."""
+"""Hypothesis strategies for damaged files: valid bytes, changed as disks, networks and people change them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 
 def damaged(content: bytes, *, most_edits: int = 3) -> st.SearchStrategy[bytes]:
-    """The content with some bytes flipped, set, cut out, put in, repeated or lost at the end. May end up unchanged."""
+    """The content after edits that flip, replace, delete, insert, repeat or truncate bytes. May end up unchanged."""
 
     def edited(before: bytes) -> st.SearchStrategy[bytes]:
         return st.one_of(_flipped(before), _replaced(before), _truncated(before), _repeated(before))
@@ -18,7 +18,7 @@ def damaged(content: bytes, *, most_edits: int = 3) -> st.SearchStrategy[bytes]:
 
 
 def _position(content: bytes) -> st.SearchStrategy[int]:
-    """Anywhere, more often near the ends, where headers and footers are."""
+    """Any position, more often near the ends, where headers and footers are."""
     last = len(content)
     return st.one_of(st.integers(0, min(64, last)), st.integers(max(0, last - 64), last), st.integers(0, last))
 
@@ -33,7 +33,7 @@ def _flipped(content: bytes) -> st.SearchStrategy[bytes]:
 
 
 def _replaced(content: bytes) -> st.SearchStrategy[bytes]:
-    """A stretch of it by other bytes, fewer or more: cutting out and putting in are both of this."""
+    """A range replaced by fewer or more bytes, so that deletions and insertions are included."""
 
     def replace(start: int, length: int, new: bytes) -> bytes:
         return content[:start] + new + content[start + length :]

@@ -1,4 +1,4 @@
-"""Folders are floors. The contracts stand in pyproject.toml; this test runs them."""
+"""Folders are floors: checks the import contracts in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PACKAGE = PYPROJECT.parent / "flexifed"
 
 def test_imports_point_down_only(capsys: pytest.CaptureFixture[str]) -> None:
     broken = lint_imports(config_filename=str(PYPROJECT), no_cache=True, no_logo=True)
-    said = capsys.readouterr().out
-    assert not broken, said
+    report = capsys.readouterr().out
+    assert not broken, report
 
 
 def test_experiments_leave_ray_to_the_package() -> None:
@@ -26,10 +26,10 @@ def test_experiments_leave_ray_to_the_package() -> None:
         assert not {"ray", "torch"} & imported_packages(script), script
 
 
-def test_every_folder_and_module_has_to_be_on_a_floor() -> None:
-    """A folder without `__init__.py` would be invisible to the contracts; what no floor names, `exhaustive` refuses."""
+def test_every_folder_and_module_must_be_on_a_floor() -> None:
+    """The contracts ignore folders without `__init__.py`; `exhaustive` rejects modules that are on no floor."""
     contracts = tomllib.loads(PYPROJECT.read_text())["tool"]["importlinter"]["contracts"]
-    assert [one["exhaustive"] for one in contracts if one["type"] == "layers"] == [True]
+    assert [contract["exhaustive"] for contract in contracts if contract["type"] == "layers"] == [True]
     for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
         assert (folder / "__init__.py").exists(), folder
 

@@ -1,4 +1,4 @@
-"""Files with changed bytes: an error or correct data, never a crash, a hang, or code that is run."""
+"""Damaged files lead to an error or to correct data, never to a crash, a hang, or the execution of code in them."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ Records = Mapping[str, NDArray[np.uint8]]
 
 @pytest.fixture(scope="module")
 def records(pytestconfig: pytest.Config) -> Records:
-    """A few samples of each file: the head of the real ones where there are any, else random pixels."""
-    named = pytestconfig.getoption("--data-dir") or os.environ.get("FLEXIFED_DATA_DIR")
-    real = Path(named) / BINARY if named else None
-    made = {}
+    """A few samples of each file: the first ones of the real file if there is one, else random pixels."""
+    data_dir = pytestconfig.getoption("--data-dir") or os.environ.get("FLEXIFED_DATA_DIR")
+    real = Path(data_dir) / BINARY if data_dir else None
+    samples = {}
     for index, name in enumerate(NAMES):
         if real is not None and real.exists():
-            made[name] = np.fromfile(real / f"{name}.bin", np.uint8, SAMPLES * 3073).reshape(SAMPLES, 3073)
+            samples[name] = np.fromfile(real / f"{name}.bin", np.uint8, SAMPLES * 3073).reshape(SAMPLES, 3073)
         else:
-            made[name] = np.random.default_rng(index).integers(0, 256, (SAMPLES, 3073), dtype=np.uint8)
-            made[name][:, 0] %= 10
-    return made
+            samples[name] = np.random.default_rng(index).integers(0, 256, (SAMPLES, 3073), dtype=np.uint8)
+            samples[name][:, 0] %= 10
+    return samples
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def published(monkeypatch: pytest.MonkeyPatch, records: Records) -> Records:
     return records
 
 
-def check_data(data_dir: Path, records: Records, *, whole: bool) -> None:
-    """Damaged files are refused; whole ones give every sample as it was."""
-    if not whole:
+def check_data(data_dir: Path, records: Records, *, intact: bool) -> None:
+    """Damaged files are rejected; intact ones give the samples unchanged."""
+    if not intact:
         with pytest.raises(DataError, match="is not the published set"):
             find_dataset("cifar10", data="auto", data_dir=data_dir)
         return
@@ -78,7 +78,7 @@ def fuzz_binary(tmp_path: Path, records: Records, data: st.DataObject) -> None:
     before = (folder / f"{name}.bin").read_bytes()
     after = data.draw(damaged(before), "content")
     (folder / f"{name}.bin").write_bytes(after)
-    check_data(tmp_path, records, whole=after == before)
+    check_data(tmp_path, records, intact=after == before)
 
 
 def fuzz_python(tmp_path: Path, records: Records, data: st.DataObject) -> None:
@@ -93,8 +93,8 @@ def fuzz_python(tmp_path: Path, records: Records, data: st.DataObject) -> None:
     contents = st.one_of(damaged(before), damaged(code), st.sampled_from([code, code + before, before + code]))
     after = data.draw(contents, "content")
     (folder / name).write_bytes(after)
-    check_data(tmp_path, records, whole=after == before)
-    if after != before:  # it changed after it was verified
+    check_data(tmp_path, records, intact=after == before)
+    if after != before:  # the file has changed since it was verified
         with pytest.raises(DataError, match="verified when the run began"):
             open_dataset(info)
     assert not witness.exists()
@@ -141,7 +141,7 @@ def federation() -> Federation:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two committed checkpoints of a small cell, made as a run makes them."""
+    """Two committed checkpoints of a small cell, written as a run writes them."""
     root = tmp_path_factory.mktemp("cell") / "checkpoints"
     checkpoints, running = Checkpoints(root, RUN_ID), federation()
     for _ in range(2):
@@ -156,16 +156,16 @@ def root(tmp_path: Path, written: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def newest(root: Path) -> int | None:
-    """The round of the checkpoint that a run would go on with; it, and everything in it, must be what was written."""
+def resumed_round(root: Path) -> int | None:
+    """The next round of the checkpoint that a run would resume from, all of whose tensors must be readable."""
     notes: list[str] = []
-    found = Checkpoints(root, RUN_ID).latest(notes.append)
-    if found is None:
+    checkpoint = Checkpoints(root, RUN_ID).latest(notes.append)
+    if checkpoint is None:
         return None
-    for name in found.files:
-        assert read_tensors(found.folder / name)
+    for name in checkpoint.files:
+        assert read_tensors(checkpoint.folder / name)
     assert all("is skipped" in note for note in notes)
-    return found.next_round
+    return checkpoint.next_round
 
 
 def fuzz_checkpoint(root: Path, written: Path, data: st.DataObject) -> None:
@@ -174,12 +174,12 @@ def fuzz_checkpoint(root: Path, written: Path, data: st.DataObject) -> None:
     before = (written / "round-000002" / name).read_bytes()
     after = data.draw(damaged(before), "content")
     path.write_bytes(after)
-    found = newest(root)
+    resumed = resumed_round(root)
     path.write_bytes(before)
-    if name == MANIFEST and found == 2:  # blanks may have changed; what it says may not
+    if name == MANIFEST and resumed == 2:  # whitespace may have changed, but not the content
         assert json.loads(after)["content"] == json.loads(before)["content"]
     else:
-        assert found == (2 if after == before else 1)
+        assert resumed == (2 if after == before else 1)
 
 
 @FUZZ
@@ -197,7 +197,7 @@ def test_checkpoints_for_longer(root: Path, written: Path, data: st.DataObject) 
 
 
 def signed(content: object) -> str:
-    """A manifest whose own checksum is right."""
+    """A manifest with a correct checksum of its content."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps({"sha256": digest, "content": content})
 
@@ -207,14 +207,14 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-NAMES_OF_FILES = st.sampled_from(["../round-000001/manifest.json", "/dev/zero", "pipe", ".", "", "shared.safetensors"])
+FILE_NAMES = st.sampled_from(["../round-000001/manifest.json", "/dev/zero", "pipe", ".", "", "shared.safetensors"])
 MANIFESTS = st.one_of(
     JSON,
     st.fixed_dictionaries(
         {
             "run_id": st.just(RUN_ID) | JSON,
             "next_round": st.sampled_from([2, 2.0, True, -1, 10**30, "2", None]),
-            "files": st.dictionaries(NAMES_OF_FILES, st.text(max_size=4) | JSON, min_size=1, max_size=3) | JSON,
+            "files": st.dictionaries(FILE_NAMES, st.text(max_size=4) | JSON, min_size=1, max_size=3) | JSON,
         }
     ),
 )
@@ -222,33 +222,33 @@ MANIFESTS = st.one_of(
 
 @FUZZ
 @given(manifest=MANIFESTS)
-def test_a_manifest_that_says_anything(root: Path, manifest: object) -> None:
-    """Devices and pipes are not opened: reading them would never end."""
+def test_a_manifest_with_arbitrary_content(root: Path, manifest: object) -> None:
+    """Devices and pipes are not opened, as reading them would never end."""
     folder = root / "round-000002"
     if not (folder / "pipe").exists():
         os.mkfifo(folder / "pipe")
     (folder / MANIFEST).write_text(signed(manifest))
-    says_nothing = isinstance(manifest, dict) and manifest.get("files") == {} and manifest.get("next_round") == 2
-    assert newest(root) == 1 or says_nothing
+    lists_no_files = isinstance(manifest, dict) and manifest.get("files") == {} and manifest.get("next_round") == 2
+    assert resumed_round(root) == 1 or lists_no_files
 
 
-def test_a_manifest_nested_without_end(root: Path) -> None:
+def test_a_deeply_nested_manifest(root: Path) -> None:
     for nested in ("[" * 200_000, '{"sha256": "", "content": ' + "[" * 200_000):
         (root / "round-000002" / MANIFEST).write_text(nested)
-        assert newest(root) == 1
+        assert resumed_round(root) == 1
 
 
 @FUZZ
 @given(manifest=JSON)
 def test_a_manifest_without_a_checksum(root: Path, manifest: object) -> None:
     (root / "round-000002" / MANIFEST).write_text(json.dumps(manifest))
-    assert newest(root) == 1
+    assert resumed_round(root) == 1
 
 
 @FUZZ
 @given(data=st.data())
 def test_tensors_that_match_a_forged_manifest(root: Path, written: Path, data: st.DataObject) -> None:
-    """Who changes the checksum too is not found out by it: the reader itself must stand whatever is in the file."""
+    """A manifest with a forged checksum does not reveal damage, so the reader itself must cope with any content."""
     names = [path.name for path in (written / "round-000002").glob("*.safetensors")]
     name = data.draw(st.sampled_from(sorted(names)), "file")
     before = (written / "round-000002" / name).read_bytes()
@@ -258,7 +258,7 @@ def test_tensors_that_match_a_forged_manifest(root: Path, written: Path, data: s
         assert all(isinstance(tensor, torch.Tensor) for tensor in read_tensors(path).values())
 
 
-def test_tensors_of_another_cell_under_a_right_checksum(root: Path) -> None:
+def test_tensors_of_another_cell_with_a_correct_checksum(root: Path) -> None:
     folder = root / "round-000002"
     content = (folder / "clients-000000.safetensors").read_bytes()
     (folder / "shared.safetensors").write_bytes(content)
