@@ -83,8 +83,8 @@ def prepare_environment(folder: Path) -> Path:
     """
     python = folder / "bin" / "python"
     wanted = "\n".join(requirements())
-    installed = folder / "flexifed-requirements.txt"
-    if python.exists() and installed.is_file() and installed.read_text() == wanted:
+    stamp = folder / "flexifed-requirements.txt"
+    if python.exists() and stamp.is_file() and stamp.read_text() == wanted:
         return python
     if folder.exists() and not (folder / "pyvenv.cfg").is_file() and any(folder.iterdir()):
         raise FlowerError(
@@ -101,10 +101,10 @@ def prepare_environment(folder: Path) -> Path:
         [uv, "venv", "--clear", "--python", sys.executable, str(folder)],
         [uv, "pip", "install", "--python", str(python), *requirements()],
     ):
-        done = subprocess.run(line, stdout=sys.stderr, check=False)
-        if done.returncode:
-            raise FlowerError(f"`{' '.join(line)}` failed with status {done.returncode}")
-    installed.write_text(wanted)
+        finished = subprocess.run(line, stdout=sys.stderr, check=False)
+        if finished.returncode:
+            raise FlowerError(f"`{' '.join(line)}` failed with status {finished.returncode}")
+    stamp.write_text(wanted)
     return python
 
 
@@ -116,14 +116,14 @@ def flower_versions(python: Path) -> dict[str, str]:
     """
     program = "import json; from common import versions; print(json.dumps(versions('flwr', 'ray', 'torch', 'numpy')))"
     try:
-        done = subprocess.run(
+        finished = subprocess.run(
             [str(python), "-c", program], cwd=APP.parent, capture_output=True, text=True, check=False, timeout=60
         )
     except OSError as error:
         raise FlowerError(f"can't run {python}: {error.strerror}") from error
-    if done.returncode:
-        raise FlowerError(f"{python} has no Flower with its simulation engine: {_last_line(done.stderr)}")
-    return dict(json.loads(done.stdout))
+    if finished.returncode:
+        raise FlowerError(f"{python} has no Flower with its simulation engine: {_last_line(finished.stderr)}")
+    return dict(json.loads(finished.stdout))
 
 
 def play_flower(job: Job, program: str, python: Path) -> tuple[Rounds, float]:
@@ -142,13 +142,13 @@ def play_flower(job: Job, program: str, python: Path) -> tuple[Rounds, float]:
     started = time.perf_counter()
     line = [str(python), str(APP), job.to_json(), program]
     try:
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+        finished = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise FlowerError(f"Flower's side did not finish within {TIMEOUT_S:g} s") from error
     wall_s = time.perf_counter() - started
-    if done.returncode:
-        raise FlowerError(f"Flower's side failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1]), wall_s
+    if finished.returncode:
+        raise FlowerError(f"Flower's side failed:\n{finished.stderr}")
+    return json.loads(finished.stdout.splitlines()[-1]), wall_s
 
 
 def play_flexifed(job: Job) -> tuple[Rounds, float]:

@@ -105,17 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--results-dir", type=Path, default=None, help="default: a new folder, deleted at the end")
     options = parser.parse_args(argv)
-    arguments = [
-        "--profile",
-        "smoke",
-        "--data",
-        "synthetic",
-        "--rounds",
-        str(options.rounds),
-        "--checkpoint-every",
-        "1",
-    ]
-    arguments += ["--clients-per-actor", "4", "--device", "cpu"]
+    arguments = ["--profile", "smoke", "--data", "synthetic", "--rounds", str(options.rounds)]
+    arguments += ["--checkpoint-every", "1", "--clients-per-actor", "4", "--device", "cpu"]
     for pattern in options.only or ["cifar10/vgg/*"]:
         arguments += ["--only", pattern]
     packages = " ".join(f"{name} {version(name)}" for name in ("ray", "torch"))
@@ -139,9 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return bool(problems)
 
 
-def run_and_kill(grid: Grid, kills: int, chance: random.Random) -> None:
+def run_and_kill(grid: Grid, kills: int, rng: random.Random) -> None:
     """Run a grid to its end, and kill `kills` of its processes on the way, each after a few new rounds."""
-    done, next_kill, failed_in_a_row = 0, chance.randint(1, 3), 0
+    num_killed, next_kill, failed_in_a_row = 0, rng.randint(1, 3), 0
     command = grid.start()
     try:
         while (status := command.poll()) != 0:
@@ -151,22 +142,22 @@ def run_and_kill(grid: Grid, kills: int, chance: random.Random) -> None:
                     raise SystemExit(f"the command failed {MAX_FAILURES_IN_A_ROW} times in a row:\n{grid.output()}")
                 say(f"the command ended with status {status}; starting it again")
                 command = grid.start()
-            elif done < kills and grid.rounds_played() >= next_kill:
-                time.sleep(chance.random() / 2)  # somewhere in a round
-                kind = chance.choice(["client", "driver", "command"])
+            elif num_killed < kills and grid.rounds_played() >= next_kill:
+                time.sleep(rng.random() / 2)  # somewhere in a round
+                kind = rng.choice(["client", "driver", "command"])
                 if victims := processes(command, kind):
                     committed = grid.remember_committed()
-                    chance.choice(victims).kill()
-                    done += 1
+                    rng.choice(victims).kill()
+                    num_killed += 1
                     played = grid.rounds_played()
-                    say(f"kill {done}: {kind}; {played} rounds played, {committed} committed in running cells")
-                    next_kill = played + chance.randint(1, 3)
+                    say(f"kill {num_killed}: {kind}; {played} rounds played, {committed} committed in running cells")
+                    next_kill = played + rng.randint(1, 3)
             time.sleep(POLL_INTERVAL_S)
     finally:
         if command.poll() is None:
             command.kill()
-    if done < kills:
-        raise SystemExit(f"the grid ended after {done} of {kills} kills; ask for more --rounds")
+    if num_killed < kills:
+        raise SystemExit(f"the grid ended after {num_killed} of {kills} kills; ask for more --rounds")
     say(f"the grid has ended, after {grid.rounds_played()} rounds")
 
 
