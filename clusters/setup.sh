@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# What every machine of a cluster gets, rented or owned, head or worker. `ray up` runs it on each; again does no harm.
+# Set up one machine of a cluster, rented or owned, head or worker. `ray up` runs this on each machine; running it again
+# does no harm.
 #
 #   FLEXIFED_SHARED    folder that all machines see under this path: results, and the versions that were installed
-#   FLEXIFED_NFS       where it comes from. Empty: it is there already. head: the head exports it to the others.
+#   FLEXIFED_NFS       where the shared folder comes from. Empty: it is there already. head: the head exports it.
 #                      SERVER:/PATH: an NFS server, such as fs-0123.efs.us-west-2.amazonaws.com:/ (EFS)
-#   FLEXIFED_DOWNLOAD  yes: fetch the data sets to this machine, once. no: they are there, or runs use a stand-in.
-#                      Names, such as "cifar10 agnews": only these
+#   FLEXIFED_DOWNLOAD  yes: download the data sets to this machine, once. no: they are there, or runs use a stand-in.
+#                      Names, such as "cifar10 agnews": download only these
 set -euo pipefail
 
 : "${FLEXIFED_SHARED:?name a folder that all machines see}"
@@ -14,7 +15,7 @@ project=$HOME/flexifed
 venv=$HOME/.venvs/flexifed
 data=$HOME/flexifed-data
 
-# A new machine's own first upgrades may hold the lock of its packages for some minutes.
+# The first automatic upgrades of a new machine may hold apt's lock for some minutes.
 packages() {
   sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 update
   sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 -y install "$@"
@@ -25,8 +26,8 @@ if [ "$nfs" = head ] && [ -z "${RAY_HEAD_IP:-}" ]; then
   packages nfs-kernel-server
   sudo mkdir -p "$FLEXIFED_SHARED"
   sudo chown "$(id -u):$(id -g)" "$FLEXIFED_SHARED"
-  # The firewall keeps the world out: only machines of the cluster's own security group get as far as this. `insecure`
-  # means ports above 1023, from which those that mount with `noresvport` come.
+  # The firewall keeps others out: only machines in the cluster's own security group can reach this export. `insecure`
+  # admits ports above 1023, which mounts with `noresvport` use.
   sudo mkdir -p /etc/exports.d
   echo "$FLEXIFED_SHARED *(rw,sync,no_subtree_check,insecure)" | sudo tee /etc/exports.d/flexifed.exports >/dev/null
   sudo exportfs -ra
@@ -42,9 +43,9 @@ if ! mkdir -p "$FLEXIFED_SHARED/results" "$FLEXIFED_SHARED/versions"; then
   exit 1
 fi
 
-# The project, as on a laptop: by uv, into an environment of its own. The first machine decides which versions that are
-# allowed by pyproject.toml are installed, and all others get the same ones: other versions may mean other bits. The same
-# goes for Python, which Ray wants equal on all machines to the last digit.
+# Install the project as on a laptop: by uv, into an environment of its own. The first machine decides which of the
+# versions that pyproject.toml allows are installed, and all others install the same, because other versions may mean
+# other bits. The same holds for Python, whose version Ray requires to be equal on all machines, to the last digit.
 export PATH="$HOME/.local/bin:$PATH"
 if ! command -v uv >/dev/null; then
   PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --user uv ||
@@ -73,8 +74,8 @@ if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep
   exit 1
 fi
 
-# What Ray's processes and every login find in their environment. The token in ~/.ray/auth_token came with the files.
-# `ray job stop` kills after so many seconds; a run that is asked to stop first ends its round, and writes a checkpoint.
+# The environment of Ray's processes and of every login. The token in ~/.ray/auth_token came with the files. `ray job
+# stop` kills after RAY_JOB_STOP_WAIT_TIME_S; before that, a run finishes its round and writes a checkpoint.
 cat >"$HOME/.flexifed.sh" <<END
 export PATH="$venv/bin:\$HOME/.local/bin:\$PATH"
 export FLEXIFED_DATA_DIR="$data"
