@@ -497,4 +497,4 @@ def test_data_of_one_set_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_package_runs_as_the_command() -> None:
     line = [sys.executable, "-m", "flexifed", "--help"]
-    assert "{plan,models,shares,data,report}" in subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert "{plan,shares,models,data,report}" in subprocess.run(line, capture_output=True, text=True, check=True).stdout
