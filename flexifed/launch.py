@@ -271,20 +271,13 @@ def _say_what_differs(folder: ResultsFolder, runs: Sequence[CellRun], console: C
 
 
 def _show_table(folder: ResultsFolder, options: GridOptions, runs: Sequence[CellRun], console: Console) -> None:
-    from flexifed.report.compare import PAIRED, PAIRED_BY_SEED, paired_differences, render_differences
-    from flexifed.report.runs import changed_settings, stored_cell
-    from flexifed.report.table import per_seed, render, summarise
+    from flexifed.report.study import studies_of
 
     if not runs:
         return
-    rows = folder.read([run.name for run in runs])
-    summary = summarise(rows, options.rounds)
-    first = stored_cell(folder.rounds_file(runs[0].name))
-    changed = changed_settings(first) if first else {}
-    for part in render(summary, profile=options.profile, rounds=options.rounds, seeds=options.seeds, changed=changed):
-        console.print("", part, sep="\n", highlight=False)
-    if len(options.seeds) > 1 and (differences := paired_differences(per_seed(rows, options.rounds))):
-        console.print(render_differences(differences, PAIRED))
-        by_seed = paired_differences(per_seed(rows, options.rounds), by_seed=True)
-        console.print(render_differences(by_seed, PAIRED_BY_SEED))
+    names = [run.name for run in runs]
+    for study in studies_of(folder, names, profile=options.profile, rounds=options.rounds):
+        for sheet in (study.table(seeds=options.seeds), study.differences()):
+            if sheet.sections:
+                console.print("", sheet, sep="\n", highlight=False)
     console.print(f"Rows: pandas.read_parquet({str(folder.rounds)!r})", highlight=False, soft_wrap=True)

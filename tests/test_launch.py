@@ -136,6 +136,21 @@ def test_more_rounds_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "resuming with round 1, from round-000001" in log.read_text()
 
 
+def test_the_table_after_a_run_shows_its_rounds_seeds_data_and_changed_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--only", "*/*/clustered_fl", "--seeds", "0", "1"]
+    assert run(tmp_path, *line, "--rounds", "2") == 0
+    capsys.readouterr()
+    assert run(tmp_path, *line) == 0, "the stored runs have one round more"
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "cifar10 / vgg [SYNTHETIC DATA]" in shown
+    assert "Data: synthetic. Profile: smoke, model.width=0.02, partition.num_clients=4" in shown
+    assert "Rounds: 1. Seeds: 0 1." in shown
+    assert shown.count("clustered_fl - standalone") == 1
+    assert "by seed" in shown
+
+
 def test_nothing_stays_of_a_final_state_that_is_not_wanted(tmp_path: Path) -> None:
     assert run(tmp_path, "--no-keep-final") == 0
     assert [*tmp_path.rglob("*.safetensors")] == []

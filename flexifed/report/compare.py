@@ -28,7 +28,6 @@ BY_SEED_NOTE = (
     "The first interval takes the pairs of one seed as independent. Its versions are trained together, so the interval "
     "by seed, with one pair for each (the mean over its versions), is the more careful one."
 )
-PAIRED_BY_SEED = "The same, a pair for each seed (its versions are trained together)"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,15 @@ from flexifed.errors import ResultsError
 from flexifed.profiles import PROFILES
 from flexifed.report.compare import PAIRED, paired_differences, render_differences
 from flexifed.report.curves import BASELINE, REACHED, Target, growing, render_speedups, rounds_to_target, speedups
-from flexifed.report.runs import Edition, StoredCell, changed_settings, editions, nothing_there, stored_cells
+from flexifed.report.runs import (
+    Edition,
+    StoredCell,
+    changed_settings,
+    editions,
+    nothing_there,
+    stored_cell,
+    stored_cells,
+)
 from flexifed.report.sheet import Column, Section, Sheet, latex, markdown
 from flexifed.report.table import (
     CELL,
@@ -116,14 +124,24 @@ class Study:
         """`contents`, under the title."""
         return Sheet(self.title, (), (), tuple(self.contents()))
 
-    def table(self, pick: Pick = "last") -> Sheet:
-        """Table 1, beside the paper's where data are real."""
+    def table(self, pick: Pick = "last", seeds: Sequence[int] | None = None) -> Sheet:
+        """Table 1, beside the paper's numbers where the data are real.
+
+        Args:
+            pick: the rounds that each number is taken from.
+            seeds: the seeds that were asked for; the notes name cells that have fewer. None: those of the study.
+        """
         if self.finished.empty:
             return self._nothing("Accuracy in percent (Table 1)")
-        one = self.edition.cells[0]
-        changed = changed_settings(one)
-        summary = self.summary(pick)
-        return render(summary, profile=one.profile, rounds=self.rounds, seeds=self.seeds, pick=pick, changed=changed)[0]
+        cell = self.edition.cells[0]
+        return render(
+            self.summary(pick),
+            profile=cell.profile,
+            rounds=self.rounds,
+            seeds=self.seeds if seeds is None else seeds,
+            pick=pick,
+            changed=changed_settings(cell),
+        )
 
     def differences(self, pick: Pick = "last") -> Sheet:
         """Schemes against each other, over several seeds."""
@@ -179,9 +197,29 @@ def load(folder: ResultsFolder, profile: str | None = None) -> list[Study]:
     if not chosen:
         there = ", ".join(sorted({one.profile for one in cells}))
         raise ResultsError(f"no results of profile {profile!r} in {folder.root}; there are some of: {there}")
+    return _studies(folder, chosen)
+
+
+def studies_of(folder: ResultsFolder, names: Sequence[str], *, profile: str, rounds: int) -> list[Study]:
+    """The studies of the runs of one command: several if their data are of different sources.
+
+    Args:
+        folder: the folder of the experiment.
+        names: the names of the runs' files, without the ending.
+        profile: the profile of the command; runs with the same settings may be stored under another one.
+        rounds: the rounds of the command. A stored run may have more; they are left out.
+
+    Raises:
+        ResultsError: a file is damaged.
+    """
+    cells = (stored_cell(folder.rounds_file(name)) for name in names)
+    return _studies(folder, [replace(cell, profile=profile, rounds=rounds, extended_to=None) for cell in cells if cell])
+
+
+def _studies(folder: ResultsFolder, cells: Sequence[StoredCell]) -> list[Study]:
     return [
         Study(edition, *(_rows(folder, part) for part in (edition.finished, edition.unfinished)))
-        for edition in editions(chosen)
+        for edition in editions(cells)
     ]
 
 

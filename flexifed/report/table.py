@@ -152,7 +152,7 @@ def render(
     seeds: Sequence[int],
     pick: Pick = "last",
     changed: Mapping[str, object] = MappingProxyType({}),
-) -> list[Sheet]:
+) -> Sheet:
     """Table 1, with notes that say what it is.
 
     Args:
@@ -178,7 +178,7 @@ def render(
         sections.append(Section(f"{dataset} / {family}" + source_label(*sources), tuple(rows)))
     settings = profile + "".join(f", {name}={value}" for name, value in changed.items())
     notes = _notes(summary, settings=settings, rounds=rounds, seeds=seeds, pick=pick, compared=bool(compared))
-    return [Sheet("Accuracy in percent (Table 1)", columns, tuple(sections), notes)]
+    return Sheet("Accuracy in percent (Table 1)", columns, tuple(sections), notes)
 
 
 def source_label(*sources: str) -> str:

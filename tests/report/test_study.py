@@ -15,7 +15,7 @@ import pytest
 from flexifed.cli import main
 from flexifed.config import SCHEMES
 from flexifed.report.runs import editions, stored_cells
-from flexifed.report.study import Study, load_results, numbers, overview, report_text
+from flexifed.report.study import Study, load_results, numbers, overview, report_text, studies_of
 from flexifed.report.table import PICKS, SCHEME_NAMES, paper_table
 from flexifed.results.store import ResultsFolder
 
@@ -228,3 +228,24 @@ def test_the_newest_folder_is_shown_and_others_are_named_apart_from_the_table(
     told = capsys.readouterr()
     assert "there are also (choose with --experiment): table1" in told.err
     assert told.out.startswith("study,profile,")
+
+
+def test_runs_of_one_command_are_cut_at_its_rounds_and_name_its_seeds_and_profile(real_grid: Path) -> None:
+    """Stored runs may have more rounds, and may have been run under another profile with the same settings."""
+    folder = ResultsFolder(real_grid / "table1")
+    names = [cell.name for cell in stored_cells(folder) if str(cell.cell) == "cifar10/vgg/max_common"]
+    [study] = studies_of(folder, names, profile="paper", rounds=12)
+    assert study.finished["round"].max() == 12
+    assert study.finished["seed"].nunique() == 3
+    notes = " ".join(study.table(seeds=range(4)).notes)
+    assert "Profile: paper. Rounds: 12. Seeds: 0 1 2 3." in notes
+    assert "Fewer seeds: cifar10/vgg/max_common 3 of 4." in notes
+
+
+def test_each_data_source_among_the_runs_of_one_command_has_a_table_of_its_own(mixed: Path) -> None:
+    folder = ResultsFolder(mixed / "table1")
+    names = [cell.name for cell in stored_cells(folder) if cell.is_finished and cell.seed == 0]
+    studies = studies_of(folder, names, profile="authors", rounds=20)
+    assert [study.data_source for study in studies] == ["real", "real-other", "real-partial", "synthetic"]
+    for study in studies:
+        assert f"Data: {study.data_source}." in " ".join(study.table().notes)

@@ -56,8 +56,7 @@ def grid(seeds: Sequence[int], source: str = "real", schemes: Sequence[str] = SC
 def shown(summary: Summary, seeds: Sequence[int] = (0,), rounds: int = 2, pick: Pick = "last", width: int = 80) -> str:
     """The table as a terminal of some columns shows it."""
     console = Console(file=io.StringIO(), width=width)
-    for part in render(summary, profile="quick", rounds=rounds, seeds=seeds, pick=pick):
-        console.print(part, highlight=False)
+    console.print(render(summary, profile="quick", rounds=rounds, seeds=seeds, pick=pick), highlight=False)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
