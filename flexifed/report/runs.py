@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
 
 from flexifed.config import CellConfig, NumericsConfig, SharingConfig
 from flexifed.profiles import PROFILES
@@ -163,21 +162,21 @@ def stored_cell(path: Path) -> StoredCell | None:
     Raises:
         ResultsError: the file is damaged.
     """
-    content, first = read_summary(path)
-    if first is None:
+    summary = read_summary(path)
+    if summary is None:
         return None
-    metadata, last_round = cast(dict[str, Any], content), cast(int, first["last_round"])
-    asked_for = int(metadata.get("rounds", last_round))
-    is_extended = last_round < asked_for and "finished_rounds" in metadata
+    metadata = summary.metadata
+    asked_for = int(metadata.get("rounds", summary.last_round))
+    is_extended = summary.last_round < asked_for and "finished_rounds" in metadata
     return StoredCell(
         name=path.stem,
-        cell=f"{first['dataset']}/{first['family']}/{first['scheme']}",
-        seed=cast(int, first["seed"]),
-        last_round=last_round,
+        cell=f"{summary.dataset}/{summary.family}/{summary.scheme}",
+        seed=summary.seed,
+        last_round=summary.last_round,
         rounds=int(metadata["finished_rounds"]) if is_extended else asked_for,
         extended_to=asked_for if is_extended else None,
-        profile=str(first["profile"]),
-        data_source=str(first["data_source"]),
+        profile=summary.profile,
+        data_source=summary.data_source,
         fingerprint=str(metadata.get("data", {}).get("fingerprint", "")),
         settings=_settings(metadata.get("config", {})),
     )

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -203,20 +204,40 @@ def write_table(path: Path, table: pa.Table) -> None:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
-def read_summary(path: Path) -> tuple[dict[str, object], dict[str, object] | None]:
-    """A file's metadata, as from `read_metadata`, and its first row, with `last_round` beside; None if it has no rows.
+@dataclass(frozen=True, kw_only=True)
+class FileSummary:
+    """A rounds file in short: the values that all its rows share, its last round, and its metadata.
+
+    Attributes:
+        dataset, family, scheme, seed, profile, data_source: as in every row.
+        last_round: the last round that the file has scores of.
+        metadata: as from `read_metadata`.
+    """
+
+    dataset: str
+    family: str
+    scheme: str
+    seed: int
+    profile: str
+    data_source: str
+    last_round: int
+    metadata: Mapping[str, Any]
+
+
+def read_summary(path: Path) -> FileSummary | None:
+    """Summarise a rounds file; None if it has no rows.
 
     Raises:
         ResultsError: the file is damaged.
     """
     table = _read(path, [*_SAME_IN_ALL_ROWS, "round"])
     if not table.num_rows:
-        return _metadata(table), None
-    first = dict(table.slice(0, 1).to_pylist()[0])
-    return _metadata(table), first | {"last_round": pc.max(table["round"]).as_py()}
+        return None
+    [row] = table.slice(0, 1).select(_SAME_IN_ALL_ROWS).to_pylist()
+    return FileSummary(**row, last_round=pc.max(table["round"]).as_py(), metadata=_metadata(table))
 
 
-def read_metadata(path: Path) -> dict[str, object]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """What was stored beside a file's rows: config, versions, and, once the run has ended, its final states' digests.
 
     Raises:
@@ -225,7 +246,7 @@ def read_metadata(path: Path) -> dict[str, object]:
     return _metadata(_read(path, columns=["round"]))
 
 
-def _metadata(table: pa.Table) -> dict[str, object]:
+def _metadata(table: pa.Table) -> dict[str, Any]:
     return dict(json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}")))
 
 
