@@ -65,6 +65,18 @@ TEXT_LENGTHS: Mapping[str, int] = MappingProxyType({"charcnn": 1014, "vdcnn": 10
 """Characters of an input, for each family that takes texts (Zhang et al. 2015; Conneau et al. 2017)."""
 
 
+@dataclass(frozen=True)
+class CellName:
+    """A cell of a grid: `dataset/family/scheme`."""
+
+    dataset: DatasetName
+    family: FamilyName
+    scheme: SchemeName
+
+    def __str__(self) -> str:
+        return f"{self.dataset}/{self.family}/{self.scheme}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The clients' models."""

@@ -15,6 +15,7 @@ import tyro
 from flexifed.config import (
     SCHEMES,
     CellConfig,
+    CellName,
     DatasetName,
     Device,
     FamilyName,
@@ -30,18 +31,6 @@ from flexifed.profiles import PROFILES, ProfileName
 
 _INT32_BOUND = 2**31  # rounds and clients are such columns
 _FLAT: Any = tyro.conf.OmitArgPrefixes
-
-
-@dataclass(frozen=True)
-class CellName:
-    """A cell of a grid: `dataset/family/scheme`."""
-
-    dataset: DatasetName
-    family: FamilyName
-    scheme: SchemeName
-
-    def __str__(self) -> str:
-        return f"{self.dataset}/{self.family}/{self.scheme}"
 
 
 @dataclass(frozen=True, kw_only=True)

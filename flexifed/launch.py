@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from flexifed.config import DatasetName
+from flexifed.config import CellName, DatasetName
 from flexifed.errors import CellsFailedError, FlexifedError, FlexifedWarning, ResourceError
-from flexifed.grid import CellName, GridOptions, parse_options, select_cells
+from flexifed.grid import GridOptions, parse_options, select_cells
 from flexifed.stopping import sigterm_as_ctrl_c, stop_requests
 from flexifed.wording import counted
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flexifed.cells.run import CellRun
-from flexifed.config import DatasetName, Device
+from flexifed.config import CellName, DatasetName, Device
 from flexifed.data import DatasetInfo
 from flexifed.data.partition import window
 from flexifed.errors import ConfigError
 from flexifed.federation.assignment import assign_clients
 from flexifed.federation.cell import make_shards
-from flexifed.grid import CellName, GridOptions
+from flexifed.grid import GridOptions
 from flexifed.orchestra.cluster import has_gpus
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
 from flexifed.results.store import ResultsFolder

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flexifed.config import CellConfig, NumericsConfig, SharingConfig
+from flexifed.config import CellConfig, CellName, NumericsConfig, SharingConfig
 from flexifed.profiles import PROFILES
 from flexifed.results.store import ResultsFolder, read_summary
 
@@ -24,7 +24,7 @@ class StoredCell:
 
     Attributes:
         name: of the file, without its ending.
-        cell: `dataset/family/scheme`.
+        cell: data set, family and scheme.
         seed: its seed.
         last_round: the last round it has scores of.
         rounds: of training, that it was asked for; while a run that has ended is trained on, those that it ended with.
@@ -36,7 +36,7 @@ class StoredCell:
     """
 
     name: str
-    cell: str
+    cell: CellName
     seed: int
     last_round: int
     rounds: int
@@ -45,11 +45,6 @@ class StoredCell:
     data_source: str
     fingerprint: str
     settings: Mapping[str, object]
-
-    @property
-    def dataset(self) -> str:
-        """Its data set."""
-        return self.cell.split("/")[0]
 
     @property
     def is_finished(self) -> bool:
@@ -105,12 +100,12 @@ def editions(cells: Sequence[StoredCell]) -> list[Edition]:
     """Sort cells by all that has to be the same in one table: profile, rounds, data and settings."""
     fingerprints: dict[tuple[str, ...], set[str]] = {}
     for one in cells:
-        fingerprints.setdefault((*_common_key(one), one.dataset), set()).add(one.fingerprint)
+        fingerprints.setdefault((*_common_key(one), one.cell.dataset), set()).add(one.fingerprint)
     found: dict[tuple[str, ...], list[StoredCell]] = {}
     for one in cells:
         key = _common_key(one)
         # Each data set has its own fingerprint; only one that comes in two contents can't stand in one table.
-        several = len(fingerprints[*key, one.dataset]) > 1
+        several = len(fingerprints[*key, one.cell.dataset]) > 1
         found.setdefault((*key, one.fingerprint if several else ""), []).append(one)
     return [Edition(tuple(members), fingerprint) for (*_, fingerprint), members in sorted(found.items())]
 
@@ -170,7 +165,7 @@ def stored_cell(path: Path) -> StoredCell | None:
     is_extended = summary.last_round < asked_for and "finished_rounds" in metadata
     return StoredCell(
         name=path.stem,
-        cell=f"{summary.dataset}/{summary.family}/{summary.scheme}",
+        cell=summary.cell,
         seed=summary.seed,
         last_round=summary.last_round,
         rounds=int(metadata["finished_rounds"]) if is_extended else asked_for,

@@ -11,7 +11,7 @@ from typing import Literal
 
 import pandas as pd
 
-from flexifed.config import SCHEMES
+from flexifed.config import SCHEMES, CellName
 from flexifed.errors import ResultsError
 from flexifed.profiles import PROFILES
 from flexifed.report.compare import PAIRED, paired_differences, render_differences
@@ -273,8 +273,8 @@ def overview(studies: Sequence[Study]) -> Sheet:
     for study in studies:
         counts: dict[tuple[str, str], dict[str, list[bool]]] = {}
         for one in study.edition.cells:
-            dataset, family, scheme = one.cell.split("/")
-            counts.setdefault((dataset, family), {}).setdefault(scheme, []).append(one.is_finished)
+            schemes = counts.setdefault((one.cell.dataset, one.cell.family), {})
+            schemes.setdefault(one.cell.scheme, []).append(one.is_finished)
         order = in_paper_order(pd.DataFrame(list(counts), columns=["dataset", "family"]))
         rows = [
             (
@@ -317,5 +317,5 @@ def _under_way(title: str, cells: Sequence[StoredCell]) -> list[str]:
     return [title, *(f"  {one.progress}" for one in cells[:_NAMED]), *more] if cells else []
 
 
-def _paper_cells() -> list[str]:
-    return ["/".join(key) for key in paper_table().index]
+def _paper_cells() -> list[CellName]:
+    return [CellName(*key) for key in paper_table().index]

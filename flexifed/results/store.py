@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from flexifed.config import CellName
 from flexifed.errors import ResultsError
 from flexifed.files import atomic_write, writing
 from flexifed.results.schema import SCHEMA
@@ -209,14 +210,13 @@ class FileSummary:
     """A rounds file in short: the values that all its rows share, its last round, and its metadata.
 
     Attributes:
-        dataset, family, scheme, seed, profile, data_source: as in every row.
+        cell: data set, family and scheme.
+        seed, profile, data_source: as in every row.
         last_round: the last round that the file has scores of.
         metadata: as from `read_metadata`.
     """
 
-    dataset: str
-    family: str
-    scheme: str
+    cell: CellName
     seed: int
     profile: str
     data_source: str
@@ -234,7 +234,8 @@ def read_summary(path: Path) -> FileSummary | None:
     if not table.num_rows:
         return None
     [row] = table.slice(0, 1).select(_SAME_IN_ALL_ROWS).to_pylist()
-    return FileSummary(**row, last_round=pc.max(table["round"]).as_py(), metadata=_metadata(table))
+    cell = CellName(row.pop("dataset"), row.pop("family"), row.pop("scheme"))
+    return FileSummary(cell=cell, **row, last_round=pc.max(table["round"]).as_py(), metadata=_metadata(table))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

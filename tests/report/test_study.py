@@ -222,8 +222,8 @@ def test_the_newest_folder_is_shown_and_others_are_named_apart_from_the_table(
     write_grid(tmp_path, rounds=2, seeds=(0,), cells=[("cifar10", "vgg", "max_common")])
     (tmp_path / "table1").rename(tmp_path / "table1-2")
     write_grid(tmp_path, rounds=2, seeds=(0,), cells=[("cifar10", "vgg", "standalone")])
-    assert [one.cell for one in load_results(tmp_path)[0].edition.cells] == ["cifar10/vgg/max_common"]
-    assert [one.cell for one in load_results(tmp_path, "table1")[0].edition.cells] == ["cifar10/vgg/standalone"]
+    assert [str(one.cell) for one in load_results(tmp_path)[0].edition.cells] == ["cifar10/vgg/max_common"]
+    assert [str(one.cell) for one in load_results(tmp_path, "table1")[0].edition.cells] == ["cifar10/vgg/standalone"]
     assert main(["report", str(tmp_path), "--format", "csv"]) == 0
     told = capsys.readouterr()
     assert "there are also (choose with --experiment): table1" in told.err

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from flexifed.cells.run import CellRun
-from flexifed.config import CellConfig, ModelConfig
+from flexifed.config import CellConfig, CellName, ModelConfig
 from flexifed.data import synthetic
 from flexifed.errors import ResultsError
-from flexifed.grid import CellName, GridOptions
+from flexifed.grid import GridOptions
 from flexifed.request import GridRequest
 from flexifed.results.schema import SCHEMA
 from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, write_table
