@@ -272,8 +272,9 @@ class Report:
             ResultsError: no results, or damaged ones.
         """
         from flexifed.report.curves import check_target
-        from flexifed.report.study import load_results, report, report_text
+        from flexifed.report.study import load, report, report_text
         from flexifed.results.attempts import experiment_folders, newest_folder
+        from flexifed.results.store import ResultsFolder
 
         check_target(self.target)
         if self.figures is not None:
@@ -284,7 +285,7 @@ class Report:
         if others := [folder.name for folder in folders if folder != root]:
             note = f"{root}; there are also (choose with --experiment): {', '.join(others)}"
             print(note, file=sys.stdout if self.format == "terminal" else sys.stderr)
-        studies = load_results(results_dir, root.name, self.profile)
+        studies = load(ResultsFolder(root), self.profile)
         if self.format == "terminal":
             for part in report(studies, pick=self.pick, target=self.target):
                 console.print(part, highlight=False, markup=False)
