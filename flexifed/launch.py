@@ -147,13 +147,13 @@ def _dry_run(request: GridRequest, console: Console) -> None:
 
 
 def _wait_for_nodes(options: GridOptions, console: Console, *, ask: bool = True) -> list[Resources]:
-    """The nodes of the connected cluster, once there are as many as are asked for. A started Ray has its one."""
+    """The nodes of the connected cluster, once there are as many as are asked for."""
     from flexifed.orchestra import cluster
 
     def say(present: int) -> None:
         console.print(f"waiting for nodes: {present} of {options.min_nodes}", highlight=False)
 
-    return cluster.wait_for_nodes(options.min_nodes if options.address else 1, say, ask=ask)
+    return cluster.wait_for_nodes(options.min_nodes, say, ask=ask)
 
 
 def _run_cells(request: GridRequest, console: Console) -> tuple[list[CellRun], dict[str, str]]:
