@@ -1,1 +1,1 @@
-"""From rows to what a person reads. Needs pandas; no Ray, no torch."""
+"""Tables and figures made from result rows. Needs pandas, but neither Ray nor torch."""

@@ -1,4 +1,4 @@
-"""Schemes against each other: paired differences with confidence intervals."""
+"""Compare schemes: paired differences with confidence intervals."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ COMPARISONS = (
     ("max_common", "clustered_common"),
     ("basic_common", "standalone"),
 )
-"""The comparisons that the paper's claims rest on: (scheme, against which)."""
+"""The comparisons that the paper's claims rest on: (scheme, scheme it is compared with)."""
 
 CONFIDENCE = 0.95
 PAIRED = "Paired differences, a pair for each version and seed"
 BY_SEED_NOTE = (
-    "The first interval takes the pairs of one seed as independent. Its versions are trained together, so the interval "
-    "by seed, with one pair for each (the mean over its versions), is the more careful one."
+    "The first interval treats the pairs of one seed as independent. The versions of a seed are trained together, so "
+    "the interval by seed, with one pair per seed (the mean over its versions), is the more conservative one."
 )
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The mean of `scheme - against` in points of accuracy, over pairs that agree in all else.
+    """The mean of `scheme - against` in points of accuracy, over pairs that differ in nothing else.
 
-    `low` and `high` bound Student's interval of 95 % for the mean of n independent pairs; nan for one pair.
+    `low` and `high` bound Student's 95 % interval for the mean of n independent pairs; they are nan for a single pair.
     """
 
     dataset: str
@@ -51,16 +51,16 @@ class PairedDifference:
 def paired_differences(
     numbers: pd.DataFrame, comparisons: Sequence[tuple[str, str]] = COMPARISONS, *, by_seed: bool = False
 ) -> list[PairedDifference]:
-    """Compare schemes on the same seed and version, so with the same shards and initial weights.
+    """Compare schemes under the same seed and version, hence with the same shards and initial weights.
 
     Args:
         numbers: from `flexifed.report.table.per_seed`.
-        comparisons: (scheme, against which); those for which rows are missing are left out.
-        by_seed: one pair for each seed, the mean over its versions, instead of one for each seed and version. The
-            versions of one seed are trained together, so this is the more careful count.
+        comparisons: (scheme, scheme it is compared with); those without rows are left out.
+        by_seed: whether a pair is the mean over the versions of a seed, instead of one version under one seed. The
+            versions of a seed are trained together, so this is the more conservative choice.
     """
     versions = [version for version in VERSIONS if version in numbers]
-    found = []
+    results = []
     for (dataset, family, source), cells in in_paper_order(numbers).groupby(
         ["dataset", "family", "data_source"], sort=False
     ):
@@ -70,48 +70,49 @@ def paired_differences(
                 differences = (by_scheme[scheme] - by_scheme[against]).dropna()
                 values = differences.mean(axis=1).tolist() if by_seed else differences.to_numpy().ravel().tolist()
                 if values:
-                    found.append(
+                    results.append(
                         PairedDifference(str(dataset), str(family), str(source), scheme, against, *_interval(values))
                     )
-    return found
+    return results
 
 
 def _interval(values: Sequence[float]) -> tuple[int, float, float, float]:
-    """Number of values, mean, and the bounds of its interval."""
+    """The number of values, their mean, and the bounds of its interval."""
     count = len(values)
     mean = sum(values) / count
     if count < 2:
         return count, mean, math.nan, math.nan
     error = statistics.stdev(values) / math.sqrt(count)
-    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
-    return count, mean, mean - half, mean + half
+    half_width = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
+    return count, mean, mean - half_width, mean + half_width
 
 
 def render_differences(
     differences: Sequence[PairedDifference], title: str, by_seed: Sequence[PairedDifference] = ()
 ) -> Sheet:
-    """The differences as a table.
+    """Lay out differences as a table.
 
     Args:
-        differences: with a pair for each version and seed, or for each seed.
-        title: above it.
-        by_seed: the same comparisons with a pair for each seed, whose intervals then stand beside the others.
+        differences: from `paired_differences`.
+        title: the title of the table.
+        by_seed: the same comparisons with one pair per seed. If given, their intervals stand beside the others.
     """
     sections = []
-    careful = {_key(one): _cells(one)[1:] for one in by_seed}
-    for where, group in groupby(differences, key=lambda one: (one.dataset, one.family, one.data_source)):
-        rows = [(f"{one.scheme} - {one.against}", (*_cells(one), *careful.get(_key(one), ()))) for one in group]
-        dataset, family, source = where
+    intervals_by_seed = {_key(difference): _cells(difference)[1:] for difference in by_seed}
+    for (dataset, family, source), group in groupby(differences, key=lambda row: _key(row)[:3]):
+        rows = [
+            (f"{row.scheme} - {row.against}", (*_cells(row), *intervals_by_seed.get(_key(row), ()))) for row in group
+        ]
         sections.append(Section(f"{dataset} / {family}{source_label(source)}", tuple(rows)))
     names = ("points", "95 % interval", "n") + (("by seed", "n by seed") if by_seed else ())
     notes = (BY_SEED_NOTE,) if by_seed else ()
     return Sheet(title, tuple(map(Column, names)), tuple(sections), notes)
 
 
-def _key(one: PairedDifference) -> tuple[str, ...]:
-    return (one.dataset, one.family, one.data_source, one.scheme, one.against)
+def _key(row: PairedDifference) -> tuple[str, ...]:
+    return (row.dataset, row.family, row.data_source, row.scheme, row.against)
 
 
-def _cells(one: PairedDifference) -> tuple[Cell, ...]:
-    interval = "" if math.isnan(one.low) else f"{one.low:+z.{DIGITS}f} to {one.high:+z.{DIGITS}f}"
-    return (f"{one.mean:+z.{DIGITS}f}",), (interval,), (str(one.pairs),)
+def _cells(row: PairedDifference) -> tuple[Cell, ...]:
+    interval = "" if math.isnan(row.low) else f"{row.low:+z.{DIGITS}f} to {row.high:+z.{DIGITS}f}"
+    return (f"{row.mean:+z.{DIGITS}f}",), (interval,), (str(row.pairs),)

@@ -1,6 +1,6 @@
-"""Accuracy over rounds, its band over seeds, the rounds that a target takes, and the bytes that it costs.
+"""Accuracy over rounds, its band over seeds, the rounds needed to reach a target, and the bytes sent until then.
 
-The score of round r is of what clients hold after r rounds of training. So "r rounds" and "round r" are one number.
+Clients are scored at the start of a round, so the score of round r is that after r rounds of training.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from flexifed.report.table import (
 )
 
 BASELINE = "clustered_fl"
-"""The scheme that others are compared with, as in the paper."""
+"""The scheme that the others are compared with, as in the paper."""
 
 REACHED = "Rounds to a target accuracy, and the speed-up"
 
 Target: TypeAlias = float | None
-"""An accuracy in percent; None for what the baseline ends at."""
+"""An accuracy in percent; None for the final accuracy of the baseline."""
 
 _KEYS = [*CELL, "data_source", "seed"]
 
 
 def version_curves(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row for each cell, seed, version and round.
+    """Compute a row for each cell, seed, version and round.
 
-    Columns beside those: `accuracy`, in percent, the mean over the clients of the version, and `sent`, the bytes that
-    one of them (their mean) has sent in all rounds before.
+    Further columns: `accuracy`, in percent, and `sent`, the bytes that a client has sent in all earlier rounds. Both
+    are means over the clients of the version.
     """
     keys = [*_KEYS, "version"]
     curves = rows.groupby([*keys, "round"])[["accuracy", "bytes_up"]].mean().reset_index()
@@ -48,60 +48,63 @@ def version_curves(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def scheme_curves(curves: pd.DataFrame) -> pd.DataFrame:
-    """A row for each cell, seed and round: the mean over versions of what `version_curves` has."""
+    """Compute a row for each cell, seed and round: the mean over versions of the columns of `version_curves`."""
     return curves.groupby([*_KEYS, "round"])[["accuracy", "sent"]].mean().reset_index()
 
 
 def bands(curves: pd.DataFrame) -> pd.DataFrame:
-    """Curves over seeds: `accuracy` and `sent` are means, `low` and `high` one sample standard deviation of accuracy
-    below and above; missing where there is one seed. `seeds` counts them.
+    """Summarise curves over seeds.
+
+    `accuracy` and `sent` are means over seeds, `seeds` is their number. `low` and `high` are one sample standard
+    deviation below and above the mean accuracy; missing for a single seed.
 
     Args:
         curves: from `version_curves` or `scheme_curves`.
     """
     keys = [name for name in curves.columns if name not in ("seed", "accuracy", "sent")]
     groups = curves.groupby(keys)
-    over = groups.agg(accuracy=("accuracy", "mean"), sent=("sent", "mean"), seeds=("accuracy", "size"))
+    means = groups.agg(accuracy=("accuracy", "mean"), sent=("sent", "mean"), seeds=("accuracy", "size"))
     spread = groups["accuracy"].std()
-    return over.assign(low=over["accuracy"] - spread, high=over["accuracy"] + spread).reset_index()
+    return means.assign(low=means["accuracy"] - spread, high=means["accuracy"] + spread).reset_index()
 
 
 def check_target(target: Target) -> None:
-    """Refuse what is no percentage, and what is one of 1 where one of 100 is meant.
+    """Check that a target is a percentage; a fraction of 1 is refused with the percentage that was probably meant.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: it is not a percentage from 1 to 100.
     """
     if target is None or 1 <= target <= 100:
         return
-    meant = f"; for {100 * target:g} % give {100 * target:g}" if 0 < target < 1 else ""
-    raise ConfigError(f"target is {target:g}; it must be an accuracy in percent, from 1 to 100{meant}")
+    hint = f"; for {100 * target:g} % give {100 * target:g}" if 0 < target < 1 else ""
+    raise ConfigError(f"target is {target:g}; it must be an accuracy in percent, from 1 to 100{hint}")
 
 
 def rounds_to_target(rows: pd.DataFrame, rounds: int, target: Target = None, pick: Pick = "last") -> pd.DataFrame:
-    """How many rounds of training each cell and seed needed until the mean over its versions reached a target.
+    """Count the rounds of training until the mean accuracy over versions reached a target, for each cell and seed.
 
     Args:
-        rows: as in the rounds files, of one profile.
-        rounds: of training.
-        target: accuracy in percent. None: for each data set, family and seed, what the baseline's mean over versions
-            ends at under this seed, so that the baseline reaches it itself; cells without a baseline are left out.
-        pick: which rounds of the baseline count as its end.
+        rows: rows of rounds files, all of one profile.
+        rounds: the number of rounds of training.
+        target: accuracy in percent. None: for each data set, family and seed, the baseline's final accuracy under this
+            seed (mean over versions), which the baseline itself therefore reaches; cells without a baseline are left
+            out.
+        pick: the rounds that count as the end of the baseline.
 
     Returns:
-        Columns dataset, family, scheme, data_source, seed, target and rounds: the first round with a mean accuracy of
-        at least the target; missing if there is none. It may fall below again later.
+        Columns dataset, family, scheme, data_source, seed, target and rounds. `rounds` is the first round with a mean
+        accuracy of at least the target, missing if there is none. Later rounds may fall below the target again.
 
     Raises:
-        ConfigError: a target that is no percentage.
+        ConfigError: `target` is not a percentage.
     """
     check_target(target)
     curves = scheme_curves(version_curves(rows[rows["round"] <= rounds]))
-    where = ["dataset", "family", "data_source", "seed"]
+    row_keys = ["dataset", "family", "data_source", "seed"]
     if target is None:
         baseline = curves[curves["scheme"] == BASELINE]
         ends = per_seed(baseline.assign(accuracy=baseline["accuracy"] / 100, version="target"), rounds, pick)
-        curves = curves.merge(ends.reindex(columns=[*where, "target"]), on=where)
+        curves = curves.merge(ends.reindex(columns=[*row_keys, "target"]), on=row_keys)
     else:
         curves["target"] = float(target)
     # A mean of equal scores may differ from each of them in the last bits.
@@ -111,20 +114,20 @@ def rounds_to_target(rows: pd.DataFrame, rounds: int, target: Target = None, pic
 
 
 def speedups(reached: pd.DataFrame) -> pd.DataFrame:
-    """Over seeds, how many rounds each cell needed, and how much faster that is than the baseline.
+    """Summarise over seeds how many rounds each cell needed, and its speed-up over the baseline.
 
     Args:
         reached: from `rounds_to_target`.
 
     Returns:
-        Indexed by dataset, family and scheme in the paper's order. `target`: mean over its seeds. `seeds`, `reached`:
-        how many there are, and how many of them reached the target. `rounds`: mean over those that did; missing if none
-        did. `speedup`: the baseline's rounds by the cell's own, each the mean over those seeds in which both reached
-        it; missing if there is none, or if the cell began above the target.
+        A table indexed by dataset, family and scheme in the paper's order. `target`: mean over seeds. `seeds` and
+        `reached`: the number of seeds, and of those that reached the target. `rounds`: mean over the seeds that reached
+        it; missing if none did. `speedup`: the baseline's rounds divided by the cell's, each the mean over the seeds in
+        which both reached the target; missing if there is no such seed, or if the cell began above the target.
     """
-    where = ["dataset", "family", "data_source", "seed"]
-    baseline = reached[reached["scheme"] == BASELINE].set_index(where)["rounds"].rename("baseline")
-    pairs = reached.merge(baseline.reset_index(), on=where, how="left")
+    row_keys = ["dataset", "family", "data_source", "seed"]
+    baseline = reached[reached["scheme"] == BASELINE].set_index(row_keys)["rounds"].rename("baseline")
+    pairs = reached.merge(baseline.reset_index(), on=row_keys, how="left")
     both = pairs.dropna(subset=["rounds", "baseline"]).groupby(CELL)[["rounds", "baseline"]].mean()
     groups = pairs.groupby([*CELL, "data_source"])
     table = groups.agg(
@@ -135,7 +138,7 @@ def speedups(reached: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown_target(cells: pd.DataFrame) -> float:
-    """The target of one data set and family in one number: the baseline's mean over all its seeds, where it was run.
+    """The target of one data set and family as one number: the baseline's mean over all its seeds, where it was run.
 
     Args:
         cells: rows of `speedups`, with their index as columns.
@@ -145,51 +148,51 @@ def shown_target(cells: pd.DataFrame) -> float:
 
 
 def render_speedups(table: pd.DataFrame, *, rounds: int, target: Target = None, pick: Pick = "last") -> Sheet:
-    """The rounds to the target and the speed-up of each scheme, under its data set, family and target.
+    """Lay out the rounds to the target and the speed-up of each scheme, by data set and family.
 
     Args:
         table: from `speedups`.
-        rounds: of training.
-        target: that was asked for.
-        pick: which rounds the baseline's number is of, where it is the target.
+        rounds: the number of rounds of training.
+        target: the target that was asked for.
+        pick: the rounds that the baseline's accuracy is taken from, where it is the target.
     """
     sections = []
     for (dataset, family, source), cells in table.groupby(["dataset", "family", "data_source"], sort=False):
         level = f"{shown_target(cells.reset_index()):.{DIGITS}f} %"
-        rows = [(str(key[2]), _cells(one)) for key, one in zip(cells.index, cells.to_dict("records"), strict=True)]
+        rows = [(str(key[2]), _cells(row)) for key, row in zip(cells.index, cells.to_dict("records"), strict=True)]
         sections.append(Section(f"{dataset} / {family}{source_label(str(source))}: {level}", tuple(rows)))
-    which = (
-        f"what {BASELINE}'s mean accuracy of all versions ends at under the same seed ({picked_rounds(rounds, pick)})"
+    definition = (
+        f"the final mean accuracy of {BASELINE} over all versions under the same seed ({picked_rounds(rounds, pick)})"
         if target is None
         else "as asked for"
     )
     notes = (
-        f"Target: {which}. Rounds: of training, until the mean accuracy of all versions first reached the target; mean "
-        f"over the seeds that did, or none within {rounds}. Speed-up: {BASELINE}'s rounds by the scheme's, over the "
-        "seeds in which both did.",
+        f"Target: {definition}. Rounds: rounds of training until the mean accuracy over all versions first reached the "
+        f"target, as the mean over the seeds that reached it within {rounds}. Speed-up: {BASELINE}'s rounds divided by "
+        "the scheme's, over the seeds in which both reached the target.",
     )
     columns = tuple(map(Column, ("rounds", "speed-up", "seeds that reached it")))
     return Sheet(REACHED, columns, tuple(sections), notes)
 
 
-def _cells(one: Mapping[Hashable, Any]) -> tuple[Cell, ...]:
-    rounds = f"{one['rounds']:.1f}".removesuffix(".0") if one["reached"] else "none"
-    speedup = "" if math.isnan(one["speedup"]) else f"{one['speedup']:.2f}×"
-    if one["rounds"] == 0:
+def _cells(row: Mapping[Hashable, Any]) -> tuple[Cell, ...]:
+    rounds = f"{row['rounds']:.1f}".removesuffix(".0") if row["reached"] else "none"
+    speedup = "" if math.isnan(row["speedup"]) else f"{row['speedup']:.2f}×"
+    if row["rounds"] == 0:
         speedup = "at the start"
-    return (rounds,), (speedup,), (f"{one['reached']:g} of {one['seeds']:g}",)
+    return (rounds,), (speedup,), (f"{row['reached']:g} of {row['seeds']:g}",)
 
 
-def growing(rows: pd.DataFrame, finished: pd.DataFrame) -> pd.DataFrame:
-    """The rows of curves that can be drawn: a cell's finished seeds; where it has none, the rounds that all its seeds
-    have.
+def drawable_rows(unfinished: pd.DataFrame, finished: pd.DataFrame) -> pd.DataFrame:
+    """Select the rows that curves are drawn from: a cell's finished seeds or, if it has none, the rounds that all its
+    seeds have reached.
 
     Args:
-        rows: of cells under way.
-        finished: of cells that have all their rounds.
+        unfinished: rows of runs that are under way.
+        finished: rows of runs that have all their rounds.
     """
-    done = pd.MultiIndex.from_frame(finished[CELL].drop_duplicates())
-    alone = rows[~pd.MultiIndex.from_frame(rows[CELL]).isin(done)]
-    last = alone.groupby([*CELL, "seed"])["round"].max().groupby(CELL).min().rename("last")
-    alone = alone.merge(last.reset_index(), on=CELL)
-    return pd.concat([finished, alone[alone["round"] <= alone["last"]].drop(columns="last")], ignore_index=True)
+    cells_with_finished_seeds = pd.MultiIndex.from_frame(finished[CELL].drop_duplicates())
+    others = unfinished[~pd.MultiIndex.from_frame(unfinished[CELL]).isin(cells_with_finished_seeds)]
+    last = others.groupby([*CELL, "seed"])["round"].max().groupby(CELL).min().rename("last")
+    others = others.merge(last.reset_index(), on=CELL)
+    return pd.concat([finished, others[others["round"] <= others["last"]].drop(columns="last")], ignore_index=True)

@@ -15,7 +15,7 @@ from flexifed.config import SCHEMES, CellName
 from flexifed.errors import ResultsError
 from flexifed.profiles import PROFILES
 from flexifed.report.compare import PAIRED, paired_differences, render_differences
-from flexifed.report.curves import BASELINE, REACHED, Target, growing, render_speedups, rounds_to_target, speedups
+from flexifed.report.curves import BASELINE, REACHED, Target, drawable_rows, render_speedups, rounds_to_target, speedups
 from flexifed.report.runs import (
     Edition,
     StoredCell,
@@ -176,8 +176,8 @@ class Study:
         return replace(sheet, notes=(*sheet.notes, about, *data_warnings([self.data_source])))
 
     def curve_rows(self) -> pd.DataFrame:
-        """The rows that figures are drawn from; see `flexifed.report.curves.growing`."""
-        return growing(self.unfinished, self.finished)
+        """The rows that figures are drawn from; see `flexifed.report.curves.drawable_rows`."""
+        return drawable_rows(self.unfinished, self.finished)
 
 
 def load(folder: ResultsFolder, profile: str | None = None) -> list[Study]:

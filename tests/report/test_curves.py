@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from flexifed.errors import ConfigError
 from flexifed.report.curves import (
     bands,
-    growing,
+    drawable_rows,
     rounds_to_target,
     scheme_curves,
     shown_target,
@@ -189,13 +189,13 @@ def test_who_begins_above_the_target_has_no_speedup() -> None:
 
 
 def test_unfinished_seeds_are_left_out_where_there_are_finished_ones() -> None:
-    drawn = growing(one("max_common", [0.1, 0.2], seed=1), one("max_common", [0.1, 0.2, 0.3], seed=0))
+    drawn = drawable_rows(one("max_common", [0.1, 0.2], seed=1), one("max_common", [0.1, 0.2, 0.3], seed=0))
     assert set(drawn["seed"]) == {0}
 
 
 def test_where_no_seed_is_finished_curves_end_where_the_shortest_does() -> None:
     unfinished = pd.concat([one("max_common", [0.1, 0.2, 0.3, 0.4], seed=0), one("max_common", [0.1, 0.2], seed=1)])
-    drawn = growing(unfinished, one("standalone", [0.1, 0.2, 0.3, 0.4, 0.5]))
+    drawn = drawable_rows(unfinished, one("standalone", [0.1, 0.2, 0.3, 0.4, 0.5]))
     ends = drawn.groupby(["scheme", "seed"])["round"].max().to_dict()
     assert ends == {("max_common", 0): 1, ("max_common", 1): 1, ("standalone", 0): 4}
 
