@@ -91,7 +91,7 @@ class GridOptions:
             value = getattr(self, name)
             if value is not None and not 1 <= value < _INT32_BOUND:
                 raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1 and below 2**31")
-        if self.min_nodes > 1 and self.address is None:
+        if self.min_nodes > 1 and not self.address:
             raise ConfigError(
                 f"min_nodes is {self.min_nodes}, but Ray is started on this machine alone; name a cluster by --address "
                 "or RAY_ADDRESS, or leave --min-nodes out"
