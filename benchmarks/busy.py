@@ -123,7 +123,7 @@ def utilization(device: torch.device) -> Iterator[dict[str, object]]:
         try:
             identity = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
             sampler = subprocess.Popen(["nvidia-smi", identity, *query], stdout=output, stderr=subprocess.STDOUT)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             yield result
             result["error"] = str(error)
             return
