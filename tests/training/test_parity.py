@@ -5,13 +5,16 @@ The only thing that the two sides share is the named generators from which they 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
 from torchvision.transforms import functional as vision
 
 from flexifed.config import (
@@ -39,7 +42,12 @@ SEED = 3
 ROUNDS = 3
 
 
-def one_client(*, numerics: NumericsConfig = NumericsConfig(), **training: object) -> CellConfig:  # noqa: B008
+def one_client(
+    *,
+    numerics: NumericsConfig = NumericsConfig(),  # noqa: B008
+    num_clients: int = 1,
+    **training: object,
+) -> CellConfig:
     """A client with 50 samples a round, in batches of 16, 16, 16 and 2; the third round reuses the first window."""
     return CellConfig(
         dataset="cifar10",
@@ -47,43 +55,82 @@ def one_client(*, numerics: NumericsConfig = NumericsConfig(), **training: objec
         scheme="standalone",
         seed=SEED,
         model=ModelConfig(width=0.03),
-        partition=PartitionConfig(num_clients=1, num_shards=500, windows_per_shard=2),
+        partition=PartitionConfig(num_clients=num_clients, num_shards=500, windows_per_shard=2),
         training=TrainingConfig(**{"local_epochs": 2, "batch_size": 16, "learning_rate": 0.05, **training}),
         numerics=numerics,
     )
 
 
-def federated_weights(config: CellConfig) -> dict[str, torch.Tensor]:
-    """The state of the only client after `ROUNDS` rounds of a federation in this process."""
+@dataclass(frozen=True)
+class Trained:
+    """What has become of a client.
+
+    Attributes:
+        state: its state after `ROUNDS` rounds.
+        accuracies: on its test shard, at the start of each round and after the last.
+        losses: likewise.
+        train_losses: the mean over the samples and epochs of each round.
+    """
+
+    state: dict[str, torch.Tensor]
+    accuracies: list[float]
+    losses: list[float]
+    train_losses: list[float]
+
+
+def federated(config: CellConfig) -> list[Trained]:
+    """The clients of a federation in this process."""
     hosts = LocalHosts(config, INFO, make_shards(config, INFO))
     federation = Federation(config, INFO, hosts)
-    for _ in range(ROUNDS):
-        federation.play_round()
+    results = [federation.play_round(train=round_index < ROUNDS) for round_index in range(ROUNDS + 1)]
     (host,) = hosts._hosts
-    (client,) = host._clients
-    return dict(client.state(host._complete(federation.shared)))
+    return [
+        Trained(
+            state=dict(client.state(host._complete(federation.shared))),
+            accuracies=[result.clients[client.index].accuracy for result in results],
+            losses=[result.clients[client.index].loss for result in results],
+            train_losses=[result.clients[client.index].train_loss for result in results[:-1]],
+        )
+        for client in host._clients
+    ]
 
 
-def plain_weights(config: CellConfig, shard: ClientShards) -> dict[str, torch.Tensor]:
-    """The state after the same training in plain PyTorch."""
+def plain(config: CellConfig, shards: ClientShards, client: int = 0) -> Trained:
+    """The same training and scoring in plain PyTorch."""
     options = config.training
     memory_format = torch.channels_last if config.numerics.channels_last else torch.contiguous_format
-    model = build_model("vgg11_bn", num_classes=10, width=0.03, generator=torch_generator(SEED, "init", 0))
-    model = model.to(memory_format=memory_format)
-    loss_function = nn.CrossEntropyLoss()
-    images, labels = open_dataset(INFO).train.take(shard.train)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.numerics.precision == "bf16")
+    model = build_model(
+        config.model_name(client), num_classes=10, width=0.03, generator=torch_generator(SEED, "init", client)
+    ).to(memory_format=memory_format)
+
+    def to_inputs(images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([normalised(image) for image in images]).to(memory_format=memory_format)
+
+    images, labels = open_dataset(INFO).train.take(shards.train)
+    test_images, test_labels = open_dataset(INFO).test.take(shards.test)
     length = len(images) // config.partition.windows_per_shard
+    accuracies, losses, train_losses = [], [], []
     with torch.random.fork_rng():
-        for round_index in range(ROUNDS):
+        for round_index in range(ROUNDS + 1):
+            torch.manual_seed(derive_seed(SEED, "scoring", client, round_index))
+            scored_model = copy.deepcopy(model).train(options.scoring == "train")
+            with torch.no_grad(), autocast:
+                outputs = scored_model(to_inputs(test_images)).float()
+            accuracies.append(int((outputs.argmax(1) == test_labels).sum()) / len(test_labels))
+            losses.append(functional.cross_entropy(outputs, test_labels, reduction="sum").item() / len(test_labels))
+            if round_index == ROUNDS:
+                break
             first = round_index * length % len(images)
             window, targets = images[first : first + length], labels[first : first + length]
-            batches = torch_generator(SEED, "batches", 0, round_index)
-            augmentation = torch_generator(SEED, "augmentation", 0, round_index)
-            torch.manual_seed(derive_seed(SEED, "dropout", 0, round_index))
+            batches = torch_generator(SEED, "batches", client, round_index)
+            augmentation = torch_generator(SEED, "augmentation", client, round_index)
+            torch.manual_seed(derive_seed(SEED, "dropout", client, round_index))
             optimizer = torch.optim.SGD(
                 model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=config.numerics.fused
             )
             model.train()
+            loss_sum = 0.0
             for _ in range(options.local_epochs):
                 order = torch.randperm(length, generator=batches)
                 for start in range(0, length, options.batch_size):
@@ -91,13 +138,15 @@ def plain_weights(config: CellConfig, shard: ClientShards) -> dict[str, torch.Te
                     batch = window[rows]
                     if options.augment:
                         batch = cropped_and_flipped(batch, augmentation)
-                    inputs = torch.stack([normalised(image) for image in batch]).to(memory_format=memory_format)
+                    inputs = to_inputs(batch)
                     optimizer.zero_grad()
-                    with torch.autocast("cpu", torch.bfloat16, enabled=config.numerics.precision == "bf16"):
-                        loss = loss_function(model(inputs), targets[rows])
+                    with autocast:
+                        loss = functional.cross_entropy(model(inputs), targets[rows])
                     loss.backward()
                     optimizer.step()
-    return model.state_dict()
+                    loss_sum += loss.item() * len(rows)
+            train_losses.append(loss_sum / (options.local_epochs * length))
+    return Trained(model.state_dict(), accuracies, losses, train_losses)
 
 
 def cropped_and_flipped(images: torch.Tensor, generator: torch.Generator, padding: int = 4) -> torch.Tensor:
@@ -128,21 +177,39 @@ def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
     return [name for name in first if not torch.equal(first[name], second[name])]
 
 
+def assert_same(first: Trained, second: Trained) -> None:
+    """States and scores are equal to the last bit. Sums of losses may be rounded in another order."""
+    assert differing(first.state, second.state) == []
+    assert (first.accuracies, first.losses) == (second.accuracies, second.losses)
+    assert first.train_losses == pytest.approx(second.train_losses, rel=1e-6)
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("augment", [True, False])
-def test_one_client_trains_exactly_as_plain_pytorch_does(channels_last: bool, augment: bool) -> None:
-    config = one_client(numerics=NumericsConfig(channels_last=channels_last), augment=augment)
-    shard = make_shards(config, INFO)[0]
-    assert differing(federated_weights(config), plain_weights(config, shard)) == []
+@pytest.mark.parametrize("scoring", ["eval", "train"])
+def test_one_client_trains_and_scores_exactly_as_plain_pytorch_does(
+    channels_last: bool, augment: bool, scoring: str
+) -> None:
+    config = one_client(numerics=NumericsConfig(channels_last=channels_last), augment=augment, scoring=scoring)
+    (trained,) = federated(config)
+    assert_same(trained, plain(config, make_shards(config, INFO)[0]))
+
+
+def test_every_client_has_samples_weights_and_random_numbers_of_its_own() -> None:
+    config = one_client(num_clients=2)
+    shards = make_shards(config, INFO)
+    for client, trained in enumerate(federated(config)):
+        assert_same(trained, plain(config, shards[client], client))
 
 
 @pytest.mark.parametrize("numerics", [NumericsConfig(fused=True), NumericsConfig(precision="bf16")])
 def test_other_numerics_agree_with_pytorch_and_change_bits(numerics: NumericsConfig) -> None:
     config = one_client(numerics=numerics)
-    shard = make_shards(config, INFO)[0]
-    weights = federated_weights(config)
-    assert differing(weights, plain_weights(config, shard)) == []
-    assert differing(weights, federated_weights(one_client())), "or they need not be settings"
+    (trained,) = federated(config)
+    assert_same(trained, plain(config, make_shards(config, INFO)[0]))
+    (default,) = federated(one_client())
+    assert differing(trained.state, default.state), "or they need not be settings"
+    assert trained.losses != default.losses
 
 
 def test_tf32_is_refused_on_cpus() -> None:
