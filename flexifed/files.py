@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from flexifed.errors import ResultsError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file next to `path`; at the end of the `with` block flush it and rename it to `path`.
+    """Open a temporary file next to `path`. At the end of the `with` block flush it, rename it, and flush its new name.
 
     Raises:
         ResultsError: the file can't be written. A previous file at `path` is kept.
@@ -26,9 +27,22 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            flush_to_disk(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk. Some network file systems can't flush a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

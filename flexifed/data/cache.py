@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from flexifed.data.dataset import data_changed
 from flexifed.data.locks import locked
 from flexifed.errors import DataError
+from flexifed.files import flush_to_disk
 
 FOLDER = ".flexifed-cache"
 """Subfolder of a data folder that holds the caches of its data sets, `<data_dir>/.flexifed-cache/<name>`."""
@@ -173,7 +174,7 @@ def _build(cache_folder: Path, key: str, name: str, build: Build) -> CachedArray
             _commit(folder, facts)
             shutil.rmtree(cache_folder / key, ignore_errors=True)  # a damaged build
             folder.rename(cache_folder / key)
-            _flush(cache_folder)
+            flush_to_disk(cache_folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -186,15 +187,15 @@ def _commit(folder: Path, facts: Mapping[str, object]) -> None:
     """Flush the arrays of a build, and write its manifest."""
     arrays: dict[str, dict[str, object]] = {}
     for path in sorted(folder.glob("*.npy")):
-        _flush(path)
+        flush_to_disk(path)
         stat = path.stat()
         digest = _digest(np.load(path, mmap_mode="r"))
         arrays[path.stem] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
     digests = [[name, array["sha256"]] for name, array in arrays.items()]
     content = {"arrays": arrays, "facts": dict(facts), "fingerprint": _checksum(digests)}
     (folder / MANIFEST).write_text(json.dumps({"checksum": _checksum(content), "content": content}, indent=1))
-    _flush(folder / MANIFEST)
-    _flush(folder)
+    flush_to_disk(folder / MANIFEST)
+    flush_to_disk(folder)
 
 
 def _digest(array: NDArray[Any]) -> str:
@@ -208,15 +209,6 @@ def _digest(array: NDArray[Any]) -> str:
 
 def _checksum(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cache_folders(data_dir: Path, name: str) -> tuple[Path, ...]:

@@ -446,3 +446,9 @@ def test_plain_containers_do_not_count() -> None:
     flat = signature(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4, 2)))
     nested = signature(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.ModuleList([nn.Linear(4, 2)])))
     assert flat == nested
+
+
+def test_bytes_are_those_of_the_tensors_type() -> None:
+    half, single = (signature(nn.Linear(3, 2, dtype=dtype)).layers[0] for dtype in (torch.bfloat16, torch.float32))
+    assert [spec.num_bytes for spec in half.tensors] == [12, 4]
+    assert [spec.num_bytes for spec in single.tensors] == [24, 8]

@@ -381,3 +381,15 @@ def test_manifest_is_readable(data_dir: Path, folder: Path, builder: Builder) ->
     content = json.loads((built(folder) / MANIFEST).read_text())["content"]
     assert set(content["arrays"]) == set(ARRAYS)
     assert content["facts"] == {"num_classes": 50}
+
+
+def test_arrays_are_on_disk_before_the_manifest_says_so(
+    data_dir: Path, folder: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr("flexifed.data.cache.flush_to_disk", lambda path: flushed.append(path.name))
+    opened(data_dir, builder)
+    arrays = sorted(path.name for path in built(folder).glob("*.npy"))
+    assert flushed[:-2] == [*arrays, MANIFEST]
+    assert flushed[-2].startswith("building-")
+    assert flushed[-1] == folder.name

@@ -103,6 +103,13 @@ def test_checkpoints_are_ordered_by_round_from_a_million_rounds_on_too(tmp_path:
     assert shorter.next_round == 999_999
 
 
+def test_a_checkpoint_that_was_not_committed_is_not_the_newest_round(tmp_path: Path) -> None:
+    checkpoints, _ = opened(tmp_path)
+    save(checkpoints, 4)
+    save(checkpoints, 6, killed=True)
+    assert Checkpoints(tmp_path, "run").newest_round() == 4
+
+
 def test_a_checkpoint_without_its_rows_is_skipped(tmp_path: Path) -> None:
     checkpoints, _ = opened(tmp_path)
     for next_round in (4, 6):
@@ -142,4 +149,4 @@ def test_a_manifest_is_on_the_disk_before_it_commits(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "fsync", lambda file: (flushed.append("fsync"), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda old, new: (flushed.append(Path(new).name), rename(old, new)))
     save(checkpoints, 4)
-    assert flushed == ["fsync", MANIFEST]
+    assert flushed == ["fsync", MANIFEST, "fsync"], "the file, then its name"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -24,6 +25,7 @@ from flexifed.core.aggregate import BlockSum, GroupState, State, shared_tensors,
 from flexifed.core.schemes import SharingPlan
 from flexifed.data import synthetic
 from flexifed.errors import ClientError, ConfigError, DeviceMemoryError, ResultsError
+from flexifed.federation import rounds
 from flexifed.federation.assignment import assign_clients
 from flexifed.federation.cell import ClientShards, cell_plan, make_shards
 from flexifed.federation.checkpoint import SHARED, Checkpoint
@@ -35,6 +37,7 @@ from flexifed.orchestra.actors import ActorHosts
 from flexifed.orchestra.lending import lending_on
 from flexifed.orchestra.placement import CellPlacement, PlacementOptions, place_cell
 from flexifed.orchestra.wire import ObjectStore, pack, unpack
+from flexifed.seeding import numpy_generator
 from flexifed.training.streams import Steps
 from flexifed.training.workspace import Workspace
 
@@ -805,3 +808,39 @@ def test_every_client_needs_a_shard() -> None:
     shards = make_shards(config, INFO)
     with pytest.raises(ConfigError, match=f"{len(shards) - 1} shards for {len(shards)} clients; give one for each"):
         LocalHosts(config, INFO, shards[:-1])
+
+
+def test_shards_are_cut_from_one_permutation_of_each_set() -> None:
+    config = cell()
+    generator = numpy_generator(config.seed, "partition")
+    orders = [generator.permutation(count) for count in (INFO.num_train, INFO.num_test)]
+    for client, shards in enumerate(make_shards(config, INFO)):
+        for order, indices in zip(orders, (shards.train, shards.test), strict=True):
+            length = len(order) // config.partition.num_shards
+            assert indices.tolist() == order[client * length : (client + 1) * length][: len(indices)].tolist()
+
+
+def test_times_are_of_the_whole_round_and_of_its_aggregation(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    config = cell()
+    hosts = LocalHosts(config, INFO, make_shards(config, INFO), clients_per_host=4)
+    play_round, combine = hosts.play_round, rounds.combine_blocks
+
+    def advance(seconds: float, value: Any) -> Any:
+        clock[0] += seconds
+        return value
+
+    monkeypatch.setattr(hosts, "play_round", lambda *given, **options: advance(5.0, play_round(*given, **options)))
+    monkeypatch.setattr(rounds, "combine_blocks", lambda *given: advance(2.0, combine(*given)))
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: clock[0])
+    result = Federation(config, INFO, hosts).play_round()
+    assert (result.round_s, result.aggregate_s) == (7.0, 2.0)
+
+
+def test_training_starts_after_scoring_and_ends_before_the_round_does() -> None:
+    config = cell()
+    before = time.time()
+    result = Federation(config, INFO, LocalHosts(config, INFO, make_shards(config, INFO))).play_round()
+    after = time.time()
+    for client in result.clients:
+        assert before + client.eval_s <= client.train_started <= after - client.train_s

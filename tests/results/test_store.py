@@ -269,7 +269,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(
         os, "replace", lambda old, new: (steps.append(Path(old).name[0] + " replaced"), rename(old, new))
     )
     write_table(folder.rounds_file("one"), SCHEMA.empty_table())
-    assert steps == ["fsync", ". replaced"]
+    assert steps == ["fsync", ". replaced", "fsync"], "the file, then its name"
 
 
 def test_a_folder_that_cannot_be_written_is_refused_with_the_remedy(tmp_path: Path) -> None:
