@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:  # torch, Ray and pandas are imported when a line has proved r
     from flexifed.request import GridRequest
     from flexifed.results.store import ResultsFolder
 
-INTERRUPTED = 130
+INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of the signal, as a shell reports it
 
 
 def run_experiment(
@@ -64,6 +65,9 @@ def guarded(action: Callable[[], None], when_stopped: str = "") -> int:
     except KeyboardInterrupt:
         print(f"stopped{when_stopped}", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return BROKEN_PIPE
     return 0
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -498,3 +499,14 @@ def test_data_of_one_set_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_the_package_runs_as_the_command() -> None:
     line = [sys.executable, "-m", "flexifed", "--help"]
     assert "{plan,shares,models,data,report}" in subprocess.run(line, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
+    """As `flexifed report --format markdown | head -n 1`."""
+    store(tmp_path, "max_common")
+    reading, writing = os.pipe()
+    os.close(reading)
+    line = [sys.executable, "-m", "flexifed", "report", str(tmp_path), "--format", "markdown"]
+    with os.fdopen(writing, "w") as pipe:
+        done = subprocess.run(line, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -1,38 +1,41 @@
-"""What lies in a results folder: which cells, how far they have got, and which of them may stand in one table.
+"""The contents of a results folder: its cells, their progress, and which of them may share a table.
 
-A table is true only of cells that ran under the same settings on the same data for the same rounds. So cells are sorted
-into editions, by what their files say about themselves; each edition gets its own table.
+Only cells with the same settings, data and number of rounds can be compared. So cells are grouped into editions, by the
+metadata of their files, and each edition gets its own table.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flexifed.config import CellConfig, CellName, NumericsConfig, SharingConfig
+from flexifed.errors import ResultsError
 from flexifed.profiles import PROFILES
 from flexifed.results.store import ResultsFolder, read_summary
 
-_OF_THE_CELL = ("dataset", "family", "scheme", "seed")
+_CELL_FIELDS = ("dataset", "family", "scheme", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredCell:
-    """One file: a cell under one seed.
+    """A file of rounds: a cell under one seed.
 
     Attributes:
-        name: of the file, without its ending.
+        name: the file's name, without the suffix.
         cell: data set, family and scheme.
-        seed: its seed.
-        last_round: the last round it has scores of.
-        rounds: of training, that it was asked for; while a run that has ended is trained on, those that it ended with.
-        extended_to: rounds that it is trained on to; None where it is not.
-        profile: the name it was run under.
+        seed: the seed.
+        last_round: the last round for which the file has scores.
+        rounds: the number of rounds of training that were asked for; while a finished run is trained further, the
+            number with which it finished.
+        extended_to: the number of rounds to which a finished run is being trained further; None for other runs.
+        profile: name of the profile.
         data_source: `real`, `real-partial`, `real-other` or `synthetic`.
-        fingerprint: of the data; empty where the file does not say.
-        settings: its config without data set, family, scheme and seed, flat: `training.batch_size`.
+        fingerprint: fingerprint of the data; empty if the file has none.
+        settings: the config without data set, family, scheme and seed, flattened: `training.batch_size`.
     """
 
     name: str
@@ -48,70 +51,78 @@ class StoredCell:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the score after its last round is there."""
+        """Whether the file has the scores after the last round of training."""
         return self.last_round >= self.rounds
 
     @property
     def progress(self) -> str:
-        """How far it has got, in words."""
+        """The progress of the run, in words."""
         return f"{self.cell} seed {self.seed}: round {self.last_round} of {self.extended_to or self.rounds}"
 
 
 @dataclass(frozen=True)
 class Edition:
-    """Cells that may stand in one table. `fingerprint` is of their data, where other cells differ in nothing else."""
+    """Cells that may share a table. `fingerprint` is that of their data, if other cells differ in nothing else."""
 
     cells: tuple[StoredCell, ...]
     fingerprint: str = ""
 
     @property
     def finished(self) -> tuple[StoredCell, ...]:
-        """The cells that have all their scores."""
+        """The finished cells."""
         return tuple(cell for cell in self.cells if cell.is_finished)
 
     @property
     def unfinished(self) -> tuple[StoredCell, ...]:
-        """The others."""
+        """The unfinished cells."""
         return tuple(cell for cell in self.cells if not cell.is_finished)
 
     @property
     def title(self) -> str:
-        """What tells it from other editions: profile, rounds, data, and settings that are not the profile's."""
-        one = self.cells[0]
-        device = one.settings.get("device")
-        data = f"{one.data_source} data" + (f" ({self.fingerprint})" if self.fingerprint else "")
-        words = [f"profile {one.profile}", f"{one.rounds} rounds", data]
+        """What distinguishes the edition: profile, rounds, data, and settings that differ from the profile's."""
+        cell = self.cells[0]
+        device = cell.settings.get("device")
+        data = f"{cell.data_source} data" + (f" ({self.fingerprint})" if self.fingerprint else "")
+        words = [f"profile {cell.profile}", f"{cell.rounds} rounds", data]
         words += [str(device)] if device else []
-        changed = [f"{name}={value}" for name, value in changed_settings(one).items()]
+        changed = [f"{name}={value}" for name, value in changed_settings(cell).items()]
         return ", ".join(words) + (f"; not the profile's: {', '.join(changed)}" if changed else "")
 
 
 def stored_cells(folder: ResultsFolder) -> list[StoredCell]:
-    """Every cell that has a file, in the order of their names.
+    """Read what every file of rounds says about itself, in the order of their names.
 
     Raises:
-        ResultsError: a file is damaged.
+        ResultsError: the folder can't be read, or a file is damaged.
     """
-    paths = sorted(path for path in folder.rounds.glob("*.parquet") if not path.name.startswith("."))
-    return [one for path in paths if (one := stored_cell(path)) is not None]
+    try:
+        names = sorted(os.listdir(folder.rounds))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ResultsError(
+            f"can't look for results in {folder.rounds}: {error.strerror or error}; choose another --results-dir"
+        ) from error
+    paths = [folder.rounds / name for name in names if name.endswith(".parquet") and not name.startswith(".")]
+    return [cell for path in paths if (cell := stored_cell(path)) is not None]
 
 
 def editions(cells: Sequence[StoredCell]) -> list[Edition]:
-    """Sort cells by all that has to be the same in one table: profile, rounds, data and settings."""
+    """Group cells by everything that must be the same in a table: profile, rounds, data and settings."""
     fingerprints: dict[tuple[str, ...], set[str]] = {}
-    for one in cells:
-        fingerprints.setdefault((*_common_key(one), one.cell.dataset), set()).add(one.fingerprint)
-    found: dict[tuple[str, ...], list[StoredCell]] = {}
-    for one in cells:
-        key = _common_key(one)
-        # Each data set has its own fingerprint; only one that comes in two contents can't stand in one table.
-        several = len(fingerprints[*key, one.cell.dataset]) > 1
-        found.setdefault((*key, one.fingerprint if several else ""), []).append(one)
-    return [Edition(tuple(members), fingerprint) for (*_, fingerprint), members in sorted(found.items())]
+    for cell in cells:
+        fingerprints.setdefault((*_common_key(cell), cell.cell.dataset), set()).add(cell.fingerprint)
+    members: dict[tuple[str, ...], list[StoredCell]] = {}
+    for cell in cells:
+        key = _common_key(cell)
+        # Each data set has its own fingerprint; cells are only kept apart if one data set has several.
+        several = len(fingerprints[*key, cell.cell.dataset]) > 1
+        members.setdefault((*key, cell.fingerprint if several else ""), []).append(cell)
+    return [Edition(tuple(group), fingerprint) for (*_, fingerprint), group in sorted(members.items())]
 
 
 def changed_settings(cell: StoredCell) -> dict[str, object]:
-    """The settings that are not its profile's defaults; empty for a profile that is not known here."""
+    """The settings that differ from the profile's defaults; empty for an unknown profile."""
     profile = PROFILES.get(cell.profile)
     if profile is None:
         return {}
@@ -123,13 +134,16 @@ def changed_settings(cell: StoredCell) -> dict[str, object]:
 def forerunner(
     folder: ResultsFolder, config: CellConfig, profile: str, fingerprint: str
 ) -> tuple[StoredCell, str] | None:
-    """The stored run of the same cell, seed and profile that differs least from a new one, and in what.
+    """Find the stored run of the same cell, seed and profile that differs least from a new run.
 
     Args:
-        folder: of one experiment.
-        config: of the new run.
+        folder: the results of the experiment.
+        config: the config of the new run.
         profile: its profile.
-        fingerprint: of its data.
+        fingerprint: the fingerprint of its data.
+
+    Returns:
+        The stored run and the differences, in words; None if there is no such run.
 
     Raises:
         ResultsError: a file is damaged.
@@ -152,16 +166,21 @@ def forerunner(
 
 
 def stored_cell(path: Path) -> StoredCell | None:
-    """What a file says about itself; None where it has no rows.
+    """Read what a file says about itself; None if it has no rows.
 
     Raises:
-        ResultsError: the file is damaged.
+        ResultsError: the file is damaged, or its metadata are missing.
     """
     summary = read_summary(path)
     if summary is None:
         return None
     metadata = summary.metadata
-    asked_for = int(metadata.get("rounds", summary.last_round))
+    if "rounds" not in metadata:
+        raise ResultsError(
+            f"{path} does not say under which settings its rows were made: another program has saved it without its "
+            "metadata; put back the file that the run wrote, or move this one away"
+        )
+    asked_for = int(metadata["rounds"])
     is_extended = summary.last_round < asked_for and "finished_rounds" in metadata
     return StoredCell(
         name=path.stem,
@@ -178,12 +197,12 @@ def stored_cell(path: Path) -> StoredCell | None:
 
 
 def _settings(config: Mapping[str, object]) -> dict[str, object]:
-    """A config, flat, without what names the cell.
+    """Flatten a config, without the fields that name the cell.
 
-    As in a run's id, recorded steps and Winograd's algorithm count where they are used. Files from before these were
-    there did not use them.
+    As in a run's id, recorded steps and Winograd's algorithm only count if they are used. Files that are older than
+    these settings did not use them.
     """
-    settings = _flat({name: value for name, value in config.items() if name not in _OF_THE_CELL})
+    settings = _flat({name: value for name, value in config.items() if name not in _CELL_FIELDS})
     by_winograd = settings.pop("numerics.winograd", None)
     if settings.get("device") == "cpu" and settings.get("numerics.precision") is None:
         settings["numerics.winograd"] = bool(by_winograd)
@@ -193,7 +212,7 @@ def _settings(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def _common_key(cell: StoredCell) -> tuple[str, ...]:
-    # Like a run's id: a setting that is None is none, so files from before it was thought of are of the same edition.
+    # As in a run's id, settings that are None are left out: files that are older than such a setting share the edition.
     settings = json.dumps({name: value for name, value in cell.settings.items() if value is not None}, sort_keys=True)
     return (cell.profile, f"{cell.rounds:09}", cell.data_source, settings)
 
@@ -203,14 +222,16 @@ def _flat(nested: Mapping[str, object]) -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, value in nested.items():
         inner = value if isinstance(value, Mapping) else None
-        flat |= {name: value} if inner is None else {f"{name}.{key}": one for key, one in inner.items()}
+        flat |= {name: value} if inner is None else {f"{name}.{key}": item for key, item in inner.items()}
     return flat
 
 
 def nothing_there(folder: ResultsFolder) -> str:
-    """What to say, and what to do, where a folder has no results."""
+    """The message for a folder without results, with the remedy."""
     above = folder.root.parent
-    others = sorted(one.parent.name for one in above.glob("*/rounds") if any(one.glob("*.parquet")))
+    if any((above / "rounds").glob("*.parquet")):  # somebody has named an experiment's own folder
+        return f"no results in {folder.rounds}; {above} itself has some (choose them with --experiment .)"
+    others = sorted(rounds.parent.name for rounds in above.glob("*/rounds") if any(rounds.glob("*.parquet")))
     if others:
         return f"no results in {folder.rounds}; {above} has results of: {', '.join(others)} (choose with --experiment)"
     return (

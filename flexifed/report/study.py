@@ -1,9 +1,10 @@
-"""Results that may stand in one table, with their rows, and every table and figure of them."""
+"""A study: results that may share a table, with their rows and every table of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +48,7 @@ from flexifed.wording import counted
 
 COLUMNS = [*CELL, "data_source", "seed", "version", "round", "accuracy", "bytes_up"]
 _NUMBERS = ["study", "profile", "rounds", "changed", "pick", *NUMBERS]
-_NAMED = 8  # unfinished cells, before it is only said how many more there are
+_MOST_NAMED = 8  # unfinished cells that are listed by name
 
 
 TextFormat = Literal["markdown", "latex", "csv"]
@@ -55,12 +56,12 @@ TextFormat = Literal["markdown", "latex", "csv"]
 
 @dataclass(frozen=True)
 class Study:
-    """One edition of results. Tables are of its finished cells.
+    """The results of one edition. Its tables show the finished cells.
 
     Attributes:
-        edition: its cells.
-        finished: rows of the finished cells; `COLUMNS` of the rounds files.
-        unfinished: rows of the others.
+        edition: the cells.
+        finished: rows of the finished cells, with the `COLUMNS` of the rounds files.
+        unfinished: rows of the unfinished cells.
     """
 
     edition: Edition
@@ -69,51 +70,51 @@ class Study:
 
     @property
     def title(self) -> str:
-        """Profile, rounds, data, and settings that are not the profile's."""
+        """Profile, rounds, data, and settings that differ from the profile's."""
         return self.edition.title
 
     @property
     def rounds(self) -> int:
-        """Rounds of training that were asked for."""
+        """The number of rounds of training."""
         return self.edition.cells[0].rounds
 
     @property
     def data_source(self) -> str:
-        """`real`, `real-partial`, `real-other` or `synthetic`: one for all cells."""
+        """`real`, `real-partial`, `real-other` or `synthetic`, the same for all cells."""
         return self.edition.cells[0].data_source
 
     @property
     def seeds(self) -> list[int]:
-        """Those of the finished cells; of all cells, if none is finished."""
-        return sorted({one.seed for one in self.edition.finished or self.edition.cells})
+        """The seeds of the finished cells, or of all cells if none is finished."""
+        return sorted({cell.seed for cell in self.edition.finished or self.edition.cells})
 
     @property
     def slug(self) -> str:
-        """A name for files: profile, rounds, data; more where settings are not the profile's."""
-        one = self.edition.cells[0]
-        words = [one.profile, str(one.rounds), one.data_source]
-        if changed_settings(one) or one.profile not in PROFILES or self.edition.fingerprint:
-            content = json.dumps([dict(one.settings), self.edition.fingerprint], sort_keys=True)
+        """A name for folders: profile, rounds, data and device; with a digest if these do not tell the settings."""
+        cell = self.edition.cells[0]
+        words = [re.sub(r"[^\w.-]", "_", cell.profile)[:60], str(cell.rounds), cell.data_source]
+        if changed_settings(cell) or cell.profile not in PROFILES or self.edition.fingerprint:
+            content = json.dumps([dict(cell.settings), self.edition.fingerprint], sort_keys=True)
             words.append(hashlib.sha256(content.encode()).hexdigest()[:8])
-        return "-".join([*words, *[str(one.settings[name]) for name in ("device",) if name in one.settings]])
+        return "-".join([*words, *[str(cell.settings[name]) for name in ("device",) if name in cell.settings]])
 
     def contents(self) -> list[str]:
-        """What is shown, what is unfinished, and what of the paper's table is not there at all, in a line each."""
+        """Lines that say which cells are shown, which are unfinished, and how much of the paper's table there is."""
         cells = self.edition.cells
-        done, names = self.edition.finished, {one.cell for one in cells}
+        finished, names = self.edition.finished, {cell.cell for cell in cells}
         missing = [name for name in _paper_cells() if name not in names]
         lines = [
-            f"Here: {counted(len(names), 'cell')}, {counted(len(done), 'finished run')} of {len(cells)}"
-            f" ({counted(len({one.seed for one in cells}), 'seed')}); {len(_paper_cells()) - len(missing)} of the "
+            f"Here: {counted(len(names), 'cell')}, {counted(len(finished), 'finished run')} of {len(cells)}"
+            f" ({counted(len({cell.seed for cell in cells}), 'seed')}); {len(_paper_cells()) - len(missing)} of the "
             f"{len(_paper_cells())} cells of the paper's Table 1."
         ]
-        if not done:
+        if not finished:
             lines.append("No cell is finished.")
-        extended = [one for one in done if one.extended_to]
+        extended = [cell for cell in finished if cell.extended_to]
         return [
             *lines,
-            *_under_way("Unfinished, left out of the tables:", self.edition.unfinished),
-            *_under_way(f"Trained on since; in the tables with {self.rounds} rounds:", extended),
+            *_progress_of("Unfinished, left out of the tables:", self.edition.unfinished),
+            *_progress_of(f"Being trained further; in the tables with {self.rounds} rounds:", extended),
         ]
 
     def summary(self, pick: Pick = "last") -> Summary:
@@ -121,7 +122,7 @@ class Study:
         return summarise(self.finished, self.rounds, pick)
 
     def describe(self) -> Sheet:
-        """`contents`, under the title."""
+        """`contents`, below the title."""
         return Sheet(self.title, (), (), tuple(self.contents()))
 
     def table(self, pick: Pick = "last", seeds: Sequence[int] | None = None) -> Sheet:
@@ -144,17 +145,17 @@ class Study:
         )
 
     def differences(self, pick: Pick = "last") -> Sheet:
-        """Schemes against each other, over several seeds."""
+        """Paired differences between schemes, over several seeds."""
         if self.finished.empty:
             return self._nothing(PAIRED)
         numbers = per_seed(self.finished, self.rounds, pick)
-        found = paired_differences(numbers) if len(self.seeds) > 1 else []
-        if not found:
+        differences = paired_differences(numbers) if len(self.seeds) > 1 else []
+        if not differences:
             return self._nothing(PAIRED, "Needs two seeds, and two schemes on the same data set and family.")
-        return self._noted(render_differences(found, PAIRED, paired_differences(numbers, by_seed=True)), pick)
+        return self._noted(render_differences(differences, PAIRED, paired_differences(numbers, by_seed=True)), pick)
 
     def speedups(self, pick: Pick = "last", target: Target = None) -> Sheet:
-        """Rounds to a target and the speed-up over Clustered-FL."""
+        """Rounds to a target, and the speed-up over Clustered-FL."""
         if self.finished.empty:
             return self._nothing(REACHED)
         reached = rounds_to_target(self.finished, self.rounds, target, pick)
@@ -163,15 +164,15 @@ class Study:
         return self._noted(render_speedups(speedups(reached), rounds=self.rounds, target=target, pick=pick), pick)
 
     def sheets(self, pick: Pick = "last", target: Target = None) -> list[Sheet]:
-        """Every table that there are rows for."""
-        found = (self.table(pick), self.differences(pick), self.speedups(pick, target))
-        return [sheet for sheet in found if sheet.sections]
+        """All tables that are not empty."""
+        sheets = (self.table(pick), self.differences(pick), self.speedups(pick, target))
+        return [sheet for sheet in sheets if sheet.sections]
 
     def _nothing(self, title: str, why: str = "No cell is finished.") -> Sheet:
         return Sheet(f"{title}, {self.title}", (), (), (why,))
 
     def _noted(self, sheet: Sheet, pick: Pick) -> Sheet:
-        """With the settings, the data and a warning of data that are not real in the notes, as Table 1 has them."""
+        """Add notes as those of Table 1: the settings, the data, and a warning if the data are not the real set."""
         about = f"{self.title[0].upper()}{self.title[1:]}. Accuracy: {picked_rounds(self.rounds, pick)}."
         return replace(sheet, notes=(*sheet.notes, about, *data_warnings([self.data_source])))
 
@@ -181,22 +182,22 @@ class Study:
 
 
 def load(folder: ResultsFolder, profile: str | None = None) -> list[Study]:
-    """The studies of a results folder.
+    """Load the studies of a results folder.
 
     Args:
-        folder: of one experiment.
-        profile: only cells that ran under this profile; None for all.
+        folder: the folder of an experiment.
+        profile: the profile of the cells to load; None for all.
 
     Raises:
-        ResultsError: nothing is there, or nothing of this profile, or a file is damaged.
+        ResultsError: there are no results, or none of this profile, or a file is damaged.
     """
     cells = stored_cells(folder)
     if not cells:
         raise ResultsError(nothing_there(folder))
-    chosen = [one for one in cells if profile in (None, one.profile)]
+    chosen = [cell for cell in cells if profile in (None, cell.profile)]
     if not chosen:
-        there = ", ".join(sorted({one.profile for one in cells}))
-        raise ResultsError(f"no results of profile {profile!r} in {folder.root}; there are some of: {there}")
+        profiles = ", ".join(sorted({cell.profile for cell in cells}))
+        raise ResultsError(f"no results of profile {profile!r} in {folder.root}; there are some of: {profiles}")
     return _studies(folder, chosen)
 
 
@@ -205,7 +206,7 @@ def studies_of(folder: ResultsFolder, names: Sequence[str], *, profile: str, rou
 
     Args:
         folder: the folder of the experiment.
-        names: the names of the runs' files, without the ending.
+        names: the names of the runs' files, without the suffix.
         profile: the profile of the command; runs with the same settings may be stored under another one.
         rounds: the rounds of the command. A stored run may have more; they are left out.
 
@@ -224,23 +225,32 @@ def _studies(folder: ResultsFolder, cells: Sequence[StoredCell]) -> list[Study]:
 
 
 def _rows(folder: ResultsFolder, cells: Sequence[StoredCell]) -> pd.DataFrame:
-    """Of cells of one edition, without those that a cell has gained since it ended."""
-    rows = folder.read([one.name for one in cells], COLUMNS)
+    """Read the rows of an edition's cells, without the rounds that finished cells have been trained further."""
+    rows = folder.read([cell.name for cell in cells], COLUMNS)
     if not cells:
         return rows
     last = cells[0].rounds
-    rows.loc[rows["round"] == last, "bytes_up"] = 0  # as it was when that round was only scored
+    rows.loc[rows["round"] == last, "bytes_up"] = 0  # as when that round was only scored
     return rows[rows["round"] <= last].reset_index(drop=True)
 
 
 def load_results(results_dir: str | Path, experiment: str | None = None, profile: str | None = None) -> list[Study]:
-    """As `load`, by the --results-dir of the runs and the folder of the experiment in it; None: the newest `table1`."""
+    """Load the studies of an experiment.
+
+    Args:
+        results_dir: the `--results-dir` of the runs.
+        experiment: the experiment's folder in it; `.` for `results_dir` itself. None: the newest `table1`.
+        profile: see `load`.
+
+    Raises:
+        ResultsError: see `load`.
+    """
     root = Path(results_dir).expanduser().absolute()
     return load(ResultsFolder(root / experiment if experiment else newest_folder(root, "table1")), profile)
 
 
 def report(studies: Sequence[Study], *, pick: Pick = "last", target: Target = None) -> Iterator[Sheet | str]:
-    """All tables for a terminal, one study after another, each with what it is and what is not finished."""
+    """Yield all tables for a terminal, study by study, each after its title and contents."""
     for study in studies:
         yield ""
         yield study.title
@@ -253,7 +263,7 @@ def report(studies: Sequence[Study], *, pick: Pick = "last", target: Target = No
 def report_text(
     studies: Sequence[Study], form: TextFormat, *, pick: Pick = "last", target: Target = None
 ) -> Iterator[str]:
-    """The same for a file. CSV has Table 1 only: see `numbers`."""
+    """Yield the same for a file. CSV only has Table 1; see `numbers`."""
     if form == "csv":
         yield numbers(studies, pick).to_csv(index=False, float_format=f"%.{DIGITS}f").rstrip("\n")
         return
@@ -268,13 +278,13 @@ def report_text(
 
 
 def overview(studies: Sequence[Study]) -> Sheet:
-    """Which runs are there: for each data set and family, how many seeds of each scheme are finished, of how many."""
+    """Count the runs of each data set, family and scheme, and those of them that are finished."""
     sections = []
     for study in studies:
         counts: dict[tuple[str, str], dict[str, list[bool]]] = {}
-        for one in study.edition.cells:
-            schemes = counts.setdefault((one.cell.dataset, one.cell.family), {})
-            schemes.setdefault(one.cell.scheme, []).append(one.is_finished)
+        for stored in study.edition.cells:
+            schemes = counts.setdefault((stored.cell.dataset, stored.cell.family), {})
+            schemes.setdefault(stored.cell.scheme, []).append(stored.is_finished)
         order = in_paper_order(pd.DataFrame(list(counts), columns=["dataset", "family"]))
         rows = [
             (
@@ -286,23 +296,23 @@ def overview(studies: Sequence[Study]) -> Sheet:
         ]
         sections.append(Section(study.title, tuple(rows)))
     return Sheet(
-        "Runs that are finished, of those that are there",
+        "Finished runs, of all runs",
         tuple(map(Column, SCHEMES)),
         tuple(sections),
-        ("A run is a cell under one seed. What stands under one heading may be compared; tables never mix them.",),
+        ("A run is a cell under one seed. Runs below the same heading can be compared; tables never mix headings.",),
     )
 
 
 def numbers(studies: Sequence[Study], pick: Pick = "last") -> pd.DataFrame:
-    """Table 1 of every study as one table for machines: `Summary.numbers`, with the study's name and settings."""
+    """Table 1 of all studies in one table for programs: `Summary.numbers`, with each study's name and settings."""
     frames = []
     for study in studies:
         if not study.finished.empty:
-            one = study.edition.cells[0]
-            changed = " ".join(f"{name}={value}" for name, value in changed_settings(one).items())
+            cell = study.edition.cells[0]
+            changed = " ".join(f"{name}={value}" for name, value in changed_settings(cell).items())
             named = {
                 "study": study.slug,
-                "profile": one.profile,
+                "profile": cell.profile,
                 "rounds": study.rounds,
                 "changed": changed,
                 "pick": pick,
@@ -312,9 +322,9 @@ def numbers(studies: Sequence[Study], pick: Pick = "last") -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=_NUMBERS)
 
 
-def _under_way(title: str, cells: Sequence[StoredCell]) -> list[str]:
-    more = [f"  and {len(cells) - _NAMED} more"] if len(cells) > _NAMED else []
-    return [title, *(f"  {one.progress}" for one in cells[:_NAMED]), *more] if cells else []
+def _progress_of(title: str, cells: Sequence[StoredCell]) -> list[str]:
+    more = [f"  and {len(cells) - _MOST_NAMED} more"] if len(cells) > _MOST_NAMED else []
+    return [title, *(f"  {cell.progress}" for cell in cells[:_MOST_NAMED]), *more] if cells else []
 
 
 def _paper_cells() -> list[CellName]:

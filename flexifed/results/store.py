@@ -1,10 +1,10 @@
-"""Where the results of an experiment lie, and how they get there whole.
+"""Where the results of an experiment are stored, and how they are written atomically.
 
     <results_dir>/<experiment>/rounds/<cell>.parquet    one file for each cell and seed; read the folder with pandas
     <results_dir>/<experiment>/runs/<cell>/             its log, its shards, its TensorBoard events, its checkpoints
 
-A file is written beside its place, flushed to the disk, and renamed, so that whoever reads finds the old or the new one
-whole. Names of files under way begin with a dot, which readers of Parquet folders pass over.
+A file is written to a temporary file in the same folder, flushed to disk, and renamed, so that a reader sees either the
+old or the new file, complete. Names of temporary files begin with a dot, which readers of Parquet folders skip.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from flexifed.results.schema import SCHEMA
 
 _METADATA_KEY = b"flexifed"
 _SAME_IN_ALL_ROWS = ["dataset", "family", "scheme", "seed", "profile", "data_source"]
-_CHUNKS = 32  # rounds kept as tables of their own; each costs kilobytes, however few rows it has
-_WRITE_SHARE = 0.05  # of the time may go into rewriting a file that grows with every round
+_CHUNKS = 32  # rounds kept as separate tables; each costs kilobytes, however few rows it has
+_WRITE_SHARE = 0.05  # the largest part of the time that may go into rewriting a file that grows with every round
 
 Row = Mapping[str, object]
 
@@ -41,7 +41,7 @@ class ResultsFolder:
     """The results of one experiment.
 
     Args:
-        root: absolute; on a cluster, a folder that all nodes see.
+        root: absolute path; on a cluster, of a folder that all nodes share.
     """
 
     root: Path
@@ -61,14 +61,14 @@ class ResultsFolder:
 
     @property
     def stop_file(self) -> Path:
-        """While it is there, running cells stop after their round, with a checkpoint, and no other begins."""
+        """While this file exists, running cells stop after their round, with a checkpoint, and no other cell begins."""
         return self.root / "stop"
 
     def prepare(self) -> None:
-        """Make the folders, and try whether they can be written.
+        """Create the folders, and check that they can be written.
 
         Raises:
-            ResultsError: they can't.
+            ResultsError: they can't be written.
         """
         try:
             for folder in (self.rounds, self.root / "runs"):
@@ -82,16 +82,16 @@ class ResultsFolder:
             ) from error
 
     def tidy(self) -> None:
-        """Remove tables under way that killed processes have left. Only who holds the folder's lock may do so."""
+        """Remove temporary files left by killed processes. Only the holder of the folder's lock may call this."""
         for folder in (self.rounds, *(self.root / "runs").glob("*")):
             for left in folder.glob(".*.parquet.*"):
                 left.unlink(missing_ok=True)
 
     def check_shared(self) -> None:
-        """Make sure that this machine sees the folders that `prepare` has made, on whichever machine that was.
+        """Check that this machine sees the folders that `prepare` created, possibly on another machine.
 
         Raises:
-            ResultsError: it does not, so what it would write here nobody would find.
+            ResultsError: it does not, so nobody would find what it writes here.
         """
         if not self.rounds.is_dir():
             raise ResultsError(
@@ -100,11 +100,11 @@ class ResultsFolder:
             )
 
     def read(self, cells: Sequence[str], columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """The rows of some cells; those that have no file yet are left out.
+        """Read the rows of cells; cells that have no file yet are left out.
 
         Args:
-            cells: the names of their files, without the ending.
-            columns: only these; None for all.
+            cells: the names of their files, without the suffix.
+            columns: the columns to read; None for all.
 
         Raises:
             ResultsError: a file is damaged.
@@ -114,7 +114,7 @@ class ResultsFolder:
         return (pa.concat_tables(tables) if tables else schema.empty_table()).to_pandas()
 
     def rows_before(self, cell: str, round_index: int) -> pa.Table:
-        """The rows of a cell's rounds before `round_index`.
+        """Read the rows of a cell's rounds before `round_index`.
 
         Raises:
             ResultsError: the file is damaged.
@@ -124,7 +124,7 @@ class ResultsFolder:
         return table.filter(pc.field("round") < round_index).cast(SCHEMA)
 
     def last_round(self, cell: str) -> int | None:
-        """The last round that a cell has scores of, or None.
+        """The last round for which a cell has scores, or None.
 
         Raises:
             ResultsError: the file is damaged.
@@ -137,13 +137,13 @@ class ResultsFolder:
 
 
 class RoundsWriter:
-    """Rewrites a cell's file as its rows come in.
+    """Rewrites a cell's file whenever rows are added.
 
     Args:
         path: the file.
-        metadata: what goes into it beside the rows: config, versions.
-        at_least: a file that is there already has rows up to this round; it stays until there are as many.
-        before: rows of earlier rounds, which stay as they are.
+        metadata: stored in the file with the rows: config, versions.
+        at_least: the last round of an existing file, which is kept until there are as many rounds again.
+        before: rows of earlier rounds, which are kept as they are.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class RoundsWriter:
         self._write_after = 0.0
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Take the rows of a round, and write them now, or soon where writing has become slow."""
+        """Add the rows of a round, and write them; if writing has become slow, only with a later round."""
         table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
         self._rows.append(table)
         if len(self._rows) >= _CHUNKS:
@@ -171,11 +171,11 @@ class RoundsWriter:
             self.flush()
 
     def note(self, **metadata: object) -> None:
-        """Add to what goes into the file beside the rows."""
+        """Add to the file's metadata."""
         self._metadata.update(metadata)
 
     def flush(self) -> None:
-        """Write all rows, unless the file that is there has more of them.
+        """Write all rows, unless the existing file has more rounds.
 
         Raises:
             ResultsError: the file can't be written.
@@ -194,7 +194,7 @@ class RoundsWriter:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a table beside its place, flush it, and rename it.
+    """Write a table to a file atomically.
 
     Raises:
         ResultsError: the file can't be written.
@@ -207,12 +207,12 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FileSummary:
-    """A rounds file in short: the values that all its rows share, its last round, and its metadata.
+    """A summary of a rounds file: the values that all its rows share, its last round, and its metadata.
 
     Attributes:
         cell: data set, family and scheme.
         seed, profile, data_source: as in every row.
-        last_round: the last round that the file has scores of.
+        last_round: the last round for which the file has scores.
         metadata: as from `read_metadata`.
     """
 
@@ -235,29 +235,38 @@ def read_summary(path: Path) -> FileSummary | None:
         return None
     [row] = table.slice(0, 1).select(_SAME_IN_ALL_ROWS).to_pylist()
     cell = CellName(row.pop("dataset"), row.pop("family"), row.pop("scheme"))
-    return FileSummary(cell=cell, **row, last_round=pc.max(table["round"]).as_py(), metadata=_metadata(table))
+    return FileSummary(cell=cell, **row, last_round=pc.max(table["round"]).as_py(), metadata=_metadata(table, path))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What was stored beside a file's rows: config, versions, and, once the run has ended, its final states' digests.
+    """Read a file's metadata: config, versions, and, once the run has ended, the digests of its final states.
 
     Raises:
         ResultsError: the file is damaged.
     """
-    return _metadata(_read(path, columns=["round"]))
+    return _metadata(_read(path, columns=["round"]), path)
 
 
-def _metadata(table: pa.Table) -> dict[str, Any]:
-    return dict(json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}")))
+def _metadata(table: pa.Table, path: Path) -> dict[str, Any]:
+    """The metadata of a file. They lie outside of its pages, so no checksum covers them."""
+    try:
+        return dict(json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}")))
+    except (TypeError, ValueError) as error:
+        raise _unreadable(path, f"its metadata are damaged ({error})") from error
 
 
 def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Columns of a rounds file, each page held against its checksum; names stand outside of the pages."""
+    """Read columns of a rounds file, and verify the checksum of each page. Column names lie outside of the pages."""
     wanted = SCHEMA.names if columns is None else list(columns)
+    schema = pa.schema([SCHEMA.field(name) for name in wanted])
     try:
         table = pq.read_table(path, columns=wanted, partitioning=None, page_checksum_verification=True)
         if missing := [name for name in wanted if name not in table.column_names]:
             raise pa.ArrowInvalid(f"it has no column {', '.join(missing)}")
-        return table
+        return table.select(wanted).cast(schema).replace_schema_metadata(table.schema.metadata)
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise ResultsError(f"can't read {path}: {error}; move it away, and its cell is run again") from error
+        raise _unreadable(path, str(error)) from error
+
+
+def _unreadable(path: Path, reason: str) -> ResultsError:
+    return ResultsError(f"can't read {path}: {reason}; move it away, and its cell is run again")

@@ -14,6 +14,7 @@ from flexifed.errors import ConfigError
 from flexifed.report.curves import (
     bands,
     drawable_rows,
+    render_speedups,
     rounds_to_target,
     scheme_curves,
     shown_target,
@@ -153,36 +154,46 @@ def sped(**by_scheme: list[int | None]) -> pd.DataFrame:
     table = pd.concat(
         one(scheme, step(at), seed) for scheme, seeds in by_scheme.items() for seed, at in enumerate(seeds)
     )
-    return speedups(rounds_to_target(table, 12, 50)).droplevel(["dataset", "family"])
+    return speedups(rounds_to_target(table, 12, 50))
+
+
+def by_scheme_alone(table: pd.DataFrame) -> pd.DataFrame:
+    return table.droplevel(["dataset", "family"])
 
 
 def test_a_speedup_is_the_ratio_of_mean_rounds() -> None:
-    table = sped(clustered_fl=[8, 12], max_common=[2, 6])
+    table = by_scheme_alone(sped(clustered_fl=[8, 12], max_common=[2, 6]))
     assert table.loc["max_common", ["rounds", "speedup", "reached", "seeds"]].tolist() == [4, 2.5, 2, 2]
     assert table.loc["clustered_fl", ["rounds", "speedup"]].tolist() == [10, 1]
 
 
 def test_a_speedup_is_over_the_seeds_in_which_both_reached_the_target() -> None:
-    table = sped(clustered_fl=[8, None, 12], max_common=[2, 3, None], standalone=[None, 4, None])
+    all_of_it = sped(clustered_fl=[8, None, 12], max_common=[2, 3, None], standalone=[None, 4, None])
+    table = by_scheme_alone(all_of_it)
     assert table.loc["max_common", ["rounds", "speedup", "reached", "seeds"]].tolist() == [2.5, 4, 2, 3]
+    assert table["pairs"].to_dict() == {"standalone": 0, "clustered_fl": 2, "max_common": 1}
+    [section] = render_speedups(all_of_it, rounds=12).sections
+    shown = dict(section.rows)
+    assert [cell[0] for cell in shown["max_common"]] == ["2.5", "4.00× (n = 1)", "2 of 3"]
+    assert [cell[0] for cell in shown["clustered_fl"]] == ["10", "1.00× (n = 2)", "2 of 3"]
     assert table.loc["standalone", "rounds"] == 4
     assert math.isnan(table.loc["standalone", "speedup"])
 
 
 def test_what_was_never_reached_has_neither_rounds_nor_speedup() -> None:
-    table = sped(clustered_fl=[8], basic_common=[None])
+    table = by_scheme_alone(sped(clustered_fl=[8], basic_common=[None]))
     assert table.loc["basic_common", ["rounds", "speedup"]].isna().all()
     assert table.loc["basic_common", "reached"] == 0
 
 
 def test_without_a_baseline_there_are_rounds_but_no_speedup() -> None:
-    table = sped(max_common=[3])
+    table = by_scheme_alone(sped(max_common=[3]))
     assert table.loc["max_common", "rounds"] == 3
     assert math.isnan(table.loc["max_common", "speedup"])
 
 
 def test_who_begins_above_the_target_has_no_speedup() -> None:
-    assert math.isnan(sped(clustered_fl=[8], max_common=[0]).loc["max_common", "speedup"])
+    assert math.isnan(by_scheme_alone(sped(clustered_fl=[8], max_common=[0])).loc["max_common", "speedup"])
 
 
 # -------------------------------------------------------------------------------------------------- what can be drawn

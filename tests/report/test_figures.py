@@ -111,7 +111,38 @@ def test_every_figure_of_a_mixed_folder_says_its_data_and_what_is_unfinished(mix
             assert ("[SYNTHETIC DATA]" in said) == (study.data_source == "synthetic")
             assert ("[REAL-PARTIAL DATA]" in said) == (study.data_source == "real-partial")
     real = load_results(mixed)[0]
-    assert "UNFINISHED: cifar10/resnet/max_common to round 4" in texts(accuracy_over_rounds(real).figure)
+    everything = texts(accuracy_over_rounds(real).figure)
+    assert (
+        "UNFINISHED: cifar10/resnet/max_common to round 4; unfinished seeds left out of the other cells" in everything
+    )
+    assert "unfinished" not in texts(versions_over_rounds(real, "standalone").figure).lower(), (
+        "all its seeds are finished"
+    )
+
+
+def test_before_anything_is_sent_there_is_no_figure_of_bytes(write_grid: Callable[..., int], tmp_path: Path) -> None:
+    cells = [("cifar10", "vgg", scheme) for scheme in SCHEMES]
+    write_grid(tmp_path / "begun", rounds=20, seeds=(0,), cells=cells, played=1)
+    [begun] = load_results(tmp_path / "begun")
+    assert "nothing to draw" in texts(accuracy_over_bytes(begun).figure)
+    write_grid(tmp_path / "sending", rounds=20, seeds=(0,), cells=[("cifar10", "vgg", "max_common")])
+    [sending] = load_results(tmp_path / "sending")
+    assert "dashed" not in texts(accuracy_over_bytes(sending).figure)
+    write_grid(tmp_path / "all", rounds=20, seeds=(0,), cells=cells)
+    [study] = load_results(tmp_path / "all")
+    assert "dashed: sends nothing" in texts(accuracy_over_bytes(study).figure)
+
+
+def test_a_scheme_that_reached_what_the_baseline_did_not_says_in_how_many_seeds(grid: Study) -> None:
+    target = 82.0  # between what Clustered-FL and Max-Common reach with CIFAR-10 and VGG
+    rows = dict(grid.speedups(target=target).sections[0].rows)
+    assert (rows["clustered_fl"][2], rows["max_common"][2]) == (("0 of 3",), ("3 of 3",))
+    axes = next(
+        axes for axes in rounds_to_a_target(grid, target=80.0).figure.axes if "cifar10 / vgg" in axes.get_title("left")
+    )
+    beside = [text.get_text() for text in axes.texts]
+    assert beside[list(SCHEMES).index("clustered_fl")] == "not reached"
+    assert beside[list(SCHEMES).index("max_common")] == "3 of 3"
 
 
 def test_unfinished_results_have_curves_and_no_rounds_to_a_target(

@@ -14,7 +14,9 @@ import pytest
 
 from flexifed.cli import main
 from flexifed.config import SCHEMES
+from flexifed.errors import ResultsError
 from flexifed.report.runs import editions, stored_cells
+from flexifed.report.sheet import terminal_lines
 from flexifed.report.study import Study, load_results, numbers, overview, report_text, studies_of
 from flexifed.report.table import PICKS, SCHEME_NAMES, paper_table
 from flexifed.results.store import ResultsFolder
@@ -194,6 +196,56 @@ def test_slugs_tell_studies_apart(mixed: Path, real_grid: Path) -> None:
     slugs = [study.slug for study in load_results(mixed)]
     assert slugs == ["authors-20-real", "authors-20-real-other", "authors-20-real-partial", "authors-20-synthetic"]
     assert [study.slug for study in load_results(real_grid)] == ["authors-20-real"]
+
+
+def test_a_profiles_name_leads_no_figures_elsewhere(write_grid: Callable[..., int], tmp_path: Path) -> None:
+    cells = [("cifar10", "vgg", "max_common")]
+    write_grid(tmp_path, rounds=2, seeds=(0,), cells=cells, profile="../../elsewhere" + "x" * 300)
+    [study] = load_results(tmp_path)
+    assert study.slug.startswith(".._.._elsewherexxx")
+    assert len(study.slug) < 100
+
+
+def test_a_run_whose_last_score_is_missing_is_not_finished(write_grid: Callable[..., int], tmp_path: Path) -> None:
+    write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("cifar10", "vgg", "max_common")], played=20)
+    [study] = load_results(tmp_path)
+    assert study.edition.cells[0].last_round == 19
+    assert study.finished.empty
+    assert "No cell is finished." in study.contents()
+
+
+def test_rows_without_their_metadata_are_not_taken_for_a_finished_run(
+    write_grid: Callable[..., int], tmp_path: Path
+) -> None:
+    write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("cifar10", "vgg", "max_common")], played=7)
+    [path] = (tmp_path / "table1" / "rounds").iterdir()
+    pd.read_parquet(path).to_parquet(path)
+    with pytest.raises(ResultsError, match=f"{path} does not say under which settings its rows were made"):
+        load_results(tmp_path)
+
+
+def test_results_that_may_not_be_listed_are_not_called_missing(
+    real_grid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("flexifed.report.runs.os.listdir", refuse)
+    with pytest.raises(ResultsError, match=r"can't look for results in .*rounds: Permission denied; choose another"):
+        load_results(real_grid)
+
+
+def test_an_experiments_own_folder_is_told_from_the_folder_of_results(real_grid: Path) -> None:
+    with pytest.raises(ResultsError, match=r"itself has some \(choose them with --experiment \.\)"):
+        load_results(real_grid / "table1")
+    assert len(load_results(real_grid / "table1", ".")) == 1
+
+
+def test_paired_differences_fit_80_columns(real_grid: Path) -> None:
+    [study] = load_results(real_grid)
+    sheet = study.differences()
+    text = [line for line, _ in terminal_lines(replace(sheet, title="", notes=()), 80)]
+    assert max(map(len, text)) <= 80
 
 
 def test_report_text_of_latex_holds_whole_tables(mixed: Path) -> None:

@@ -23,7 +23,7 @@ from flexifed.errors import ResultsError
 from flexifed.grid import GridOptions
 from flexifed.request import GridRequest
 from flexifed.results.schema import SCHEMA
-from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, write_table
+from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, read_summary, write_table
 
 REQUIRED = [
     "run_id",
@@ -303,6 +303,37 @@ def test_metadata_come_back_and_what_is_known_at_the_end_joins_them(folder: Resu
     assert read_metadata(folder.rounds_file("one")) == metadata | {"state_sha256": ["ab", "cd"]}
     raw = pq.read_schema(folder.rounds_file("one")).metadata[b"flexifed"]
     assert json.loads(raw)["config"]["seed"] == 3
+
+
+@pytest.mark.parametrize("metadata", [b"{broken", b"[1, 2]", b"\xff\xfe", b"7"])
+def test_damaged_metadata_are_an_error_that_names_the_file(folder: ResultsFolder, metadata: bytes) -> None:
+    path = folder.rounds_file("one")
+    table = pa.Table.from_pylist([row(0)], schema=SCHEMA)
+    write_table(path, table.replace_schema_metadata({b"flexifed": metadata}))
+    for read in (read_metadata, read_summary):
+        with pytest.raises(ResultsError, match=f"can't read {path}: its metadata are damaged .*; move it away"):
+            read(path)
+
+
+def test_rows_that_another_program_has_saved_in_other_types_are_read_alike(folder: ResultsFolder) -> None:
+    for name in ("one", "two"):
+        RoundsWriter(folder.rounds_file(name), {}).append([row(0)])
+    before = folder.read(["one", "two"])
+    table = pq.read_table(folder.rounds_file("two"))
+    others = {"round": pa.int64(), "scheme": pa.large_string()}
+    changed = pa.schema([pa.field(field.name, others.get(field.name, field.type)) for field in table.schema])
+    pq.write_table(table.cast(changed), folder.rounds_file("two"))
+    pd.testing.assert_frame_equal(folder.read(["one", "two"]), before)
+
+
+def test_rows_of_another_kind_are_an_error_that_names_the_file(folder: ResultsFolder) -> None:
+    path = folder.rounds_file("one")
+    RoundsWriter(path, {}).append([row(0)])
+    table = pq.read_table(path)
+    spoiled = table.set_column(table.column_names.index("round"), "round", pa.array(["first"]))
+    pq.write_table(spoiled, path)
+    with pytest.raises(ResultsError, match=f"can't read {path}"):
+        folder.read(["one"])
 
 
 # -------------------------------------------------------------------------------------------------------------- run id
