@@ -112,12 +112,9 @@ def test_every_figure_of_a_mixed_folder_says_its_data_and_what_is_unfinished(mix
             assert ("[REAL-PARTIAL DATA]" in said) == (study.data_source == "real-partial")
     real = load_results(mixed)[0]
     everything = texts(accuracy_over_rounds(real).figure)
-    assert (
-        "UNFINISHED: cifar10/resnet/max_common to round 4; unfinished seeds left out of the other cells" in everything
-    )
-    assert "unfinished" not in texts(versions_over_rounds(real, "standalone").figure).lower(), (
-        "all its seeds are finished"
-    )
+    assert "UNFINISHED: cifar10/resnet/max_common to round 4; unfinished seeds left out of the other" in everything
+    whole = texts(versions_over_rounds(real, "standalone").figure)
+    assert "unfinished" not in whole.lower(), "all its seeds are finished"
 
 
 def test_before_anything_is_sent_there_is_no_figure_of_bytes(write_grid: Callable[..., int], tmp_path: Path) -> None:
@@ -137,9 +134,7 @@ def test_a_scheme_that_reached_what_the_baseline_did_not_says_in_how_many_seeds(
     target = 82.0  # between what Clustered-FL and Max-Common reach with CIFAR-10 and VGG
     rows = dict(grid.speedups(target=target).sections[0].rows)
     assert (rows["clustered_fl"][2], rows["max_common"][2]) == (("0 of 3",), ("3 of 3",))
-    axes = next(
-        axes for axes in rounds_to_a_target(grid, target=80.0).figure.axes if "cifar10 / vgg" in axes.get_title("left")
-    )
+    axes = panels(rounds_to_a_target(grid, target=target).figure)["cifar10 / vgg: 82.0 %"]
     beside = [text.get_text() for text in axes.texts]
     assert beside[list(SCHEMES).index("clustered_fl")] == "not reached"
     assert beside[list(SCHEMES).index("max_common")] == "3 of 3"
