@@ -1,6 +1,6 @@
-"""The `flexifed` command: look at sharing plans, models, data and results without running anything.
+"""The `flexifed` command: inspect sharing plans, models, data and results without running anything.
 
-torch, Ray and pandas are imported by the commands that need them, so that help is quick.
+torch, Ray and pandas are imported only by the commands that need them, so that help is quick.
 """
 
 from __future__ import annotations

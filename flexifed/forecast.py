@@ -1,4 +1,4 @@
-"""A dry run: what would run where, and about how long it would take."""
+"""A dry run: which cells would run where, and roughly how long they would take."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from flexifed.request import GridRequest
 from flexifed.wording import duration
 
 CHECKPOINTS_AT_ONCE = KEPT + 1
-"""Of a cell: the one that is being written, too."""
+"""Checkpoints of a cell that exist at the same time: those that are kept, and the one that is being written."""
 
 
 def show_forecast(request: GridRequest, nodes: Sequence[Resources], where: str, console: Console) -> None:
-    """Print what a grid would be on these nodes, judged by steps that are timed in this process.
+    """Print what a grid would need on the given nodes, estimated from training steps timed in this process.
 
     Args:
         request: the grid.
-        nodes: that would run it.
-        where: they are, in words.
-        console: to print to.
+        nodes: the nodes that would run it.
+        where: where the nodes are, in words.
+        console: the console to print to.
     """
     options = request.options
     runs = request.runs_on(nodes)

@@ -1,4 +1,4 @@
-"""A grid of cells, and what a command line can say about running it."""
+"""A grid of cells, and the command-line options for running it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from flexifed.config import (
 from flexifed.errors import ConfigError, invalid_choice
 from flexifed.profiles import PROFILES, ProfileName
 
-_INT32_BOUND = 2**31  # rounds and clients are such columns
+_INT32_BOUND = 2**31  # rounds and clients are int32 columns
 _FLAT: Any = tyro.conf.OmitArgPrefixes
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridOptions:
-    """What can be said about a run of a grid. The fields of the groups at the end are settings that decide numbers."""
+    """Options for running a grid. The groups at the end are settings that decide numbers."""
 
     profile: ProfileName = "quick"
     """smoke: seconds. quick: minutes. thin: half an hour a row and seed. authors: as published. paper: 40 clients."""
@@ -75,7 +75,7 @@ class GridOptions:
     retry_out_of_memory: bool = False
     """If clients that share a GPU run out of its memory, run their cell again with half as many of them at a time."""
     keep_final: bool = True
-    """Keep each cell's final state, so that the same command with more --rounds goes on from it."""
+    """Keep each cell's final state, so that the same command with more --rounds continues from it."""
     fresh: bool = False
     """Start over in a new folder beside the existing results; nothing is deleted."""
     dry_run: bool = False
@@ -117,7 +117,7 @@ class GridOptions:
 
 
 def make_cells(rows: Sequence[tuple[str, str]]) -> list[CellName]:
-    """All schemes for each (data set, family)."""
+    """The cells of all schemes for each (data set, family)."""
     return [
         CellName(cast(DatasetName, dataset), cast(FamilyName, family), cast(SchemeName, scheme))
         for dataset, family in rows
@@ -126,7 +126,7 @@ def make_cells(rows: Sequence[tuple[str, str]]) -> list[CellName]:
 
 
 def select_cells(cells: Sequence[CellName], only: Sequence[str]) -> list[CellName]:
-    """The cells that match any of the patterns; all of them if there is none.
+    """Select the cells that match any of the patterns, or all cells if there are no patterns.
 
     Raises:
         ConfigError: a pattern matches no cell.
@@ -149,11 +149,11 @@ def select_cells(cells: Sequence[CellName], only: Sequence[str]) -> list[CellNam
 def parse_options(
     argv: Sequence[str] | None, *, prog: str, description: str, environ: Mapping[str, str] = os.environ
 ) -> GridOptions:
-    """Read a command line, on top of the defaults of the profile that it names.
+    """Parse a command line. Defaults are those of the profile that it names.
 
     Raises:
-        ConfigError: a setting has a value that it can't have.
-        SystemExit: the line can't be read (status 2), or `--help` was asked for (status 0).
+        ConfigError: a setting has an invalid value.
+        SystemExit: the line can't be parsed (status 2), or asks for `--help` (status 0).
     """
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--profile", default="quick", nargs="?")

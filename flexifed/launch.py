@@ -1,4 +1,4 @@
-"""Running a grid from a command line: check everything first, then start processes, then show the table."""
+"""Run a grid from a command line: check everything first, then start processes, then print the table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from flexifed.grid import GridOptions, parse_options, select_cells
 from flexifed.stopping import sigterm_as_ctrl_c, stop_requests
 from flexifed.wording import counted
 
-if TYPE_CHECKING:  # torch, Ray and pandas are imported when a line has proved readable, so that --help is quick
+if (
+    TYPE_CHECKING
+):  # torch, Ray and pandas are imported only once the command line has been parsed, so that --help is quick
     from flexifed.cells.run import CellRun
     from flexifed.data import DatasetInfo
     from flexifed.orchestra.placement import Resources
@@ -30,31 +32,34 @@ INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of the signal, as a shel
 def run_experiment(
     name: str, cells: Sequence[CellName], argv: Sequence[str] | None, *, prog: str, description: str
 ) -> int:
-    """Run what a command line asks for, and show its table.
+    """Run the grid that a command line asks for, and print its table.
 
     Args:
-        name: of the experiment, and of its folder in the results.
-        cells: the whole grid, of which the line may select some.
-        argv: the line; None reads the process's own.
-        prog: what the help calls the command.
-        description: what it says of it.
+        name: name of the experiment, and of its folder in the results.
+        cells: the whole grid, of which the command line may select a part.
+        argv: the command line; None for that of the process.
+        prog: name of the command, for its help.
+        description: description of the command, for its help.
 
     Returns:
-        Exit status: 0; 1 if cells failed; 2 for a line or data or a cluster that won't do; 130 after Ctrl-C.
+        Exit status: 0; 1 if cells failed; 2 for an invalid command line, or unusable data or cluster; 130 after Ctrl-C.
     """
     console = Console()
     return guarded(
         lambda: _run(name, cells, parse_options(argv, prog=prog, description=description), console),
-        when_stopped=": the same command goes on, cell by cell, from the last checkpoints",
+        when_stopped="; run the same command again to resume, cell by cell, from the last checkpoints",
     )
 
 
 def guarded(action: Callable[[], None], when_stopped: str = "") -> int:
-    """Run a command, and turn what a user can mend into one short message and an exit status.
+    """Run a command, and turn errors that a user can fix into a short message and an exit status.
 
     Args:
         action: the command.
-        when_stopped: what to add to the message after Ctrl-C.
+        when_stopped: added to the message after Ctrl-C.
+
+    Returns:
+        Exit status: 0; that of the error; 130 after Ctrl-C; 141 if standard output was closed, as by `head`.
     """
     try:
         with sigterm_as_ctrl_c():
@@ -96,7 +101,7 @@ def _run(name: str, grid: Sequence[CellName], options: GridOptions, console: Con
 
 
 def _find_data(cells: Sequence[CellName], options: GridOptions, console: Console) -> dict[DatasetName, DatasetInfo]:
-    """The data that the cells need; says what was found, and what is wrong with it."""
+    """Find the data of the cells, and print what was found, with warnings."""
     from flexifed.data import find_dataset
 
     with warnings.catch_warnings(record=True) as caught:
@@ -120,16 +125,16 @@ def _describe_data(info: DatasetInfo, data_dir: Path) -> str:
 
 
 def _root(name: str, options: GridOptions, console: Console) -> Path:
-    """The experiment's folder: the newest one, or a fresh one."""
+    """The experiment's folder: the newest one, or a new one for `--fresh`."""
     from flexifed.results.attempts import experiment_folders, fresh_folder, newest_folder
 
     results_dir = options.results_dir.expanduser().absolute()
     root = fresh_folder(results_dir, name) if options.fresh else newest_folder(results_dir, name)
     before = [folder for folder in experiment_folders(results_dir, name) if folder != root]
     if options.fresh:
-        stays = f"; {before[-1].name} stays as it is" if before else ""
+        stays = f"; {before[-1].name} is left as it is" if before else ""
         console.print(
-            f"fresh: results go to {root}{stays}. Leave --fresh out to go on there.", highlight=False, soft_wrap=True
+            f"fresh: results go to {root}{stays}. Omit --fresh to continue there.", highlight=False, soft_wrap=True
         )
     elif before:
         console.print(f"results: {root}, the newest of {len(before) + 1}", highlight=False, soft_wrap=True)
@@ -151,7 +156,7 @@ def _dry_run(request: GridRequest, console: Console) -> None:
 
 
 def _wait_for_nodes(options: GridOptions, console: Console, *, ask: bool = True) -> list[Resources]:
-    """The nodes of the connected cluster, once there are as many as are asked for."""
+    """The nodes of the connected cluster, once there are as many as `--min-nodes` asks for."""
     from flexifed.orchestra import cluster
 
     def say(present: int) -> None:
@@ -161,7 +166,7 @@ def _wait_for_nodes(options: GridOptions, console: Console, *, ask: bool = True)
 
 
 def _run_cells(request: GridRequest, console: Console) -> tuple[list[CellRun], dict[str, str]]:
-    """Run what is not finished yet; returns all runs, and what failed and why. Ray is not started for nothing."""
+    """Run the unfinished cells; returns all runs, and the reasons of those that failed. Starts Ray only if needed."""
     from flexifed.orchestra import cluster
     from flexifed.orchestra.estimate import this_machine
 
@@ -170,7 +175,7 @@ def _run_cells(request: GridRequest, console: Console) -> tuple[list[CellRun], d
         here = [this_machine()]
         runs = request.runs_on(here)
         for run in {run.config.device: run for run in runs}.values():
-            request.place(run, here)  # what can't fit is refused before anything starts
+            request.place(run, here)  # refuses cells that can't fit before anything is started
         unfinished = _unfinished(runs, console)
         if unfinished:
             with cluster.connected(None):
@@ -187,7 +192,7 @@ def _run_cells(request: GridRequest, console: Console) -> tuple[list[CellRun], d
 
 
 def _unfinished(runs: Sequence[CellRun], console: Console) -> list[CellRun]:
-    """Those that have rounds to play; says how many others there are."""
+    """The runs that have rounds left; prints the number of the others."""
     left = [run for run in runs if not run.is_finished]
     if len(left) < len(runs):
         console.print(f"{len(runs) - len(left)} of {counted(len(runs), 'cell')} finished already", highlight=False)
@@ -197,7 +202,7 @@ def _unfinished(runs: Sequence[CellRun], console: Console) -> list[CellRun]:
 def _run_unfinished(
     runs: Sequence[CellRun], nodes: Sequence[Resources], request: GridRequest, console: Console
 ) -> dict[str, str]:
-    """Run these to their last rounds; returns which of them failed, and why."""
+    """Run cells to their last round; returns the reasons of those that failed, by name."""
     from flexifed.orchestra.sweep import run_grid
     from flexifed.orchestra.trial import PlacedRun
     from flexifed.progress import GridProgress
@@ -225,17 +230,17 @@ def _run_unfinished(
         if left and stop():
             raise KeyboardInterrupt
     reason = (
-        f"its last round is not in {folder.rounds}: either a file {folder.stop_file} asked it to stop, and the "
-        "same command goes on; or where it ran this is another folder, and on a cluster all nodes have to share it"
+        f"its last round is not in {folder.rounds}: either a file {folder.stop_file} asked it to stop, and the same "
+        "command resumes it; or that folder is another one on the node where it ran, and all nodes have to share it"
     )
     return failures | dict.fromkeys(left, reason)
 
 
 def _check_nodes(folder: ResultsFolder, infos: Iterable[DatasetInfo]) -> None:
-    """Make sure that all nodes see the results and have the data. One that does not would fail cell after cell.
+    """Check that all nodes see the results and have the data: one that does not would fail cell after cell.
 
     Raises:
-        ResourceError: some don't; it names them all.
+        ResourceError: some nodes do not; it names them all.
     """
     from flexifed.data import open_dataset
     from flexifed.orchestra import cluster
@@ -249,25 +254,25 @@ def _check_nodes(folder: ResultsFolder, infos: Iterable[DatasetInfo]) -> None:
 
     if problems := cluster.check_nodes(check):
         raise ResourceError(
-            f"{counted(len(problems), 'node')} can't run these cells; mend that, or take the node out of the cluster:\n"
+            f"{counted(len(problems), 'node')} can't run these cells; fix that, or remove them from the cluster:\n"
             + "\n".join(f"  {node}: {problem}" for node, problem in problems.items())
         )
 
 
 def _say_what_differs(folder: ResultsFolder, runs: Sequence[CellRun], console: Console) -> None:
-    """Where a new run has forerunners under other settings, say which: their results are not gone on with."""
+    """Print how the settings of new runs differ from those of existing runs, whose results they do not continue."""
     from flexifed.report.runs import forerunner
 
-    found: dict[str, list[str]] = {}
+    names_by_difference: dict[str, list[str]] = {}
     for run in runs:
         if folder.rounds_file(run.name).exists():
             continue
         if before := forerunner(folder, run.config, run.profile, run.info.fingerprint):
             cell, differences = before
-            found.setdefault(differences, []).append(cell.name)
-    for differences, names in found.items():
+            names_by_difference.setdefault(differences, []).append(cell.name)
+    for differences, names in names_by_difference.items():
         console.print(
-            f"new settings, so {counted(len(names), 'new run')}; what lies there stays as it is. "
+            f"new settings, so {counted(len(names), 'new run')}; existing results are left as they are. "
             f"Before and now: {differences}",
             highlight=False,
             soft_wrap=True,

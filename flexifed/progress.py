@@ -1,4 +1,4 @@
-"""What a person sees while a grid runs: a live display in a terminal, plain lines elsewhere."""
+"""The progress of a grid: a live display in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _LINE_EVERY_S = 10.0
 
 
 class GridProgress:
-    """Follows the cells of a grid; an `Observer`.
+    """Shows the progress of a grid's cells. An `Observer`.
 
     Args:
         console: where to show it.
-        rounds: of every cell.
-        cells: names of the cells' files and what to call them.
+        rounds: number of rounds of training of every cell.
+        cells: the cells' labels, by the names of their files.
     """
 
     def __init__(self, console: Console, rounds: int, cells: Mapping[str, str]) -> None:
@@ -30,7 +30,7 @@ class GridProgress:
         self._labels = cells
         self._left = dict.fromkeys(cells, rounds + 1)  # rounds to play
         self._first_round: float | None = None
-        self._heard = 0  # of rounds
+        self._reported = 0  # rounds
         self._ended = 0
         self._last_line: dict[str, float] = {}
         self._bars: dict[str, TaskID] = {}
@@ -47,7 +47,7 @@ class GridProgress:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show it for the length of a `with` block."""
+        """Show the live display for the length of a `with` block."""
         if self._console.is_terminal:
             with self._live:
                 yield
@@ -55,18 +55,18 @@ class GridProgress:
             yield
 
     def cell_started(self, name: str) -> None:
-        """A cell has got its processes."""
+        """See `Observer.cell_started`."""
         if name not in self._bars:
             self._bars[name] = self._live.add_task(self._labels[name], total=self._rounds + 1, note="starting")
             self._last_line[name] = time.monotonic()
 
     def reported(self, report: CellReport) -> None:
-        """A cell has played a round, has finished, failed or stopped."""
+        """See `Observer.reported`."""
         self.cell_started(report.name)
         bar = self._bars[report.name]
         played = 0 if report.round_index is None else report.round_index + 1
         self._left[report.name] = 0 if report.state == "failed" else self._rounds + 1 - played
-        self._heard += report.round_index is not None
+        self._reported += report.round_index is not None
         self._ended += report.state in ("finished", "failed")
         if self._first_round is None:
             self._first_round = time.monotonic()
@@ -79,7 +79,7 @@ class GridProgress:
         self._print_line(report, note)
 
     def noted(self, message: str, name: str | None = None, style: str = "yellow") -> None:
-        """Something has happened that a person should know, to a cell or to all."""
+        """See `Observer.noted`."""
         label = f"{self._labels[name]}: " if name else ""
         self._console.print(label + message, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -100,8 +100,8 @@ class GridProgress:
             self._last_line[report.name] = now
 
     def _time_left(self) -> str:
-        """From the rounds heard of after the first, whose time is mostly that of starting processes."""
-        if self._first_round is None or self._heard < 2:
+        """Estimate the remaining time from all rounds but the first, most of which is the start of processes."""
+        if self._first_round is None or self._reported < 2:
             return "?"
-        each = (time.monotonic() - self._first_round) / (self._heard - 1)
-        return duration(each * sum(self._left.values()))
+        seconds_per_round = (time.monotonic() - self._first_round) / (self._reported - 1)
+        return duration(seconds_per_round * sum(self._left.values()))

@@ -1,4 +1,4 @@
-"""What a command line asks for, with the data that were found for it: the runs, and where their clients go."""
+"""A request for a grid: the command line with the data that were found for it, its runs, and their placement."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from flexifed.results.store import ResultsFolder
 
 @dataclass(frozen=True)
 class GridRequest:
-    """A grid that somebody wants to run.
+    """A request to run a grid.
 
     Attributes:
-        options: the command line.
-        cells: that it selects.
-        infos: the data of each of their data sets.
-        folder: of the experiment's results.
+        options: the options of the command line.
+        cells: the cells that it selects.
+        infos: the data of each data set of these cells.
+        folder: the results of the experiment.
     """
 
     options: GridOptions
@@ -35,12 +35,12 @@ class GridRequest:
     folder: ResultsFolder
 
     def check_settings(self) -> None:
-        """Find out before anything is started whether the settings fit the data and each other.
+        """Check, before anything is started, that the settings fit the data and each other.
 
         Raises:
-            ConfigError: a share of a GPU is none, or is for clients on CPUs; clients can't be dealt out to actors; a
-                round's part of a shard would be empty.
-            DataError: more shards than samples.
+            ConfigError: a placement option is invalid, or asks for GPUs for clients on CPUs; the clients can't be
+                distributed to actors; or a round's part of a shard would be empty.
+            DataError: there are more shards than samples.
         """
         options = self.options
         self._wanted()
@@ -53,7 +53,7 @@ class GridRequest:
             window(shards[0].train, 0, options.partition.windows_per_shard)
 
     def runs_for(self, device: Device) -> list[CellRun]:
-        """One run for each cell and seed."""
+        """The runs of all cells and seeds."""
         options = self.options
         return [
             CellRun(
@@ -70,11 +70,10 @@ class GridRequest:
         ]
 
     def runs_on(self, nodes: Sequence[Resources]) -> list[CellRun]:
-        """One run for each cell and seed, on the device that was asked for, or on the one that the nodes have.
+        """The runs of all cells and seeds, on the device of the options, or, for `auto`, on what the nodes have.
 
         Raises:
-            ConfigError: a run would begin anew only because nobody said on which device, and the nodes have another
-                now.
+            ConfigError: a run has results on one device, but `auto` now means the other, so it would start again.
         """
         if self.options.device != "auto":
             return self.runs_for(self.options.device)
@@ -85,7 +84,7 @@ class GridRequest:
                 here, there = run.config.device, other.config.device
                 raise ConfigError(
                     f"--device auto is {here} here, but {run.label} has results of these settings on {there}: say "
-                    f"--device {there} to go on with them, or --device {here} to begin anew beside them"
+                    f"--device {there} to continue them, or --device {here} to start again beside them"
                 )
         return runs
 
@@ -93,11 +92,11 @@ class GridRequest:
         return self.folder.rounds_file(run.name).exists()
 
     def place(self, run: CellRun, nodes: Sequence[Resources]) -> CellPlacement:
-        """How the clients of a run share these nodes.
+        """Place the clients of a run on the nodes.
 
         Raises:
-            ConfigError: a share of a GPU for clients that use none.
-            ResourceError: as `place_cell`.
+            ConfigError: a share of a GPU is asked for clients that use none.
+            ResourceError: see `place_cell`.
         """
         self._check_share(run.config.device)
         return place_cell(run.config, self._wanted(), nodes)
@@ -112,7 +111,7 @@ class GridRequest:
         )
 
     def _check_share(self, device: str) -> None:
-        """Refuse a share of a GPU for clients that use none."""
+        """Refuse a share of a GPU for clients that compute on CPUs."""
         share = self.options.gpus_per_client
         if share and device == "cpu":
             asked = self.options.device == "cpu"
@@ -122,7 +121,7 @@ class GridRequest:
 
 
 def _on_the_other_device(run: CellRun) -> CellRun | None:
-    """The same run there; None if its settings are for this one only."""
+    """The same run on the other device; None if its settings are only for this one."""
     device: Device = "cpu" if run.config.device == "cuda" else "cuda"
     try:
         return replace(run, config=replace(run.config, device=device))

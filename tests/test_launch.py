@@ -75,7 +75,7 @@ def test_fresh_starts_over_in_a_new_folder_which_the_next_command_goes_on_with(
 
     assert run(tmp_path, "--fresh") == 0
     told = capsys.readouterr().out
-    assert f"fresh: results go to {tmp_path / 'table1-2'}; table1 stays as it is" in told
+    assert f"fresh: results go to {tmp_path / 'table1-2'}; table1 is left as it is" in told
     assert f"Rows: pandas.read_parquet('{tmp_path / 'table1-2' / 'rounds'}')" in told
     assert contents(tmp_path / "table1") == before
     assert len(in_process) == 2
@@ -111,7 +111,7 @@ def test_changed_settings_are_another_run_and_the_command_says_which(
     assert "new settings" not in capsys.readouterr().out
     assert run(tmp_path, "--learning-rate", "0.5", "--no-augment") == 0
     assert (
-        "new settings, so 1 new run; what lies there stays as it is. Before and now: "
+        "new settings, so 1 new run; existing results are left as they are. Before and now: "
         "training.augment True -> False, training.learning_rate 0.01 -> 0.5\n"
     ) in capsys.readouterr().out
     assert len(set(in_process)) == 2
@@ -201,7 +201,7 @@ def test_sigterm_before_the_first_round_is_as_ctrl_c(
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("flexifed.orchestra.cluster.connected", terminated)
     assert run(tmp_path) == 130
-    assert "stopped: the same command goes on" in capsys.readouterr().err
+    assert "stopped; run the same command again to resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -237,7 +237,7 @@ def test_auto_does_not_begin_anew_because_the_machine_has_another_device(
         assert run(tmp_path, *line) == 2
         told = capsys.readouterr().err
         assert "--device auto is cuda here, but cifar10/vgg/standalone seed 0 has results of these settings" in told
-        assert "say --device cpu to go on with them, or --device cuda to begin anew" in told
+        assert "say --device cpu to continue them, or --device cuda to start again" in told
         assert connected == [], "Ray is not started for nothing"
     assert contents(tmp_path / "table1" / "rounds") == before
     for settings in (["--no-winograd"], ["--learning-rate", "0.5"]):  # CPUs have no results of these

@@ -1,6 +1,6 @@
-"""The folders of an experiment: `table1`, and `table1-2`, `table1-3` ... where somebody wanted to start over.
+"""The folders of an experiment: `table1`, and `table1-2`, `table1-3` and so on from starting over.
 
-The newest is the one that commands go on with and that reports show; the others stay as they are.
+Commands continue in the newest folder, and reports show it; the others are left alone.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from flexifed.errors import ResultsError
 
 
 def experiment_folders(results_dir: Path, name: str) -> list[Path]:
-    """Those that are there, oldest first.
+    """The existing folders, oldest first.
 
     Raises:
-        ResultsError: the results can't be looked at.
+        ResultsError: the results folder can't be read.
     """
     try:
         folders = [path for path in (results_dir / name, *results_dir.glob(f"{name}-*")) if path.is_dir()]
@@ -33,12 +33,12 @@ def experiment_folders(results_dir: Path, name: str) -> list[Path]:
 
 
 def newest_folder(results_dir: Path, name: str) -> Path:
-    """The one that a command goes on with; it need not be there yet."""
+    """The folder in which a command continues; it need not exist yet."""
     return [results_dir / name, *experiment_folders(results_dir, name)][-1]
 
 
 def fresh_folder(results_dir: Path, name: str) -> Path:
-    """One to start over in. It is not made; where the newest holds nothing yet, that is the one."""
+    """A folder in which to start over: the newest one if it is still empty, otherwise the next. It is not created."""
     newest = newest_folder(results_dir, name)
     if not any((newest / "runs").glob("*")) and not any((newest / "rounds").glob("*.parquet")):
         return newest

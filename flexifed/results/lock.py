@@ -1,7 +1,7 @@
-"""One command at a time writes to a results folder.
+"""A lock that lets one command at a time write to a results folder.
 
-The lock is the kernel's (`flock`) where the file system has it, on NFS too: it ends with its process, however that
-ends. Elsewhere it is a file that names its process; one that a dead process of the same machine has left is taken over.
+Where the file system supports it, NFS included, it is a kernel lock (`flock`), which ends with its process, however
+that ends. Elsewhere it is a file that names its process; a file left by a dead process of the same machine is replaced.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder for the length of a `with` block.
 
     Raises:
-        ResultsError: another command holds it, or it can't be made.
+        ResultsError: another command holds the lock, or the lock can't be created.
     """
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is no flock here; what it does instead stands above
+            warnings.simplefilter("ignore")  # about the missing flock; the fallback is described above
             lock.acquire()
     except Timeout as error:
         raise ResultsError(
             f"{folder} is being written by {_holder(folder)}; wait until it has ended, or choose another "
-            f"--results-dir. If it has ended for certain, remove {folder / LOCK}"
+            f"--results-dir. If it has certainly ended, remove {folder / LOCK}"
         ) from error
     except OSError as error:
         raise ResultsError(
-            f"can't lock {folder}: {error.strerror or error}; make room or mend the folder, or choose another "
+            f"can't lock {folder}: {error.strerror or error}; make room or fix the folder, or choose another "
             "--results-dir"
         ) from error
     try:
@@ -56,7 +56,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _name_holder(folder: Path) -> None:
-    """Write down who holds the lock: for the message to others, never for deciding who does."""
+    """Write down which process holds the lock. This is only used in messages, never to decide who holds it."""
     content = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -67,7 +67,7 @@ def _name_holder(folder: Path) -> None:
         (folder / HOLDER).write_text(json.dumps(content))
     except OSError as error:
         raise ResultsError(
-            f"can't write {folder / HOLDER}: {error.strerror or error}; make room or mend the folder"
+            f"can't write {folder / HOLDER}: {error.strerror or error}; make room or fix the folder"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A cell's durable log, one line a round, and its TensorBoard events beside it."""
+"""The log of a cell, with a line per round that is flushed to disk, and its TensorBoard events."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LOG = "log.txt"
 class RunLog:
     """Appends to `<folder>/log.txt` and to an event file in the same folder.
 
-    Events are written where they arise, not by a thread, so that what goes wrong is heard of. An event file begins with
-    the first value, and hides what earlier files hold of that round and later ones.
+    Events are written by the caller and not by a thread, so that errors reach it. An event file begins with the first
+    value, and makes TensorBoard drop the values of earlier files from that round on.
 
     Args:
-        folder: made if it is missing.
+        folder: created if it is missing.
 
     Raises:
-        ResultsError: of every method but `close`: the files can't be written.
+        ResultsError: from every method but `close`: the files can't be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,11 +40,11 @@ class RunLog:
         self._file = _opened(folder)
 
     def write(self, message: str) -> None:
-        """Add a line with the time (UTC), and see it onto the disk."""
+        """Add a line with the time (UTC), and flush it to disk."""
         _write(self._file, self._path, message)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Add values to the event file, by tag, at a round."""
+        """Add values, by tag, to the event file of a round."""
         with writing(self._folder):
             events = self._events or self._begin_events(step)
             for tag, value in values.items():
@@ -52,7 +52,7 @@ class RunLog:
             events.flush()
 
     def close(self) -> None:
-        """Close both files. What could be written of them is."""
+        """Close both files."""
         if self._events:
             with suppress(OSError):
                 self._events.close()
@@ -65,7 +65,7 @@ class RunLog:
 
 
 def add_line(folder: Path, message: str) -> None:
-    """Add a line to the log of a run whose own process can't do it.
+    """Add a line to the log of a run whose own process can no longer write it.
 
     Raises:
         ResultsError: the log can't be written.
@@ -81,7 +81,7 @@ def _opened(folder: Path) -> FileIO:
 
 
 def _write(file: FileIO, path: Path, message: str) -> None:
-    """Add a whole line, or none."""
+    """Add a line, whole or not at all."""
     line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n".encode()
     with writing(path):
         length = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""One row for each seed, round and client: what was measured, and what is needed to trust it later."""
+"""The rows of results, one per seed, round and client: the measurements, and what is needed to trust them later."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ SCHEMA = pa.schema(
 )
 """Columns of the rounds files.
 
-`round` r is the score of what the client holds at the start of round r, and the training that follows; the last round
-of a run is scored only, so its `train_loss`, `train_s` and `train_started` are null. `accuracy` is in 0 to 1; `loss`
-and `train_loss` are mean cross-entropies in nats; `num_train` and `num_test` are the sizes of the client's shards;
-`bytes_up` and `bytes_down` are what the scheme makes the client send and get in this round, wherever it runs; `_s` are
-seconds of wall time, which clients that overlap on a GPU have in common; `train_started` is Unix time; `actor` is the
-process, counted within the cell. `data_source` is `real`, `real-partial`, `real-other` or `synthetic`.
+The row of round r has the score of the client's model at the start of the round, and the training that follows. The
+last round of a run is only scored, so its `train_loss`, `train_s` and `train_started` are null. `accuracy` is from 0 to
+1; `loss` and `train_loss` are mean cross-entropies in nats; `num_train` and `num_test` are the sizes of the client's
+shards; `bytes_up` and `bytes_down` are the bytes that the scheme makes the client send and receive in this round,
+wherever it runs. Columns that end in `_s` are wall time in seconds, which clients that overlap on a GPU share;
+`train_started` is a Unix time; `actor` is the number of the process within the cell. `data_source` is `real`,
+`real-partial`, `real-other` or `synthetic`.
 """

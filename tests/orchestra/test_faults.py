@@ -490,7 +490,7 @@ def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
         time.sleep(1.0)  # signals that come faster count as one
     output = command.communicate()[0]
     assert command.returncode == 130
-    assert "the same command goes on" in output
+    assert "run the same command again to resume" in output
     _, left = psutil.wait_procs(processes, timeout=60)
     assert left == []
     assert "Traceback" not in output

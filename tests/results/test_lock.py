@@ -92,5 +92,5 @@ def test_a_lock_of_a_process_on_another_machine_is_left_alone(tmp_path: Path, mo
 
 def test_a_folder_that_cannot_be_locked_is_an_error_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ResultsError, match=r"can.t lock .*mend the folder"), locked(tmp_path / "file" / "below"):
+    with pytest.raises(ResultsError, match=r"can.t lock .*fix the folder"), locked(tmp_path / "file" / "below"):
         pytest.fail("locked nothing")
