@@ -48,7 +48,7 @@ _STATES = {
     "real-partial": "partial; results say real-partial",
     "real-other": "whole, of another release than the paper's; results say real-other",
 }
-"""What `flexifed data` says of data, by their source."""
+"""How `flexifed data` describes the state of data, by their source."""
 _IMAGE_CHANNELS = 3  # as the models of images have by default
 _NUM_CLASSES: Mapping[InputKind, int] = MappingProxyType({"image": 10, "text": 4})
 """Classes of CIFAR-10 and of AG News."""
@@ -109,7 +109,7 @@ class Plan:
         return self.in_channels
 
     def summary(self) -> PlanSummary:
-        """Work the plan out."""
+        """Compute the plan and summarise it."""
         if self.num_clients > _MOST_CLIENTS:
             raise ConfigError(f"num_clients is {self.num_clients}; it must be at most {_MOST_CLIENTS} to be shown")
         ModelConfig(width=self.width)  # checks the numbers before torch is imported
@@ -186,7 +186,7 @@ class Shares:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """List which data sets are there, whole or in part, and how to get the rest."""
+    """List the data sets, whether they are complete, and how to get missing ones."""
 
     data_dir: Path = field(default_factory=lambda: Path(os.environ.get("FLEXIFED_DATA_DIR") or "data"))
     """Folder of the data sets. Default: $FLEXIFED_DATA_DIR, or ./data."""
@@ -228,7 +228,7 @@ class Data:
             raise DataError(f"{', '.join(failed)} {problem}; see above")
 
     def _look(self, name: str, data_dir: Path) -> list[str]:
-        """Whether a data set is there, and what of it."""
+        """The state of a data set, and lines with details."""
         from flexifed.data import PartialDataWarning, find_dataset
 
         with warnings.catch_warnings(record=True) as caught:
@@ -250,11 +250,11 @@ class Report:
     """Print the tables of an experiment from its results, and draw its figures, for each set of settings."""
 
     results_dir: Annotated[Path, _POSITIONAL] = Path("results")
-    """The --results-dir of the runs."""
+    """The --results-dir of the runs, or the folder of one experiment."""
     experiment: str | None = None
     """Folder of an experiment in the results. Default: table1, or the newest that --fresh made (table1-2, ...)."""
     pick: Literal["last", "best", "final"] = "last"
-    """Rounds that a number is taken from. last: mean of the last tenth, at most 50. best: the best. final: the last."""
+    """Rounds that numbers are taken from. last: mean of the last tenth, at most 50. best: the best. final: the last."""
     profile: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Only runs under this profile. Default: all, with a table for each."""
     format: Literal["terminal", "markdown", "latex", "csv"] = "terminal"
@@ -262,7 +262,7 @@ class Report:
     target: float | None = None
     """Accuracy, in percent, to which rounds are counted. Default: where Clustered-FL ends under the same seed."""
     figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Draw the figures too, as PNG and PDF: a folder in this one for each table. Needs the extra `analysis`."""
+    """Also draw the figures, as PNG and PDF, in a subfolder for each table. Needs the extra `analysis`."""
 
     def run(self, console: Console) -> None:
         """Print the tables, and write the figures.
@@ -272,15 +272,15 @@ class Report:
             ResultsError: no results, or damaged ones.
         """
         from flexifed.report.curves import check_target
-        from flexifed.report.study import load, report, report_text
-        from flexifed.results.attempts import experiment_folders, newest_folder
+        from flexifed.report.study import load, report, report_text, results_folder
+        from flexifed.results.attempts import experiment_folders
         from flexifed.results.store import ResultsFolder
 
         check_target(self.target)
         if self.figures is not None:
             from flexifed.report.figures import drawings  # refuses before anything is read or printed
         results_dir = self.results_dir.expanduser().absolute()
-        root = newest_folder(results_dir, _EXPERIMENT) if self.experiment is None else results_dir / self.experiment
+        root = results_folder(results_dir, self.experiment).root
         folders = experiment_folders(results_dir, self.experiment or _EXPERIMENT)
         if others := [folder.name for folder in folders if folder != root]:
             note = f"{root}; there are also (choose with --experiment): {', '.join(others)}"
@@ -303,18 +303,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: the line; None reads the process's own.
+        argv: the command line; None for that of the process.
 
     Returns:
-        Exit status: 0, or 2 for what the user can mend.
+        Exit status: 0; 2 for errors that the user can fix; see `guarded` for others.
 
     Raises:
-        SystemExit: the line can't be read (status 2), or `--help` was asked for (status 0).
+        SystemExit: the line can't be parsed (status 2), or asks for `--help` (status 0).
     """
     command: Plan | Shares | Models | Data | Report = tyro.cli(
         Plan | Shares | Models | Data | Report,
         prog="flexifed",
-        description="Look at FlexiFed's sharing plans, models, data and results. experiments/ holds what runs.",
+        description="Inspect FlexiFed's sharing plans, models, data and results. Scripts in experiments/ run them.",
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff,),
     )

@@ -448,7 +448,7 @@ def test_report_of_one_profile(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "profile smoke" in text
     assert "profile quick" not in text
     assert main(["report", str(tmp_path), "--profile", "thin"]) == 2
-    assert "there are some of: quick, smoke" in capsys.readouterr().err
+    assert "choose one of: quick, smoke" in capsys.readouterr().err
 
 
 def test_report_over_seeds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

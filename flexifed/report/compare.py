@@ -104,7 +104,7 @@ def render_differences(
             (f"{row.scheme} - {row.against}", (*_cells(row), *intervals_by_seed.get(_key(row), ()))) for row in group
         ]
         sections.append(Section(f"{dataset} / {family}{source_label(source)}", tuple(rows)))
-    names = ("points", "95 % interval", "n") + (("by seed", "seeds") if by_seed else ())
+    names = ("points", "95 % interval", "n") + (("by seed", "n") if by_seed else ())
     notes = (BY_SEED_NOTE,) if by_seed else ()
     return Sheet(title, tuple(map(Column, names)), tuple(sections), notes)
 

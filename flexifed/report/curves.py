@@ -122,21 +122,21 @@ def speedups(reached: pd.DataFrame) -> pd.DataFrame:
     Returns:
         A table indexed by dataset, family and scheme in the paper's order. `target`: mean over seeds. `seeds` and
         `reached`: the number of seeds, and of those that reached the target. `rounds`: mean over the seeds that reached
-        it; missing if none did. `pairs`: the number of seeds in which both the cell and the baseline reached it.
-        `speedup`: the baseline's rounds divided by the cell's, each the mean over these pairs; missing if there is no
-        pair, or if the cell began above the target.
+        it; missing if none did. `pairs`: the number of seeds in which both the cell and the baseline reached the
+        target. `speedup`: the baseline's rounds divided by the cell's, each the mean over these seeds; missing if there
+        is no such seed, or if the cell began above the target.
     """
     row_keys = ["dataset", "family", "data_source", "seed"]
     baseline = reached[reached["scheme"] == BASELINE].set_index(row_keys)["rounds"].rename("baseline")
     pairs = reached.merge(baseline.reset_index(), on=row_keys, how="left")
-    both_reached = pairs.dropna(subset=["rounds", "baseline"]).groupby(CELL)[["rounds", "baseline"]]
-    both = both_reached.mean()
+    both = pairs.dropna(subset=["rounds", "baseline"]).groupby(CELL)[["rounds", "baseline"]]
+    means = both.mean()
     groups = pairs.groupby([*CELL, "data_source"])
     table = groups.agg(
         target=("target", "mean"), seeds=("seed", "nunique"), reached=("rounds", "count"), rounds=("rounds", "mean")
     ).reset_index("data_source")
-    table["pairs"] = both_reached.size().reindex(table.index, fill_value=0)
-    table["speedup"] = both["baseline"] / both["rounds"].where(both["rounds"] > 0)
+    table["pairs"] = both.size().reindex(table.index, fill_value=0)
+    table["speedup"] = means["baseline"] / means["rounds"].where(means["rounds"] > 0)
     return in_paper_order(table)
 
 
@@ -172,27 +172,18 @@ def render_speedups(table: pd.DataFrame, *, rounds: int, target: Target = None, 
     notes = (
         f"Target: {definition}. Rounds: rounds of training until the mean accuracy over all versions first reached the "
         f"target, as the mean over the seeds that reached it within {rounds}. Speed-up: {BASELINE}'s rounds divided by "
-        "the scheme's, over the seeds in which both reached the target: n, where it is not all seeds.",
+        "the scheme's, over the n seeds in which both reached the target.",
     )
-    columns = tuple(map(Column, ("rounds", "speed-up", "seeds that reached it")))
+    columns = tuple(map(Column, ("rounds", "speed-up", "n", "seeds that reached it")))
     return Sheet(REACHED, columns, tuple(sections), notes)
 
 
 def _cells(row: Mapping[Hashable, Any]) -> tuple[Cell, ...]:
     rounds = f"{row['rounds']:.1f}".removesuffix(".0") if row["reached"] else "none"
-    speedup = "at the start" if row["rounds"] == 0 else speedup_text(row)
-    return (rounds,), (speedup,), (f"{row['reached']:g} of {row['seeds']:g}",)
-
-
-def speedup_text(row: Mapping[Hashable, Any]) -> str:
-    """A cell's speed-up; with the number of its pairs, unless these are all of the cell's seeds.
-
-    Args:
-        row: a row of `speedups`.
-    """
-    if math.isnan(row["speedup"]):
-        return ""
-    return f"{row['speedup']:.2f}×" + ("" if row["pairs"] == row["seeds"] else f" (n = {row['pairs']:g})")
+    speedup, pairs = ("", "") if math.isnan(row["speedup"]) else (f"{row['speedup']:.2f}×", f"{row['pairs']:g}")
+    if row["rounds"] == 0:
+        speedup = "at the start"
+    return (rounds,), (speedup,), (pairs,), (f"{row['reached']:g} of {row['seeds']:g}",)
 
 
 def drawable_rows(unfinished: pd.DataFrame, finished: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from flexifed.config import SCHEMES
+from flexifed.config import SCHEMES, CellName
 from flexifed.errors import ConfigError, ResultsError
 from flexifed.report.curves import (
     BASELINE,
@@ -20,7 +20,6 @@ from flexifed.report.curves import (
     rounds_to_target,
     scheme_curves,
     shown_target,
-    speedup_text,
     speedups,
     version_curves,
 )
@@ -54,6 +53,7 @@ _VERSION_STYLES = {
 _MARKERS = 6  # on a line
 _DECADES = 1e3  # of bytes, from which their axis is logarithmic
 _MOST_COLUMNS = 4
+_NAMED = 4  # curves that end early, before only their number is given
 _PANEL_INCHES = (3.1, 2.3)
 _ONE_PANEL_INCHES = (6.2, 3.4)
 _ROUNDS = "rounds of training"
@@ -64,18 +64,18 @@ _ORDER = (*SCHEME_NAMES.values(), *map(str.upper, _VERSION_STYLES))
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure and the name of its files. Without axes there is nothing to draw. A notebook shows it as an image."""
+    """A figure and the name of its files; no axes: nothing to draw. A notebook shows it as an image."""
 
     name: str
     figure: Figure
 
     def save(self, folder: Path, formats: Sequence[FileFormat] = ("png", "pdf")) -> list[Path]:
-        """Write the figure in each format, and return the paths.
+        """Write it, once in each format, and return the paths.
 
         Raises:
             ResultsError: the folder can't be written.
         """
-        paths = [folder / f"{self.name}.{extension}" for extension in formats]
+        paths = [folder / f"{self.name}.{one}" for one in formats]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in paths:
@@ -93,10 +93,10 @@ class Drawing:
 
 
 def drawings(study: Study, pick: Pick = "last", target: Target = None) -> list[Drawing]:
-    """All figures of a study that have anything to draw."""
-    by_scheme = (versions_over_rounds(study, scheme) for scheme in SCHEMES)
-    found = [accuracy_over_rounds(study), *by_scheme, accuracy_over_bytes(study)]
-    return [drawing for drawing in (*found, rounds_to_a_target(study, pick, target)) if drawing.figure.axes]
+    """Every figure that the study has rows for."""
+    found = [accuracy_over_rounds(study), *(versions_over_rounds(study, scheme) for scheme in SCHEMES)]
+    found += [accuracy_over_bytes(study), rounds_to_a_target(study, pick, target)]
+    return [drawing for drawing in found if drawing.figure.axes]
 
 
 def accuracy_over_rounds(study: Study) -> Drawing:
@@ -127,9 +127,11 @@ def versions_over_rounds(study: Study, scheme: str = "max_common") -> Drawing:
 
 
 def accuracy_over_bytes(study: Study) -> Drawing:
-    """Mean accuracy of all versions against the bytes that a client has sent; a level line for schemes without any."""
+    """Mean accuracy of all versions against the bytes that a client has sent; schemes that send nothing are a level."""
     curves = bands(scheme_curves(version_curves(study.curve_rows())))
-    curves = curves[(curves["sent"] > 0) | (curves["round"] > 0)]  # nothing has been sent yet at the start of round 0
+    by_cell = curves.groupby(CELL)
+    curves = curves[by_cell["round"].transform("max") > 0]  # before round 1 no client has had a chance to send
+    sends_nothing = by_cell["sent"].transform("max") == 0
 
     def draw(axes: Axes, panel: pd.DataFrame) -> None:
         """Accuracy over bytes sent, a line for each scheme."""
@@ -149,10 +151,13 @@ def accuracy_over_bytes(study: Study) -> Drawing:
                 _line(axes, sending["sent"], sending, SCHEME_NAMES[scheme], style)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
 
-    has_dashed = bool((curves.groupby(CELL)["sent"].max() == 0).any())
-    said = [_ALL, *[_DASHED] * has_dashed]
-    text = _curves_text(study, curves, "Accuracy against bytes sent", "sent by one client so far", *said)
-    return Drawing("accuracy-over-bytes", _panels(curves, draw, text))
+    dashed = [_DASHED] if sends_nothing.loc[curves.index].any() else []
+    figure = _panels(
+        curves,
+        draw,
+        _curves_text(study, curves, "Accuracy against bytes sent", "sent by one client so far", _ALL, *dashed),
+    )
+    return Drawing("accuracy-over-bytes", figure)
 
 
 def rounds_to_a_target(study: Study, pick: Pick = "last", target: Target = None) -> Drawing:
@@ -166,12 +171,11 @@ def rounds_to_a_target(study: Study, pick: Pick = "last", target: Target = None)
             cell = panel[panel["scheme"] == scheme]
             if cell.empty:
                 continue
-            summary, style = cell.iloc[0], _SCHEME_STYLES[scheme]
+            one, style = cell.iloc[0], _SCHEME_STYLES[scheme]
             seeds = reached.merge(cell[CELL], on=CELL)["rounds"].dropna()
             axes.plot(seeds, [row] * len(seeds), ".", color=style["color"], alpha=0.6, markersize=5, zorder=2)
-            axes.plot([summary["rounds"]], [row], style["marker"], color=style["color"], markersize=7, zorder=3)
-            where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
-            axes.annotate(_reached_text(summary), (1.02, row), **where)
+            axes.plot([one["rounds"]], [row], style["marker"], color=style["color"], markersize=7, zorder=3)
+            axes.annotate(_reached_text(one), (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
         axes.set_yticks(range(len(SCHEMES)), [SCHEME_NAMES[scheme] for scheme in SCHEMES])
         axes.set_ylim(len(SCHEMES) - 0.5, -0.5)
         axes.set_xlim(-0.03 * study.rounds, study.rounds * 1.03)
@@ -184,18 +188,16 @@ def rounds_to_a_target(study: Study, pick: Pick = "last", target: Target = None)
         if target is None
         else f"target: {target:g} %"
     )
-    marks = (
-        f"dots are seeds, the mark is their mean, × the speed-up over {SCHEME_NAMES[BASELINE]} in the seeds in which "
-        "both reached it (n, where these are not all)"
-    )
-    text = _text(study, "Rounds to a target accuracy", [which, _ALL, marks], _ROUNDS, "")
+    speedup = f"× the speed-up over {SCHEME_NAMES[BASELINE]}, over seeds in which both reached it"
+    said = [which, _ALL, f"dots are seeds, the mark is their mean, {speedup}"]
+    text = _text(study, "Rounds to a target accuracy", said, _ROUNDS, "")
     figure = _panels(table, draw, text, shared=True)
     return Drawing("rounds-to-target", figure)
 
 
 @dataclass(frozen=True)
 class _Text:
-    """The texts of a figure: its title, the lines below, and the names of the axes."""
+    """A title, lines below it, and what the axes are."""
 
     title: str
     below: tuple[str, ...]
@@ -204,7 +206,7 @@ class _Text:
 
 
 def _curves_text(study: Study, curves: pd.DataFrame, title: str, x: str, *what: str) -> _Text:
-    """The texts of a figure of `curves`, which are from `flexifed.report.curves.bands`."""
+    """The text of a figure with bands: of `curves`, from `flexifed.report.curves.bands`."""
     fewest, most = (int(curves["seeds"].min()), int(curves["seeds"].max())) if len(curves) else (0, 0)
     count = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
     band = f"{count}: mean, and a band of ±1 standard deviation" if most > 1 else "one seed"
@@ -217,19 +219,22 @@ def _text(study: Study, title: str, said: Sequence[str], x: str, y: str = "accur
 
 
 def _unfinished(study: Study, curves: pd.DataFrame) -> list[str]:
-    """Which of the cells that are drawn end early, and whether unfinished seeds of others are left out."""
-    if curves.empty:
-        return []
-    drawn = study.curve_rows().merge(curves[CELL].drop_duplicates(), on=CELL)
-    ends = drawn["round"].groupby(drawn[CELL].agg("/".join, axis=1)).max()
-    short = {str(cell): end for cell, end in ends.items() if end < study.rounds}
-    notes = []
-    if short:
-        shown = ", ".join(f"{cell} to round {end}" for cell, end in list(short.items())[:4])
-        notes.append(f"UNFINISHED: {shown}" + (f" and {len(short) - 4} more" if len(short) > 4 else ""))
-    if any(str(cell.cell) in ends and str(cell.cell) not in short for cell in study.edition.unfinished):
-        notes.append("unfinished seeds left out" + " of the other cells" * bool(short))
-    return notes
+    """Say which of the drawn curves end early, and whether unfinished seeds of drawn cells were left out."""
+    drawn = {CellName(*key) for key in curves[CELL].drop_duplicates().itertuples(index=False, name=None)}
+    finished = {run.cell for run in study.edition.finished}
+    unfinished = [run for run in study.edition.unfinished if run.cell in drawn]
+    last_rounds: dict[CellName, int] = {}
+    for run in unfinished:
+        if run.cell not in finished:
+            last_rounds[run.cell] = min(run.last_round, last_rounds.get(run.cell, run.last_round))
+    phrases = []
+    if last_rounds:
+        named = [f"{cell} to round {last}" for cell, last in sorted(last_rounds.items(), key=lambda item: str(item[0]))]
+        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+        phrases.append(f"UNFINISHED: {', '.join(named[:_NAMED])}{more}")
+    if any(run.cell in finished for run in unfinished):
+        phrases.append("unfinished seeds left out")
+    return phrases
 
 
 def _panels(
@@ -239,13 +244,13 @@ def _panels(
     *,
     shared: bool = False,
 ) -> Figure:
-    """Draw panels in the paper's order, with a common legend.
+    """A grid of panels in the paper's order, with one legend for all.
 
     Args:
-        curves: the data; each data set and family gets a panel.
+        curves: a panel for each data set and family in it.
         draw: fills a panel from its part of `curves`.
-        text: the texts of the figure.
-        shared: whether the panels share a y axis that names the lines, so that no legend is needed.
+        text: above the panels.
+        shared: whether panels have one y axis that names the lines, so that there is no legend.
     """
     if curves.empty:
         return _nothing(text)
@@ -271,7 +276,7 @@ def _panels(
 
 
 def _headed(text: _Text, width: float, height: float) -> Figure:
-    """Make a figure with the texts above a body of the given size, in inches."""
+    """A figure with words above a body of so many inches."""
     below = [line for text_line in text.below for line in textwrap.wrap(text_line, int(width * 16))]
     head = 0.4 + 0.15 * len(below)
     figure = Figure(figsize=(width, head + height), layout="constrained")
@@ -283,7 +288,7 @@ def _headed(text: _Text, width: float, height: float) -> Figure:
 
 
 def _style(axes: Axes, title: str) -> None:
-    """Apply the style of all panels."""
+    """What all panels look like."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -293,7 +298,7 @@ def _style(axes: Axes, title: str) -> None:
 
 
 def _one_legend(figure: Figure) -> None:
-    """Add a legend below all panels."""
+    """Under all panels, what is drawn in any of them."""
     found: dict[str, Any] = {}
     for axes in figure.axes:
         found |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -309,7 +314,7 @@ def _one_legend(figure: Figure) -> None:
 
 
 def _nothing(text: _Text) -> Figure:
-    """Make a figure that says that there is nothing to draw."""
+    """Where there are no rows to draw."""
     figure = Figure(figsize=(_ONE_PANEL_INCHES[0], 0.8))
     figure.text(0.01, 0.9, text.title, va="top", fontsize=12, fontweight="bold")
     said = textwrap.fill(f"nothing to draw: {text.below[0]}", 100)
@@ -325,7 +330,7 @@ def _line(axes: Axes, x: pd.Series[Any], curve: pd.DataFrame, label: str, style:
 
 
 def _by(panel: pd.DataFrame, column: str, order: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
-    """The parts of a panel in a fixed order, each sorted by round; missing ones are left out."""
+    """The parts of a panel in a fixed order, each sorted by round; those that are not there are left out."""
     parts = ((name, panel[panel[column] == name].sort_values("round")) for name in order)
     return [(name, part) for name, part in parts if not part.empty]
 
@@ -334,14 +339,17 @@ def _name(panel: pd.DataFrame) -> str:
     return f"{panel['dataset'].iloc[0]} / {panel['family'].iloc[0]}"
 
 
-def _reached_text(row: pd.Series[Any]) -> str:
-    """What stands beside the mark of a scheme; see `speedups` for the row."""
-    if not row["reached"]:
+def _reached_text(one: pd.Series[Any]) -> str:
+    if not one["reached"]:
         return "not reached"
-    speedup = "from the start" if not row["rounds"] else speedup_text(row.to_dict())
-    if speedup and row["reached"] == row["seeds"]:
+    speedup = "" if pd.isna(one["speedup"]) else f"{one['speedup']:.2f}×"
+    if speedup and one["pairs"] != one["seeds"]:
+        speedup += f" (n = {one['pairs']:g})"
+    if not one["rounds"]:
+        speedup = "from the start"
+    if speedup and one["reached"] == one["seeds"]:
         return speedup
-    return f"{speedup} {row['reached']:g} of {row['seeds']:g}".strip()
+    return f"{speedup} {one['reached']:g} of {one['seeds']:g}".strip()
 
 
 def _bytes(value: float) -> str:

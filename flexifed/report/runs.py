@@ -1,7 +1,7 @@
-"""The contents of a results folder: its cells, their progress, and which of them may share a table.
+"""The contents of a results folder: which cells it has, their progress, and which of them may share a table.
 
-Only cells with the same settings, data and number of rounds can be compared. So cells are grouped into editions, by the
-metadata of their files, and each edition gets its own table.
+Only cells that ran with the same settings on the same data for the same number of rounds can be compared. So cells are
+grouped into editions by what their files record, and each edition has its own table.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,20 +23,21 @@ _CELL_FIELDS = ("dataset", "family", "scheme", "seed")
 
 @dataclass(frozen=True, kw_only=True)
 class StoredCell:
-    """A file of rounds: a cell under one seed.
+    """The file of one cell and seed.
 
     Attributes:
-        name: the file's name, without the suffix.
+        name: the name of the file, without its extension.
         cell: data set, family and scheme.
-        seed: the seed.
-        last_round: the last round for which the file has scores.
-        rounds: the number of rounds of training that were asked for; while a finished run is trained further, the
-            number with which it finished.
-        extended_to: the number of rounds to which a finished run is being trained further; None for other runs.
-        profile: name of the profile.
+        seed: the seed of the run.
+        last_round: the last round that the file has scores of.
+        rounds: the number of rounds of training that were requested; for a finished run that is being trained further,
+            the number it had finished before.
+        extended_to: the number of rounds that a finished run is being trained to; None for all other runs.
+        profile: the name of the profile that the run was started with.
         data_source: `real`, `real-partial`, `real-other` or `synthetic`.
-        fingerprint: fingerprint of the data; empty if the file has none.
-        settings: the config without data set, family, scheme and seed, flattened: `training.batch_size`.
+        fingerprint: the fingerprint of the data; empty if the file records none.
+        settings: the config without data set, family, scheme and seed, as a flat mapping with keys such as
+            `training.batch_size`.
     """
 
     name: str
@@ -56,73 +58,84 @@ class StoredCell:
 
     @property
     def progress(self) -> str:
-        """The progress of the run, in words."""
+        """The run and its latest round, as text."""
         return f"{self.cell} seed {self.seed}: round {self.last_round} of {self.extended_to or self.rounds}"
 
 
 @dataclass(frozen=True)
 class Edition:
-    """Cells that may share a table. `fingerprint` is that of their data, if other cells differ in nothing else."""
+    """Cells that may share a table.
+
+    `fingerprint` identifies their data if another edition differs from this one only in its data, else it is empty.
+    """
 
     cells: tuple[StoredCell, ...]
     fingerprint: str = ""
 
     @property
     def finished(self) -> tuple[StoredCell, ...]:
-        """The finished cells."""
+        """The cells that have all their scores."""
         return tuple(cell for cell in self.cells if cell.is_finished)
 
     @property
     def unfinished(self) -> tuple[StoredCell, ...]:
-        """The unfinished cells."""
+        """The cells that lack scores."""
         return tuple(cell for cell in self.cells if not cell.is_finished)
 
     @property
     def title(self) -> str:
-        """What distinguishes the edition: profile, rounds, data, and settings that differ from the profile's."""
+        """Profile, number of rounds, data, device, and the settings that differ from the profile's."""
         cell = self.cells[0]
         device = cell.settings.get("device")
         data = f"{cell.data_source} data" + (f" ({self.fingerprint})" if self.fingerprint else "")
-        words = [f"profile {cell.profile}", f"{cell.rounds} rounds", data]
-        words += [str(device)] if device else []
+        parts = [f"profile {cell.profile}", f"{cell.rounds} rounds", data]
+        parts += [str(device)] if device else []
         changed = [f"{name}={value}" for name, value in changed_settings(cell).items()]
-        return ", ".join(words) + (f"; not the profile's: {', '.join(changed)}" if changed else "")
+        return ", ".join(parts) + (f"; not the profile's: {', '.join(changed)}" if changed else "")
 
 
 def stored_cells(folder: ResultsFolder) -> list[StoredCell]:
-    """Read what every file of rounds says about itself, in the order of their names.
+    """Read the summaries of all cells that have a file, sorted by file name.
 
     Raises:
         ResultsError: the folder can't be read, or a file is damaged.
     """
+    return [cell for path in rounds_files(folder.rounds) if (cell := stored_cell(path)) is not None]
+
+
+def rounds_files(folder: Path) -> list[Path]:
+    """The Parquet files in a folder, sorted by name; none if the folder does not exist.
+
+    Raises:
+        ResultsError: the folder can't be read.
+    """
     try:
-        names = sorted(os.listdir(folder.rounds))
-    except FileNotFoundError:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise ResultsError(
-            f"can't look for results in {folder.rounds}: {error.strerror or error}; choose another --results-dir"
+            f"can't look for results in {folder}: {error.strerror or error}; make it readable, or choose another folder"
         ) from error
-    paths = [folder.rounds / name for name in names if name.endswith(".parquet") and not name.startswith(".")]
-    return [cell for path in paths if (cell := stored_cell(path)) is not None]
+    return [folder / name for name in sorted(names) if name.endswith(".parquet") and not name.startswith(".")]
 
 
 def editions(cells: Sequence[StoredCell]) -> list[Edition]:
-    """Group cells by everything that must be the same in a table: profile, rounds, data and settings."""
+    """Group cells by all that has to be the same within a table: profile, rounds, data and settings."""
     fingerprints: dict[tuple[str, ...], set[str]] = {}
     for cell in cells:
         fingerprints.setdefault((*_common_key(cell), cell.cell.dataset), set()).add(cell.fingerprint)
-    members: dict[tuple[str, ...], list[StoredCell]] = {}
+    groups: dict[tuple[str, ...], list[StoredCell]] = {}
     for cell in cells:
         key = _common_key(cell)
-        # Each data set has its own fingerprint; cells are only kept apart if one data set has several.
-        several = len(fingerprints[*key, cell.cell.dataset]) > 1
-        members.setdefault((*key, cell.fingerprint if several else ""), []).append(cell)
-    return [Edition(tuple(group), fingerprint) for (*_, fingerprint), group in sorted(members.items())]
+        # Fingerprints always differ between data sets; cells are kept apart only if one data set has several.
+        has_several = len(fingerprints[*key, cell.cell.dataset]) > 1
+        groups.setdefault((*key, cell.fingerprint if has_several else ""), []).append(cell)
+    return [Edition(tuple(members), fingerprint) for (*_, fingerprint), members in sorted(groups.items())]
 
 
 def changed_settings(cell: StoredCell) -> dict[str, object]:
-    """The settings that differ from the profile's defaults; empty for an unknown profile."""
+    """The settings that differ from the profile's defaults; empty if flexifed has no profile of this name."""
     profile = PROFILES.get(cell.profile)
     if profile is None:
         return {}
@@ -134,31 +147,31 @@ def changed_settings(cell: StoredCell) -> dict[str, object]:
 def forerunner(
     folder: ResultsFolder, config: CellConfig, profile: str, fingerprint: str
 ) -> tuple[StoredCell, str] | None:
-    """Find the stored run of the same cell, seed and profile that differs least from a new run.
+    """Find the stored run of the same cell, seed and profile that differs from a new run in the fewest settings.
 
     Args:
-        folder: the results of the experiment.
+        folder: the folder of the experiment.
         config: the config of the new run.
-        profile: its profile.
-        fingerprint: the fingerprint of its data.
+        profile: the profile of the new run.
+        fingerprint: the fingerprint of the new run's data.
 
     Returns:
-        The stored run and the differences, in words; None if there is no such run.
+        The stored run and a text that lists the differences; None if there is no such run.
 
     Raises:
         ResultsError: a file is damaged.
     """
-    now = _settings(asdict(config)) | {"data": fingerprint}
+    new = _settings(asdict(config)) | {"data": fingerprint}
     closest: tuple[StoredCell, dict[str, str]] | None = None
     for path in folder.rounds.glob(f"{config.dataset}-*-{config.family}-{config.scheme}-seed{config.seed}-*.parquet"):
         cell = stored_cell(path)
         if cell is None or cell.profile != profile:
             continue
-        before = {**cell.settings, "data": cell.fingerprint}
+        stored = {**cell.settings, "data": cell.fingerprint}
         differences = {
-            name: f"{name} {before.get(name, 'not there')} -> {now.get(name, 'not there')}"
-            for name in sorted({*before, *now})
-            if before.get(name) != now.get(name)
+            name: f"{name} {stored.get(name, 'not set')} -> {new.get(name, 'not set')}"
+            for name in sorted({*stored, *new})
+            if stored.get(name) != new.get(name)
         }
         if differences and (closest is None or len(differences) < len(closest[1])):
             closest = cell, differences
@@ -166,10 +179,10 @@ def forerunner(
 
 
 def stored_cell(path: Path) -> StoredCell | None:
-    """Read what a file says about itself; None if it has no rows.
+    """Read the summary of a rounds file; None if it has no rows.
 
     Raises:
-        ResultsError: the file is damaged, or its metadata are missing.
+        ResultsError: the file is damaged or lacks its metadata.
     """
     summary = read_summary(path)
     if summary is None:
@@ -177,18 +190,19 @@ def stored_cell(path: Path) -> StoredCell | None:
     metadata = summary.metadata
     if "rounds" not in metadata:
         raise ResultsError(
-            f"{path} does not say under which settings its rows were made: another program has saved it without its "
-            "metadata; put back the file that the run wrote, or move this one away"
+            f"{path} does not say how many rounds its run has: it lacks the metadata that flexifed stores in it, which "
+            "pandas, for example, drops when it rewrites a file; restore the file, or move it away, and its cell is "
+            "run again"
         )
-    asked_for = int(metadata["rounds"])
-    is_extended = summary.last_round < asked_for and "finished_rounds" in metadata
+    requested = int(metadata["rounds"])
+    is_extended = summary.last_round < requested and "finished_rounds" in metadata
     return StoredCell(
         name=path.stem,
         cell=summary.cell,
         seed=summary.seed,
         last_round=summary.last_round,
-        rounds=int(metadata["finished_rounds"]) if is_extended else asked_for,
-        extended_to=asked_for if is_extended else None,
+        rounds=int(metadata["finished_rounds"]) if is_extended else requested,
+        extended_to=requested if is_extended else None,
         profile=summary.profile,
         data_source=summary.data_source,
         fingerprint=str(metadata.get("data", {}).get("fingerprint", "")),
@@ -199,8 +213,8 @@ def stored_cell(path: Path) -> StoredCell | None:
 def _settings(config: Mapping[str, object]) -> dict[str, object]:
     """Flatten a config, without the fields that name the cell.
 
-    As in a run's id, recorded steps and Winograd's algorithm only count if they are used. Files that are older than
-    these settings did not use them.
+    As in a run's id, recorded steps (CUDA graphs) and Winograd's algorithm count only where they are used. Files that
+    are older than these settings did not use them.
     """
     settings = _flat({name: value for name, value in config.items() if name not in _CELL_FIELDS})
     by_winograd = settings.pop("numerics.winograd", None)
@@ -212,7 +226,7 @@ def _settings(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def _common_key(cell: StoredCell) -> tuple[str, ...]:
-    # As in a run's id, settings that are None are left out: files that are older than such a setting share the edition.
+    # As in a run's id, a setting of None counts as absent, so older files without the setting are in the same edition.
     settings = json.dumps({name: value for name, value in cell.settings.items() if value is not None}, sort_keys=True)
     return (cell.profile, f"{cell.rounds:09}", cell.data_source, settings)
 
@@ -221,20 +235,35 @@ def _flat(nested: Mapping[str, object]) -> dict[str, object]:
     """`{"model": {"width": 1.0}}` as `{"model.width": 1.0}`."""
     flat: dict[str, object] = {}
     for name, value in nested.items():
-        inner = value if isinstance(value, Mapping) else None
-        flat |= {name: value} if inner is None else {f"{name}.{key}": item for key, item in inner.items()}
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
     return flat
 
 
-def nothing_there(folder: ResultsFolder) -> str:
-    """The message for a folder without results, with the remedy."""
-    above = folder.root.parent
-    if any((above / "rounds").glob("*.parquet")):  # somebody has named an experiment's own folder
-        return f"no results in {folder.rounds}; {above} itself has some (choose them with --experiment .)"
-    others = sorted(rounds.parent.name for rounds in above.glob("*/rounds") if any(rounds.glob("*.parquet")))
-    if others:
-        return f"no results in {folder.rounds}; {above} has results of: {', '.join(others)} (choose with --experiment)"
+def _experiments(results_dir: Path) -> list[str]:
+    """The names of the experiments that have results; unreadable folders are left out."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = sorted(os.listdir(results_dir))
+    experiments = []
+    for name in names:
+        with suppress(ResultsError):
+            if rounds_files(results_dir / name / "rounds"):
+                experiments.append(name)
+    return experiments
+
+
+def no_results_message(folder: ResultsFolder) -> str:
+    """The error message for a folder without results: which other experiments have some, or how to get some."""
+    results_dir = folder.root.parent
+    if others := _experiments(results_dir):
+        return (
+            f"no results in {folder.rounds}; {results_dir} has results of: {', '.join(others)} (choose with "
+            "--experiment)"
+        )
     return (
         f"no results in {folder.rounds}; give the --results-dir of a run, or run an experiment, such as uv run python "
-        f"experiments/table1.py --results-dir {above}"
+        f"experiments/table1.py --results-dir {results_dir}"
     )

@@ -1,10 +1,11 @@
-"""A study: results that may share a table, with their rows and every table of them."""
+"""Studies: results that may be compared, with their rows and all tables made from them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from flexifed.report.runs import (
     StoredCell,
     changed_settings,
     editions,
-    nothing_there,
+    no_results_message,
+    rounds_files,
     stored_cell,
     stored_cells,
 )
@@ -47,8 +49,10 @@ from flexifed.results.store import ResultsFolder
 from flexifed.wording import counted
 
 COLUMNS = [*CELL, "data_source", "seed", "version", "round", "accuracy", "bytes_up"]
+"""The columns of rounds files that reports use."""
 _NUMBERS = ["study", "profile", "rounds", "changed", "pick", *NUMBERS]
-_MOST_NAMED = 8  # unfinished cells that are listed by name
+_MAX_NAMED = 8  # unfinished cells that are listed; of the others only the number is given
+_PROFILE_CHARACTERS = 60  # of a profile's name in the name of a folder
 
 
 TextFormat = Literal["markdown", "latex", "csv"]
@@ -56,31 +60,33 @@ TextFormat = Literal["markdown", "latex", "csv"]
 
 @dataclass(frozen=True)
 class Study:
-    """The results of one edition. Its tables show the finished cells.
+    """One edition of results. Its tables show finished cells only.
 
     Attributes:
         edition: the cells.
-        finished: rows of the finished cells, with the `COLUMNS` of the rounds files.
-        unfinished: rows of the unfinished cells.
+        finished: the rows of the finished cells, with the columns `COLUMNS`.
+        unfinished: the rows of the unfinished cells, with the same columns.
+        has_namesake: whether another study of the folder would have the same slug without a digest.
     """
 
     edition: Edition
     finished: pd.DataFrame
     unfinished: pd.DataFrame
+    has_namesake: bool = False
 
     @property
     def title(self) -> str:
-        """Profile, rounds, data, and settings that differ from the profile's."""
+        """Profile, rounds, data, device, and the settings that differ from the profile's."""
         return self.edition.title
 
     @property
     def rounds(self) -> int:
-        """The number of rounds of training."""
+        """The number of rounds of training that were requested."""
         return self.edition.cells[0].rounds
 
     @property
     def data_source(self) -> str:
-        """`real`, `real-partial`, `real-other` or `synthetic`, the same for all cells."""
+        """`real`, `real-partial`, `real-other` or `synthetic`; the same for all cells."""
         return self.edition.cells[0].data_source
 
     @property
@@ -90,16 +96,26 @@ class Study:
 
     @property
     def slug(self) -> str:
-        """A name for folders: profile, rounds, data and device; with a digest if these do not tell the settings."""
+        """A name for files: profile, rounds, data source and device, with a digest if they do not identify the study.
+
+        The parts are read from files, so characters that are not safe in a file name are replaced with `_`.
+        """
         cell = self.edition.cells[0]
-        words = [re.sub(r"[^\w.-]", "_", cell.profile)[:60], str(cell.rounds), cell.data_source]
-        if changed_settings(cell) or cell.profile not in PROFILES or self.edition.fingerprint:
-            content = json.dumps([dict(cell.settings), self.edition.fingerprint], sort_keys=True)
+        profile = _file_name(cell.profile)[:_PROFILE_CHARACTERS]
+        words = [profile, str(cell.rounds), _file_name(cell.data_source)]
+        is_changed = bool(changed_settings(cell)) or cell.profile not in PROFILES
+        if is_changed or self.edition.fingerprint or self.has_namesake:
+            renamed = [cell.profile] if profile != cell.profile else []
+            content = json.dumps([dict(cell.settings), self.edition.fingerprint, *renamed], sort_keys=True)
             words.append(hashlib.sha256(content.encode()).hexdigest()[:8])
-        return "-".join([*words, *[str(cell.settings[name]) for name in ("device",) if name in cell.settings]])
+        return "-".join(
+            [*words, *[_file_name(str(cell.settings[name])) for name in ("device",) if name in cell.settings]]
+        )
 
     def contents(self) -> list[str]:
-        """Lines that say which cells are shown, which are unfinished, and how much of the paper's table there is."""
+        """Lines that say how many cells, runs and seeds the study has, how much of the paper's table it covers, and
+        which runs are unfinished.
+        """
         cells = self.edition.cells
         finished, names = self.edition.finished, {cell.cell for cell in cells}
         missing = [name for name in _paper_cells() if name not in names]
@@ -113,8 +129,8 @@ class Study:
         extended = [cell for cell in finished if cell.extended_to]
         return [
             *lines,
-            *_progress_of("Unfinished, left out of the tables:", self.edition.unfinished),
-            *_progress_of(f"Being trained further; in the tables with {self.rounds} rounds:", extended),
+            *_progress_lines("Unfinished, left out of the tables:", self.edition.unfinished),
+            *_progress_lines(f"Being trained further; the tables show them with {self.rounds} rounds:", extended),
         ]
 
     def summary(self, pick: Pick = "last") -> Summary:
@@ -122,18 +138,18 @@ class Study:
         return summarise(self.finished, self.rounds, pick)
 
     def describe(self) -> Sheet:
-        """`contents`, below the title."""
+        """The title and the lines of `contents`, as a sheet."""
         return Sheet(self.title, (), (), tuple(self.contents()))
 
     def table(self, pick: Pick = "last", seeds: Sequence[int] | None = None) -> Sheet:
-        """Table 1, beside the paper's numbers where the data are real.
+        """Lay out Table 1, with the paper's numbers if the data are real.
 
         Args:
             pick: the rounds that each number is taken from.
-            seeds: the seeds that were asked for; the notes name cells that have fewer. None: those of the study.
+            seeds: the seeds that were requested; the notes name cells that have fewer. None: the seeds of the study.
         """
         if self.finished.empty:
-            return self._nothing("Accuracy in percent (Table 1)")
+            return self._empty("Accuracy in percent (Table 1)")
         cell = self.edition.cells[0]
         return render(
             self.summary(pick),
@@ -145,39 +161,41 @@ class Study:
         )
 
     def differences(self, pick: Pick = "last") -> Sheet:
-        """Paired differences between schemes, over several seeds."""
+        """Lay out paired differences between schemes, which need at least two seeds."""
         if self.finished.empty:
-            return self._nothing(PAIRED)
+            return self._empty(PAIRED)
         numbers = per_seed(self.finished, self.rounds, pick)
         differences = paired_differences(numbers) if len(self.seeds) > 1 else []
         if not differences:
-            return self._nothing(PAIRED, "Needs two seeds, and two schemes on the same data set and family.")
-        return self._noted(render_differences(differences, PAIRED, paired_differences(numbers, by_seed=True)), pick)
+            return self._empty(PAIRED, "Needs two seeds, and two schemes on the same data set and family.")
+        return self._with_notes(
+            render_differences(differences, PAIRED, paired_differences(numbers, by_seed=True)), pick
+        )
 
     def speedups(self, pick: Pick = "last", target: Target = None) -> Sheet:
-        """Rounds to a target, and the speed-up over Clustered-FL."""
+        """Lay out the rounds to a target and the speed-up over Clustered-FL."""
         if self.finished.empty:
-            return self._nothing(REACHED)
+            return self._empty(REACHED)
         reached = rounds_to_target(self.finished, self.rounds, target, pick)
         if reached.empty:
-            return self._nothing(REACHED, f"Needs a finished run of {BASELINE}, or a target.")
-        return self._noted(render_speedups(speedups(reached), rounds=self.rounds, target=target, pick=pick), pick)
+            return self._empty(REACHED, f"Needs a finished run of {BASELINE}, or a target.")
+        return self._with_notes(render_speedups(speedups(reached), rounds=self.rounds, target=target, pick=pick), pick)
 
     def sheets(self, pick: Pick = "last", target: Target = None) -> list[Sheet]:
-        """All tables that are not empty."""
+        """Make every table that the study has rows for."""
         sheets = (self.table(pick), self.differences(pick), self.speedups(pick, target))
         return [sheet for sheet in sheets if sheet.sections]
 
-    def _nothing(self, title: str, why: str = "No cell is finished.") -> Sheet:
+    def _empty(self, title: str, why: str = "No cell is finished.") -> Sheet:
         return Sheet(f"{title}, {self.title}", (), (), (why,))
 
-    def _noted(self, sheet: Sheet, pick: Pick) -> Sheet:
-        """Add notes as those of Table 1: the settings, the data, and a warning if the data are not the real set."""
+    def _with_notes(self, sheet: Sheet, pick: Pick) -> Sheet:
+        """Add notes about settings and data, with a warning if the data are not the real ones, as in Table 1."""
         about = f"{self.title[0].upper()}{self.title[1:]}. Accuracy: {picked_rounds(self.rounds, pick)}."
         return replace(sheet, notes=(*sheet.notes, about, *data_warnings([self.data_source])))
 
     def curve_rows(self) -> pd.DataFrame:
-        """The rows that figures are drawn from; see `flexifed.report.curves.drawable_rows`."""
+        """Select the rows that figures are drawn from, with `flexifed.report.curves.drawable_rows`."""
         return drawable_rows(self.unfinished, self.finished)
 
 
@@ -185,30 +203,30 @@ def load(folder: ResultsFolder, profile: str | None = None) -> list[Study]:
     """Load the studies of a results folder.
 
     Args:
-        folder: the folder of an experiment.
-        profile: the profile of the cells to load; None for all.
+        folder: the folder of one experiment.
+        profile: load only cells that ran under this profile; None for all.
 
     Raises:
-        ResultsError: there are no results, or none of this profile, or a file is damaged.
+        ResultsError: there are no results, or none of this profile; or a folder or file can't be read.
     """
     cells = stored_cells(folder)
     if not cells:
-        raise ResultsError(nothing_there(folder))
+        raise ResultsError(no_results_message(folder))
     chosen = [cell for cell in cells if profile in (None, cell.profile)]
     if not chosen:
         profiles = ", ".join(sorted({cell.profile for cell in cells}))
-        raise ResultsError(f"no results of profile {profile!r} in {folder.root}; there are some of: {profiles}")
+        raise ResultsError(f"no results of profile {profile!r} in {folder.root}; choose one of: {profiles}")
     return _studies(folder, chosen)
 
 
 def studies_of(folder: ResultsFolder, names: Sequence[str], *, profile: str, rounds: int) -> list[Study]:
-    """The studies of the runs of one command: several if their data are of different sources.
+    """Load the runs of one command; they make several studies if their data have different sources.
 
     Args:
         folder: the folder of the experiment.
-        names: the names of the runs' files, without the suffix.
-        profile: the profile of the command; runs with the same settings may be stored under another one.
-        rounds: the rounds of the command. A stored run may have more; they are left out.
+        names: the names of the runs' files, without the ending.
+        profile: the profile of the command; runs with the same settings may be stored under another profile.
+        rounds: the number of rounds of the command; further rounds of stored runs are left out.
 
     Raises:
         ResultsError: a file is damaged.
@@ -218,39 +236,48 @@ def studies_of(folder: ResultsFolder, names: Sequence[str], *, profile: str, rou
 
 
 def _studies(folder: ResultsFolder, cells: Sequence[StoredCell]) -> list[Study]:
-    return [
-        Study(edition, *(_rows(folder, part) for part in (edition.finished, edition.unfinished)))
+    studies = [
+        Study(edition, _rows(folder, edition.finished), _rows(folder, edition.unfinished))
         for edition in editions(cells)
     ]
+    counts = Counter(study.slug for study in studies)
+    return [replace(study, has_namesake=counts[study.slug] > 1) for study in studies]
 
 
 def _rows(folder: ResultsFolder, cells: Sequence[StoredCell]) -> pd.DataFrame:
-    """Read the rows of an edition's cells, without the rounds that finished cells have been trained further."""
+    """Read the rows of cells of one edition, up to the number of rounds that the edition has."""
     rows = folder.read([cell.name for cell in cells], COLUMNS)
     if not cells:
         return rows
     last = cells[0].rounds
-    rows.loc[rows["round"] == last, "bytes_up"] = 0  # as when that round was only scored
+    rows.loc[rows["round"] == last, "bytes_up"] = 0  # as when the run had finished: its last round was only scored
     return rows[rows["round"] <= last].reset_index(drop=True)
 
 
 def load_results(results_dir: str | Path, experiment: str | None = None, profile: str | None = None) -> list[Study]:
-    """Load the studies of an experiment.
+    """Load the studies of an experiment: `load` for the folder that `results_folder` finds."""
+    return load(results_folder(results_dir, experiment), profile)
+
+
+def results_folder(results_dir: str | Path, experiment: str | None = None) -> ResultsFolder:
+    """Find the folder of an experiment, which need not exist.
 
     Args:
-        results_dir: the `--results-dir` of the runs.
-        experiment: the experiment's folder in it; `.` for `results_dir` itself. None: the newest `table1`.
-        profile: see `load`.
+        results_dir: the --results-dir of the runs, or the folder of one experiment.
+        experiment: the name of the experiment's folder in `results_dir`. None: `results_dir` itself if its `rounds`
+            holds Parquet files, otherwise the newest `table1` in it.
 
     Raises:
-        ResultsError: see `load`.
+        ResultsError: a folder can't be read.
     """
     root = Path(results_dir).expanduser().absolute()
-    return load(ResultsFolder(root / experiment if experiment else newest_folder(root, "table1")), profile)
+    if experiment is not None:
+        return ResultsFolder(root / experiment)
+    return ResultsFolder(root if rounds_files(root / "rounds") else newest_folder(root, "table1"))
 
 
 def report(studies: Sequence[Study], *, pick: Pick = "last", target: Target = None) -> Iterator[Sheet | str]:
-    """Yield all tables for a terminal, study by study, each after its title and contents."""
+    """Yield all tables for a terminal: for each study its title, its contents and its tables."""
     for study in studies:
         yield ""
         yield study.title
@@ -263,7 +290,7 @@ def report(studies: Sequence[Study], *, pick: Pick = "last", target: Target = No
 def report_text(
     studies: Sequence[Study], form: TextFormat, *, pick: Pick = "last", target: Target = None
 ) -> Iterator[str]:
-    """Yield the same for a file. CSV only has Table 1; see `numbers`."""
+    """Yield all tables as text in a file format. CSV has Table 1 only: see `numbers`."""
     if form == "csv":
         yield numbers(studies, pick).to_csv(index=False, float_format=f"%.{DIGITS}f").rstrip("\n")
         return
@@ -278,39 +305,39 @@ def report_text(
 
 
 def overview(studies: Sequence[Study]) -> Sheet:
-    """Count the runs of each data set, family and scheme, and those of them that are finished."""
+    """Lay out the progress of all runs: for each data set and family, how many seeds of each scheme are finished."""
     sections = []
     for study in studies:
         counts: dict[tuple[str, str], dict[str, list[bool]]] = {}
-        for stored in study.edition.cells:
-            schemes = counts.setdefault((stored.cell.dataset, stored.cell.family), {})
-            schemes.setdefault(stored.cell.scheme, []).append(stored.is_finished)
+        for cell in study.edition.cells:
+            schemes = counts.setdefault((cell.cell.dataset, cell.cell.family), {})
+            schemes.setdefault(cell.cell.scheme, []).append(cell.is_finished)
         order = in_paper_order(pd.DataFrame(list(counts), columns=["dataset", "family"]))
         rows = [
             (
                 f"{dataset} / {family}",
-                tuple((f"{sum(done)} of {len(done)}" if (done := schemes.get(name)) else "-",) for name in SCHEMES),
+                tuple((f"{sum(runs)} of {len(runs)}" if (runs := schemes.get(name)) else "-",) for name in SCHEMES),
             )
             for dataset, family in order.itertuples(index=False, name=None)
             if (schemes := counts[dataset, family])
         ]
         sections.append(Section(study.title, tuple(rows)))
     return Sheet(
-        "Finished runs, of all runs",
+        "Finished runs, of all runs with results",
         tuple(map(Column, SCHEMES)),
         tuple(sections),
-        ("A run is a cell under one seed. Runs below the same heading can be compared; tables never mix headings.",),
+        ("A run is a cell under one seed. Runs under one heading may be compared; tables never mix headings.",),
     )
 
 
 def numbers(studies: Sequence[Study], pick: Pick = "last") -> pd.DataFrame:
-    """Table 1 of all studies in one table for programs: `Summary.numbers`, with each study's name and settings."""
+    """Combine Table 1 of all studies in one DataFrame: `Summary.numbers`, with the study's name and settings."""
     frames = []
     for study in studies:
         if not study.finished.empty:
             cell = study.edition.cells[0]
             changed = " ".join(f"{name}={value}" for name, value in changed_settings(cell).items())
-            named = {
+            columns = {
                 "study": study.slug,
                 "profile": cell.profile,
                 "rounds": study.rounds,
@@ -318,13 +345,17 @@ def numbers(studies: Sequence[Study], pick: Pick = "last") -> pd.DataFrame:
                 "pick": pick,
             }
             frame = study.summary(pick).numbers()
-            frames.append(pd.DataFrame(named, index=frame.index).join(frame))
+            frames.append(pd.DataFrame(columns, index=frame.index).join(frame))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=_NUMBERS)
 
 
-def _progress_of(title: str, cells: Sequence[StoredCell]) -> list[str]:
-    more = [f"  and {len(cells) - _MOST_NAMED} more"] if len(cells) > _MOST_NAMED else []
-    return [title, *(f"  {cell.progress}" for cell in cells[:_MOST_NAMED]), *more] if cells else []
+def _progress_lines(title: str, cells: Sequence[StoredCell]) -> list[str]:
+    more = [f"  and {len(cells) - _MAX_NAMED} more"] if len(cells) > _MAX_NAMED else []
+    return [title, *(f"  {cell.progress}" for cell in cells[:_MAX_NAMED]), *more] if cells else []
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]", "_", text)
 
 
 def _paper_cells() -> list[CellName]:

@@ -49,7 +49,7 @@ def test_the_careful_interval_stands_beside_the_other() -> None:
     [(label, cells)] = sheet.sections[0].rows
     assert label == "basic_common - standalone"
     assert [cell[0] for cell in cells] == ["+2.5", "+0.4 to +4.6", "4", "-10.2 to +15.2", "2"]
-    assert [column.name for column in sheet.columns][3:] == ["by seed", "seeds"]
+    assert [column.name for column in sheet.columns][3:] == ["by seed", "n"]
 
 
 def test_seeds_that_one_scheme_lacks_are_left_out() -> None:

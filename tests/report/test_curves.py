@@ -21,6 +21,7 @@ from flexifed.report.curves import (
     speedups,
     version_curves,
 )
+from flexifed.report.sheet import Column
 from flexifed.report.table import PICKS, Pick
 
 CELL = {"dataset": "cifar10", "family": "vgg", "data_source": "real"}
@@ -149,7 +150,7 @@ def step(at: int | None) -> list[float]:
     return [0.9 if at is not None and index >= at else 0.1 for index in range(13)]
 
 
-def sped(**by_scheme: list[int | None]) -> pd.DataFrame:
+def reached_at(**by_scheme: list[int | None]) -> pd.DataFrame:
     """`speedups` for a target of 50 % from the round at which each seed reaches it."""
     table = pd.concat(
         one(scheme, step(at), seed) for scheme, seeds in by_scheme.items() for seed, at in enumerate(seeds)
@@ -157,43 +158,55 @@ def sped(**by_scheme: list[int | None]) -> pd.DataFrame:
     return speedups(rounds_to_target(table, 12, 50))
 
 
-def by_scheme_alone(table: pd.DataFrame) -> pd.DataFrame:
-    return table.droplevel(["dataset", "family"])
+def sped(**by_scheme: list[int | None]) -> pd.DataFrame:
+    """As `reached_at`, indexed by scheme alone."""
+    return reached_at(**by_scheme).droplevel(["dataset", "family"])
 
 
 def test_a_speedup_is_the_ratio_of_mean_rounds() -> None:
-    table = by_scheme_alone(sped(clustered_fl=[8, 12], max_common=[2, 6]))
+    table = sped(clustered_fl=[8, 12], max_common=[2, 6])
     assert table.loc["max_common", ["rounds", "speedup", "reached", "seeds"]].tolist() == [4, 2.5, 2, 2]
     assert table.loc["clustered_fl", ["rounds", "speedup"]].tolist() == [10, 1]
 
 
 def test_a_speedup_is_over_the_seeds_in_which_both_reached_the_target() -> None:
-    all_of_it = sped(clustered_fl=[8, None, 12], max_common=[2, 3, None], standalone=[None, 4, None])
-    table = by_scheme_alone(all_of_it)
+    table = sped(clustered_fl=[8, None, 12], max_common=[2, 3, None], standalone=[None, 4, None])
     assert table.loc["max_common", ["rounds", "speedup", "reached", "seeds"]].tolist() == [2.5, 4, 2, 3]
     assert table["pairs"].to_dict() == {"standalone": 0, "clustered_fl": 2, "max_common": 1}
-    [section] = render_speedups(all_of_it, rounds=12).sections
-    shown = dict(section.rows)
-    assert [cell[0] for cell in shown["max_common"]] == ["2.5", "4.00× (n = 1)", "2 of 3"]
-    assert [cell[0] for cell in shown["clustered_fl"]] == ["10", "1.00× (n = 2)", "2 of 3"]
     assert table.loc["standalone", "rounds"] == 4
     assert math.isnan(table.loc["standalone", "speedup"])
 
 
+def test_the_number_of_pairs_stands_beside_the_speedup() -> None:
+    table = reached_at(
+        clustered_fl=[8, None, None], max_common=[2, 3, 4], standalone=[0, 0, 0], basic_common=[None] * 3
+    )
+    sheet = render_speedups(table, rounds=12, target=50)
+    assert sheet.columns[1:3] == (Column("speed-up"), Column("n"))
+    [section] = sheet.sections
+    assert {label: cells[1:3] for label, cells in section.rows} == {
+        "standalone": (("at the start",), ("",)),
+        "clustered_fl": (("1.00×",), ("1",)),
+        "basic_common": (("",), ("",)),
+        "max_common": (("4.00×",), ("1",)),
+    }
+    assert "over the n seeds in which both reached the target" in sheet.notes[0]
+
+
 def test_what_was_never_reached_has_neither_rounds_nor_speedup() -> None:
-    table = by_scheme_alone(sped(clustered_fl=[8], basic_common=[None]))
+    table = sped(clustered_fl=[8], basic_common=[None])
     assert table.loc["basic_common", ["rounds", "speedup"]].isna().all()
     assert table.loc["basic_common", "reached"] == 0
 
 
 def test_without_a_baseline_there_are_rounds_but_no_speedup() -> None:
-    table = by_scheme_alone(sped(max_common=[3]))
+    table = sped(max_common=[3])
     assert table.loc["max_common", "rounds"] == 3
     assert math.isnan(table.loc["max_common", "speedup"])
 
 
 def test_who_begins_above_the_target_has_no_speedup() -> None:
-    assert math.isnan(by_scheme_alone(sped(clustered_fl=[8], max_common=[0])).loc["max_common", "speedup"])
+    assert math.isnan(sped(clustered_fl=[8], max_common=[0]).loc["max_common", "speedup"])
 
 
 # -------------------------------------------------------------------------------------------------- what can be drawn

@@ -6,13 +6,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 
 from flexifed.cli import main
-from flexifed.config import SCHEMES
+from flexifed.config import SCHEMES, CellName
 from flexifed.report.curves import bands, scheme_curves, version_curves
 from flexifed.report.figures import (
     accuracy_over_bytes,
@@ -21,6 +23,7 @@ from flexifed.report.figures import (
     rounds_to_a_target,
     versions_over_rounds,
 )
+from flexifed.report.runs import Edition, StoredCell
 from flexifed.report.study import Study, load_results
 from flexifed.report.table import SCHEME_NAMES
 
@@ -101,6 +104,68 @@ def test_rounds_to_a_target_have_a_dot_for_each_seed(grid: Study) -> None:
     assert [len(line.get_xdata()) for line in dots] == [3] * 5
 
 
+def study_of(**rounds_by_scheme: Sequence[int | None]) -> Study:
+    """Finished runs of 20 rounds, whose accuracy exceeds 50 % from a given round on for each scheme and seed."""
+    rows = [
+        {"dataset": "cifar10", "family": "vgg", "scheme": scheme, "data_source": "real", "seed": seed, "version": "v1",
+         "round": index, "accuracy": 0.9 if at is not None and index >= at else 0.1, "bytes_up": 1}
+        for scheme, seeds in rounds_by_scheme.items()
+        for seed, at in enumerate(seeds)
+        for index in range(21)
+    ]  # fmt: skip
+    cells = [
+        StoredCell(
+            name=f"{scheme}-{seed}", cell=CellName("cifar10", "vgg", scheme), seed=seed, last_round=20, rounds=20,
+            extended_to=None, profile="authors", data_source="real", fingerprint="", settings={},
+        )
+        for scheme, seeds in rounds_by_scheme.items()
+        for seed in range(len(seeds))
+    ]  # fmt: skip
+    return Study(Edition(tuple(cells)), pd.DataFrame(rows), pd.DataFrame(rows[:0], columns=list(rows[0])))
+
+
+def annotations(axes: Axes) -> dict[str, str]:
+    """The text beside each scheme of a panel of rounds to a target."""
+    names = list(SCHEME_NAMES.values())
+    texts = [child for child in axes.get_children() if isinstance(child, Annotation)]
+    return {names[int(text.xy[1])]: text.get_text() for text in texts}
+
+
+def test_a_speedup_over_some_of_the_seeds_names_their_number() -> None:
+    study = study_of(clustered_fl=[8, None, None], max_common=[2, 3, 4], basic_common=[4, None, None])
+    figure = rounds_to_a_target(study, target=50).figure
+    [axes] = panels(figure).values()
+    assert annotations(axes) == {
+        "Clustered-FL": "1.00× (n = 1) 1 of 3",
+        "Basic-Common": "2.00× (n = 1) 1 of 3",
+        "Max-Common": "4.00× (n = 1)",
+    }
+    assert "over seeds in which both reached it" in texts(figure)
+
+
+def test_a_scheme_without_a_speedup_has_the_number_of_seeds_that_reached_the_target() -> None:
+    study = study_of(
+        clustered_fl=[None, None], basic_common=[None, None], clustered_common=[3, None], max_common=[2, 3]
+    )
+    [axes] = panels(rounds_to_a_target(study, target=50).figure).values()
+    assert annotations(axes) == {
+        "Clustered-FL": "not reached",
+        "Basic-Common": "not reached",
+        "Clustered-Common": "1 of 2",
+        "Max-Common": "2 of 2",
+    }
+
+
+def test_figures_say_what_is_unfinished_among_the_curves_that_they_draw(mixed: Path) -> None:
+    """Of the real data, max_common has an unfinished seed on cifar10/vgg, and no finished one on cifar10/resnet."""
+    real = load_results(mixed)[0]
+    for drawing in (accuracy_over_rounds(real), versions_over_rounds(real, "max_common")):
+        assert "UNFINISHED: cifar10/resnet/max_common to round 4; unfinished seeds left out" in texts(drawing.figure)
+    other = texts(versions_over_rounds(real, "standalone").figure)
+    assert "UNFINISHED" not in other
+    assert "unfinished seeds left out" not in other
+
+
 def test_every_figure_of_a_mixed_folder_says_its_data_and_what_is_unfinished(mixed: Path) -> None:
     for study in load_results(mixed):
         drawn = drawings(study)
@@ -111,33 +176,7 @@ def test_every_figure_of_a_mixed_folder_says_its_data_and_what_is_unfinished(mix
             assert ("[SYNTHETIC DATA]" in said) == (study.data_source == "synthetic")
             assert ("[REAL-PARTIAL DATA]" in said) == (study.data_source == "real-partial")
     real = load_results(mixed)[0]
-    everything = texts(accuracy_over_rounds(real).figure)
-    assert "UNFINISHED: cifar10/resnet/max_common to round 4; unfinished seeds left out of the other" in everything
-    whole = texts(versions_over_rounds(real, "standalone").figure)
-    assert "unfinished" not in whole.lower(), "all its seeds are finished"
-
-
-def test_before_anything_is_sent_there_is_no_figure_of_bytes(write_grid: Callable[..., int], tmp_path: Path) -> None:
-    cells = [("cifar10", "vgg", scheme) for scheme in SCHEMES]
-    write_grid(tmp_path / "begun", rounds=20, seeds=(0,), cells=cells, played=1)
-    [begun] = load_results(tmp_path / "begun")
-    assert "nothing to draw" in texts(accuracy_over_bytes(begun).figure)
-    write_grid(tmp_path / "sending", rounds=20, seeds=(0,), cells=[("cifar10", "vgg", "max_common")])
-    [sending] = load_results(tmp_path / "sending")
-    assert "dashed" not in texts(accuracy_over_bytes(sending).figure)
-    write_grid(tmp_path / "all", rounds=20, seeds=(0,), cells=cells)
-    [study] = load_results(tmp_path / "all")
-    assert "dashed: sends nothing" in texts(accuracy_over_bytes(study).figure)
-
-
-def test_a_scheme_that_reached_what_the_baseline_did_not_says_in_how_many_seeds(grid: Study) -> None:
-    target = 82.0  # between what Clustered-FL and Max-Common reach with CIFAR-10 and VGG
-    rows = dict(grid.speedups(target=target).sections[0].rows)
-    assert (rows["clustered_fl"][2], rows["max_common"][2]) == (("0 of 3",), ("3 of 3",))
-    axes = panels(rounds_to_a_target(grid, target=target).figure)["cifar10 / vgg: 82.0 %"]
-    beside = [text.get_text() for text in axes.texts]
-    assert beside[list(SCHEMES).index("clustered_fl")] == "not reached"
-    assert beside[list(SCHEMES).index("max_common")] == "3 of 3"
+    assert "UNFINISHED: cifar10/resnet/max_common to round 4" in texts(accuracy_over_rounds(real).figure)
 
 
 def test_unfinished_results_have_curves_and_no_rounds_to_a_target(
@@ -157,6 +196,26 @@ def test_a_run_that_has_just_begun_is_drawn(write_grid: Callable[..., int], tmp_
     [study] = load_results(tmp_path)
     for drawing in drawings(study):
         assert drawing._repr_png_().startswith(b"\x89PNG")
+
+
+def test_before_round_1_there_are_no_bytes_to_draw(write_grid: Callable[..., int], tmp_path: Path) -> None:
+    write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("cifar10", "vgg", scheme) for scheme in SCHEMES], played=1)
+    [study] = load_results(tmp_path)
+    assert "nothing to draw" in texts(accuracy_over_bytes(study).figure)
+    assert "accuracy-over-bytes" not in [drawing.name for drawing in drawings(study)]
+
+
+@pytest.mark.parametrize("scheme", ["standalone", "max_common"])
+def test_dashed_lines_are_explained_where_they_are_drawn(
+    write_grid: Callable[..., int], tmp_path: Path, scheme: str
+) -> None:
+    write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("cifar10", "vgg", scheme)])
+    [study] = load_results(tmp_path)
+    figure = accuracy_over_bytes(study).figure
+    [axes] = panels(figure).values()
+    is_dashed = any(line.get_linestyle() == "--" for line in axes.get_lines())
+    assert is_dashed == (scheme == "standalone")
+    assert ("dashed: sends nothing" in texts(figure)) == is_dashed
 
 
 def written(folder: Path) -> Sequence[str]:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from flexifed.cli import main
 from flexifed.config import SCHEMES
 from flexifed.errors import ResultsError
-from flexifed.report.runs import editions, stored_cells
-from flexifed.report.sheet import terminal_lines
+from flexifed.profiles import PROFILES
+from flexifed.report.runs import Edition, editions, stored_cells
 from flexifed.report.study import Study, load_results, numbers, overview, report_text, studies_of
 from flexifed.report.table import PICKS, SCHEME_NAMES, paper_table
-from flexifed.results.store import ResultsFolder
+from flexifed.results.store import ResultsFolder, read_metadata, write_table
 
 NUMBER = r"[+-]?\d+\.\d"
 Shown = dict[tuple[str, str, str], list[str]]
@@ -105,6 +109,18 @@ def test_forty_cells_are_one_table_that_fits_100_columns(
     assert "Here: 40 cells, 120 finished runs of 120 (3 seeds); 40 of the 40 cells of the paper's Table 1." in text
 
 
+def test_paired_differences_fit_80_columns(
+    real_grid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    table = said(capsys, real_grid).split("Paired differences")[1].split("Rounds to a target")[0]
+    rows = [line for line in table.splitlines() if re.match(r"\w+ - \w+", line)]
+    assert len(rows) == 8 * 4
+    assert max(map(len, rows)) < 80
+    for row in rows:
+        assert re.fullmatch(r"\w+ - \w+ +\S+  +\S+ to \S+  +12  +\S+ to \S+  +3", row)
+
+
 def test_a_mixed_folder_is_shown_apart_and_each_part_says_what_it_is(
     mixed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +172,14 @@ def test_unfinished_results_are_named_and_make_no_number(
     assert said(capsys, tmp_path, "--format", "csv").splitlines() == [",".join(numbers([]).columns)]
 
 
+def test_a_run_that_lacks_only_the_last_score_is_unfinished(write_grid: Callable[..., int], tmp_path: Path) -> None:
+    write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("agnews", "vdcnn", "max_common")], played=20)
+    [study] = load_results(tmp_path)
+    assert "No cell is finished." in study.contents()
+    assert "  agnews/vdcnn/max_common seed 0: round 19 of 20" in study.contents()
+    assert study.finished.empty
+
+
 def test_many_unfinished_cells_are_counted_and_not_all_named(write_grid: Callable[..., int], tmp_path: Path) -> None:
     cells = [key for key in paper_table().index if key[1] == "vgg"]
     write_grid(tmp_path, rounds=20, seeds=(0,), cells=cells, played=1)
@@ -198,54 +222,30 @@ def test_slugs_tell_studies_apart(mixed: Path, real_grid: Path) -> None:
     assert [study.slug for study in load_results(real_grid)] == ["authors-20-real"]
 
 
-def test_a_profiles_name_leads_no_figures_elsewhere(write_grid: Callable[..., int], tmp_path: Path) -> None:
-    cells = [("cifar10", "vgg", "max_common")]
-    write_grid(tmp_path, rounds=2, seeds=(0,), cells=cells, profile="../../elsewhere" + "x" * 300)
-    [study] = load_results(tmp_path)
-    assert study.slug.startswith(".._.._elsewherexxx")
-    assert len(study.slug) < 100
+@pytest.mark.parametrize("profile", ["../../elsewhere", "/tmp/elsewhere", "a" * 300, "..", "a\0b"])
+def test_the_name_of_a_profile_leads_no_slug_out_of_its_folder(mixed: Path, profile: str) -> None:
+    cells = stored_cells(ResultsFolder(mixed / "table1"))[:1]
+    named = [replace(cells[0], profile=name) for name in (profile, profile + "!", "plain")]
+    slugs = [Study(Edition((cell,)), pd.DataFrame(), pd.DataFrame()).slug for cell in named]
+    assert len(set(slugs)) == 3
+    for slug in slugs:
+        assert re.fullmatch(r"[\w.-]{1,120}", slug)
+        assert (Path("figures") / slug).name == slug
 
 
-def test_a_run_whose_last_score_is_missing_is_not_finished(write_grid: Callable[..., int], tmp_path: Path) -> None:
-    write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("cifar10", "vgg", "max_common")], played=20)
-    [study] = load_results(tmp_path)
-    assert study.edition.cells[0].last_round == 19
-    assert study.finished.empty
-    assert "No cell is finished." in study.contents()
-
-
-def test_rows_without_their_metadata_are_not_taken_for_a_finished_run(
+def test_settings_that_one_file_lacks_do_not_give_two_studies_one_slug(
     write_grid: Callable[..., int], tmp_path: Path
 ) -> None:
-    write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("cifar10", "vgg", "max_common")], played=7)
-    [path] = (tmp_path / "table1" / "rounds").iterdir()
-    pd.read_parquet(path).to_parquet(path)
-    with pytest.raises(ResultsError, match=f"{path} does not say under which settings its rows were made"):
-        load_results(tmp_path)
-
-
-def test_results_that_may_not_be_listed_are_not_called_missing(
-    real_grid: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(folder: Path) -> list[str]:
-        raise PermissionError(13, "Permission denied", str(folder))
-
-    monkeypatch.setattr("flexifed.report.runs.os.listdir", refuse)
-    with pytest.raises(ResultsError, match=r"can't look for results in .*rounds: Permission denied; choose another"):
-        load_results(real_grid)
-
-
-def test_an_experiments_own_folder_is_told_from_the_folder_of_results(real_grid: Path) -> None:
-    with pytest.raises(ResultsError, match=r"itself has some \(choose them with --experiment \.\)"):
-        load_results(real_grid / "table1")
-    assert len(load_results(real_grid / "table1", ".")) == 1
-
-
-def test_paired_differences_fit_80_columns(real_grid: Path) -> None:
-    [study] = load_results(real_grid)
-    sheet = study.differences()
-    text = [line for line, _ in terminal_lines(replace(sheet, title="", notes=()), 80)]
-    assert max(map(len, text)) <= 80
+    """As from another version of flexifed: neither file differs from its profile's defaults."""
+    write_grid(tmp_path, rounds=2, seeds=(0, 1), cells=[("cifar10", "vgg", "max_common")])
+    path = sorted((tmp_path / "table1" / "rounds").glob("*.parquet"))[1]
+    metadata = read_metadata(path) | {"config": {"training": {"batch_size": PROFILES["authors"].training.batch_size}}}
+    write_table(path, pq.read_table(path).replace_schema_metadata({"flexifed": json.dumps(metadata)}))
+    first, second = load_results(tmp_path)
+    assert first.title == second.title
+    assert first.slug != second.slug
+    for study in (first, second):
+        assert re.fullmatch("authors-2-synthetic-[0-9a-f]{8}", study.slug)
 
 
 def test_report_text_of_latex_holds_whole_tables(mixed: Path) -> None:
@@ -266,6 +266,53 @@ def test_a_setting_that_is_none_tells_no_runs_apart(write_grid: Callable[..., in
     old, new = stored_cells(ResultsFolder(tmp_path / "table1"))
     assert len(editions([old, replace(new, settings={"partition.max_train": None})])) == 1
     assert len(editions([old, replace(new, settings={"partition.max_train": 50})])) == 2
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    write_grid: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Simulated, as permissions do not hold for root."""
+    write_grid(tmp_path, rounds=2, seeds=(0,), cells=[("cifar10", "vgg", "max_common")])
+    (tmp_path / "other" / "rounds").mkdir(parents=True)
+    forbidden = tmp_path / "table1" / "rounds"
+    listdir, scandir = os.listdir, os.scandir
+
+    def check(path: str | Path) -> str | Path:
+        if Path(path) == forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return path
+
+    monkeypatch.setattr(os, "listdir", lambda path=".": listdir(check(path)))
+    monkeypatch.setattr(os, "scandir", lambda path=".": scandir(check(path)))
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"can't look for results in {forbidden}: Permission denied" in capsys.readouterr().err
+    with pytest.raises(ResultsError, match=r"no results in .*other/rounds; give the --results-dir"):
+        load_results(tmp_path, "other")
+
+
+def test_a_file_that_lost_its_metadata_is_refused(write_grid: Callable[..., int], tmp_path: Path) -> None:
+    """Without them nothing says whether the run is finished."""
+    write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("cifar10", "vgg", "max_common")], played=5)
+    [path] = (tmp_path / "table1" / "rounds").glob("*.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata(None), path)
+    with pytest.raises(ResultsError, match=rf"{path} does not say how many rounds .* move it away"):
+        load_results(tmp_path)
+
+
+def test_the_folder_of_an_experiment_can_be_given_itself(
+    write_grid: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_grid(tmp_path, rounds=2, seeds=(0,), cells=[("cifar10", "vgg", "max_common")])
+    [study] = load_results(tmp_path / "table1")
+    assert study.edition == load_results(tmp_path)[0].edition
+    assert said(capsys, tmp_path / "table1") == said(capsys, tmp_path)
+
+
+def test_the_records_of_the_repository_can_be_loaded() -> None:
+    studies = load_results(Path(__file__).parents[2] / "records" / "thin-cifar10-vgg")
+    assert {(study.data_source, study.rounds) for study in studies} == {("real", 60)}
+    assert {seed for study in studies for seed in study.seeds} == set(range(9))
 
 
 def test_the_newest_folder_is_shown_and_others_are_named_apart_from_the_table(
