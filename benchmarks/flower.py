@@ -162,8 +162,9 @@ def play_flexifed(job: Job) -> tuple[Rounds, float]:
 def _play_cell(job: Job) -> Rounds:
     """Play the job as an experiment does: as a grid of one cell that writes its files."""
     from flexifed.cells.run import CellRun
+    from flexifed.config import PlacementOptions
     from flexifed.orchestra import cluster
-    from flexifed.orchestra.placement import PlacementOptions, place_cell
+    from flexifed.orchestra.placement import place_cell
     from flexifed.orchestra.sweep import run_grid
     from flexifed.orchestra.trial import PlacedRun
     from flexifed.results.store import ResultsFolder

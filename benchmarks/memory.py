@@ -25,11 +25,11 @@ import psutil
 from common import RoundObserver, machine, versions
 
 from flexifed.cells.run import CellRun
-from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
+from flexifed.config import CellConfig, ModelConfig, PartitionConfig, PlacementOptions, TrainingConfig
 from flexifed.data import find_dataset
 from flexifed.orchestra import cluster
 from flexifed.orchestra.ledger import CellReport
-from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
+from flexifed.orchestra.placement import CellPlacement, Resources, place_cell
 from flexifed.orchestra.sweep import run_grid
 from flexifed.orchestra.trial import PlacedRun
 from flexifed.results.store import ResultsFolder

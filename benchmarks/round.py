@@ -52,13 +52,13 @@ from sequential import SequentialLoop
 
 from flexifed.cells.run import CellRun
 from flexifed.cells.session import CellSession, open_log
-from flexifed.config import SCHEMES, CellConfig, ModelConfig, NumericsConfig, Precision
+from flexifed.config import SCHEMES, CellConfig, ModelConfig, NumericsConfig, PlacementOptions, Precision
 from flexifed.data import find_dataset, open_dataset
 from flexifed.federation.cell import make_shards
 from flexifed.federation.rounds import Federation, LocalHosts, RoundResult
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
-from flexifed.orchestra.placement import CellPlacement, PlacementOptions, place_cell
+from flexifed.orchestra.placement import CellPlacement, place_cell
 from flexifed.profiles import PROFILES
 from flexifed.results.store import ResultsFolder
 from flexifed.training.numerics import device_name

@@ -30,11 +30,10 @@ from common import RoundObserver, machine, spread, versions
 from memory import object_store, place, uss_by_process
 
 from flexifed.cells.run import CellRun
-from flexifed.config import CellConfig, ModelConfig, PartitionConfig, SharingConfig, TrainingConfig
+from flexifed.config import CellConfig, ModelConfig, PartitionConfig, PlacementOptions, SharingConfig, TrainingConfig
 from flexifed.data import find_dataset
 from flexifed.orchestra import cluster
 from flexifed.orchestra.ledger import CellReport
-from flexifed.orchestra.placement import PlacementOptions
 from flexifed.orchestra.sweep import run_grid
 from flexifed.orchestra.trial import PlacedRun
 from flexifed.results.store import ResultsFolder

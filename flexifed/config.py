@@ -1,7 +1,8 @@
-"""The configuration that decides a cell's numbers, as frozen dataclasses that check their values on creation.
+"""The configuration of a cell, as frozen dataclasses that check their values on creation.
 
-Where a cell runs, where its files are and how many rounds it takes are not part of it, since none of that may change a
-number. This module imports neither torch nor Ray, so that a command line can be parsed, or refused, at once.
+`CellConfig` is what decides a cell's numbers. Where a cell runs (`PlacementOptions`), where its files are and how many
+rounds it takes are not part of it, since none of that may change a number. This module imports neither torch nor Ray,
+so that a command line can be parsed, or refused, at once.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _LARGEST_FLOAT = sys.float_info.max
 _LARGEST_INTEGER = 2**63 - 1  # the largest in a Parquet column
 WIDEST = 64.0
 _MOST_THREADS = 1024
+_LARGEST_INT32 = 2**31 - 1
 
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 SCHEMES: tuple[str, ...] = get_args(SchemeName)
@@ -208,6 +210,29 @@ class NumericsConfig:
     def uses_winograd(self, device: str) -> bool:
         """Whether wide convolutions on this type of device use Winograd's algorithm."""
         return self.winograd and device == "cpu" and self.precision is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementOptions:
+    """Where clients run. These options change no result."""
+
+    gpus_per_client: float | None = None
+    """Fraction of a GPU for each client that computes on one. Default: 0.125, or less where clients take turns."""
+    clients_per_actor: int | None = None
+    """Number of clients in one process. Default: on CPUs, as many as give each CPU one process.
+    On GPUs, one for each of --streams, or more if they don't fit otherwise and --gpus-per-client is not given."""
+    streams: int = 1
+    """On a GPU, number of clients of one process that compute at the same time, each on its own CUDA stream."""
+    cuda_ipc: bool = True
+    """Let processes on one GPU leave tensors there for each other (CUDA IPC), where that works."""
+
+    def __post_init__(self) -> None:
+        if self.gpus_per_client is not None:
+            _check_number(self, "gpus_per_client", minimum=0)
+        if self.clients_per_actor is not None:
+            _check_integer(self, "clients_per_actor", 1, _LARGEST_INT32)
+        _check_integer(self, "streams", 1, _LARGEST_INT32)
+        _check_bool(self, "cuda_ipc")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from flexifed.config import (
     ModelConfig,
     NumericsConfig,
     PartitionConfig,
+    PlacementOptions,
     SchemeName,
     SharingConfig,
     TrainingConfig,
@@ -59,15 +60,6 @@ class GridOptions:
     """On a cluster, wait until this many nodes that can hold clients have joined it, for at most half an hour."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where clients compute. auto: cuda if the cluster has a GPU."""
-    gpus_per_client: float | None = None
-    """Fraction of a GPU for each client that computes on one. Default: 0.125, or less where clients take turns."""
-    clients_per_actor: int | None = None
-    """Clients in one process, which take turns. Default: on CPUs, as many as give each CPU one process.
-    On GPUs, those of --streams, or more if they don't fit otherwise and --gpus-per-client is not given."""
-    streams: int = 1
-    """On a GPU, number of clients of one process that compute at the same time, each on its own CUDA stream."""
-    cuda_ipc: bool = True
-    """Let processes on one GPU leave tensors there for each other (CUDA IPC), where that works."""
     max_concurrent: int | None = None
     """Largest number of cells to run at once. Default: as many as fit."""
     checkpoint_every: int | None = None
@@ -80,6 +72,7 @@ class GridOptions:
     """Start over in a new folder beside the existing results; nothing is deleted."""
     dry_run: bool = False
     """Print the cells, resources and estimated time. Nothing is trained; with --download, data are fetched."""
+    placement: Annotated[PlacementOptions, _FLAT] = field(default_factory=PlacementOptions)
     model: Annotated[ModelConfig, _FLAT] = field(default_factory=ModelConfig)
     partition: Annotated[PartitionConfig, _FLAT] = field(default_factory=PartitionConfig)
     training: Annotated[TrainingConfig, _FLAT] = field(default_factory=TrainingConfig)
@@ -87,7 +80,7 @@ class GridOptions:
     numerics: Annotated[NumericsConfig, _FLAT] = field(default_factory=NumericsConfig)
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "clients_per_actor", "streams", "max_concurrent", "checkpoint_every", "min_nodes"):
+        for name in ("rounds", "max_concurrent", "checkpoint_every", "min_nodes"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < _INT32_BOUND:
                 raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1 and below 2**31")

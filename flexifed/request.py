@@ -14,7 +14,7 @@ from flexifed.federation.assignment import assign_clients
 from flexifed.federation.cell import make_shards
 from flexifed.grid import GridOptions
 from flexifed.orchestra.cluster import has_gpus
-from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
+from flexifed.orchestra.placement import CellPlacement, Resources, place_cell
 from flexifed.results.store import ResultsFolder
 
 
@@ -43,10 +43,9 @@ class GridRequest:
             DataError: there are more shards than samples.
         """
         options = self.options
-        self._wanted()
         self._check_share(options.device)
-        if options.clients_per_actor is not None:
-            assign_clients(options.partition.client_versions, options.clients_per_actor, options.sharing.reduce_block)
+        if (per_actor := options.placement.clients_per_actor) is not None:
+            assign_clients(options.partition.client_versions, per_actor, options.sharing.reduce_block)
         device: Device = "cuda" if options.device == "auto" else options.device  # which may take more settings
         for cell in {cell.dataset: cell for cell in self.cells}.values():
             shards = make_shards(options.cell_config(cell, options.seeds[0], device), self.infos[cell.dataset])
@@ -99,20 +98,11 @@ class GridRequest:
             ResourceError: see `place_cell`.
         """
         self._check_share(run.config.device)
-        return place_cell(run.config, self._wanted(), nodes)
-
-    def _wanted(self) -> PlacementOptions:
-        options = self.options
-        return PlacementOptions(
-            gpus_per_client=options.gpus_per_client,
-            clients_per_actor=options.clients_per_actor,
-            streams=options.streams,
-            cuda_ipc=options.cuda_ipc,
-        )
+        return place_cell(run.config, self.options.placement, nodes)
 
     def _check_share(self, device: str) -> None:
         """Refuse a share of a GPU for clients that compute on CPUs."""
-        share = self.options.gpus_per_client
+        share = self.options.placement.gpus_per_client
         if share and device == "cpu":
             asked = self.options.device == "cpu"
             why = "device is 'cpu', which uses none" if asked else "no node has a GPU"

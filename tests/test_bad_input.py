@@ -25,6 +25,7 @@ from flexifed.config import (
     ModelConfig,
     NumericsConfig,
     PartitionConfig,
+    PlacementOptions,
     SharingConfig,
     TrainingConfig,
 )
@@ -239,7 +240,7 @@ def test_ten_thousand_bad_lines(table1: Callable[[Sequence[str]], int], line: tu
     check_refused(table1 if command else cli.main, words)
 
 
-CONFIGS = (ModelConfig, PartitionConfig, TrainingConfig, SharingConfig, NumericsConfig)
+CONFIGS = (ModelConfig, PartitionConfig, TrainingConfig, SharingConfig, NumericsConfig, PlacementOptions)
 NOTHING_SENSIBLE = st.one_of(
     st.none(),
     st.text(max_size=8),

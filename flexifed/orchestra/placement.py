@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from flexifed.config import CellConfig
-from flexifed.errors import ConfigError, ResourceError
+from flexifed.config import CellConfig, PlacementOptions
+from flexifed.errors import ResourceError
 from flexifed.federation.assignment import assign_clients
 from flexifed.wording import counted
 
@@ -17,33 +17,6 @@ _SHARES_OF_A_GPU = 10_000
 """Ray counts GPUs in ten-thousandths."""
 _LEAST_SHARE = 1 / _SHARES_OF_A_GPU
 Resources = Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlacementOptions:
-    """Where clients run. No option can change a result.
-
-    Attributes:
-        gpus_per_client: the fraction of a GPU for each client. None: an eighth if the device is a GPU, less where
-            clients take turns, and 0 otherwise.
-        clients_per_actor: the number of clients in one process. None: on GPUs one for each stream, and more if the GPUs
-            could not hold that many processes; on CPUs as many as it takes to give every CPU one actor.
-        streams: how many of an actor's clients compute on its GPU at the same time.
-        cuda_ipc: whether processes on one GPU leave tensors there for each other.
-    """
-
-    gpus_per_client: float | None = None
-    clients_per_actor: int | None = None
-    streams: int = 1
-    cuda_ipc: bool = True
-
-    def __post_init__(self) -> None:
-        if self.gpus_per_client is not None and not 0 <= self.gpus_per_client < math.inf:
-            raise ConfigError(f"gpus_per_client is {self.gpus_per_client!r}; it must be a number of at least 0")
-        if self.clients_per_actor is not None and self.clients_per_actor < 1:
-            raise ConfigError(f"clients_per_actor is {self.clients_per_actor!r}; it must be at least 1")
-        if self.streams < 1:
-            raise ConfigError(f"streams is {self.streams!r}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from flexifed.cells.run import CellRun
-from flexifed.config import CellConfig, ModelConfig, PartitionConfig, TrainingConfig
+from flexifed.config import CellConfig, ModelConfig, PartitionConfig, PlacementOptions, TrainingConfig
 from flexifed.data import synthetic
 from flexifed.errors import ResourceError, ResultsError
 from flexifed.federation.cell import make_shards
 from flexifed.federation.rounds import Federation, LocalHosts, RoundResult
-from flexifed.orchestra.placement import PlacementOptions, place_cell
+from flexifed.orchestra.placement import place_cell
 from flexifed.orchestra.trial import CellTrial, PlacedRun
 from flexifed.results.runlog import RunLog
 from flexifed.results.store import ResultsFolder

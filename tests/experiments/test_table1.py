@@ -151,7 +151,7 @@ def test_a_results_folder_that_cannot_be_written_is_refused(
             ["--reduce-block", "4", "--clients-per-actor", "3"],
             "clients_per_actor is 3, not a multiple of reduce_block (4)",
         ),
-        (["--gpus-per-client", "-1"], "gpus_per_client is -1.0; it must be a number of at least 0"),
+        (["--gpus-per-client", "-1"], "gpus_per_client is -1.0; it must be a finite number at least 0"),
         (
             ["--device", "cpu", "--gpus-per-client", "0.5"],
             "gpus_per_client is 0.5, but device is 'cpu', which uses none",

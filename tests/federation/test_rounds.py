@@ -20,7 +20,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import flexifed
-from flexifed.config import SCHEMES, CellConfig, ModelConfig, PartitionConfig, SharingConfig, TrainingConfig
+from flexifed.config import (
+    SCHEMES,
+    CellConfig,
+    ModelConfig,
+    PartitionConfig,
+    PlacementOptions,
+    SharingConfig,
+    TrainingConfig,
+)
 from flexifed.core.aggregate import BlockSum, GroupState, State, shared_tensors, sum_block
 from flexifed.core.schemes import SharingPlan
 from flexifed.data import synthetic
@@ -35,7 +43,7 @@ from flexifed.federation.rounds import Federation, Hosts, LocalHosts, RoundResul
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
 from flexifed.orchestra.lending import lending_on
-from flexifed.orchestra.placement import CellPlacement, PlacementOptions, place_cell
+from flexifed.orchestra.placement import CellPlacement, place_cell
 from flexifed.orchestra.wire import ObjectStore, pack, unpack
 from flexifed.seeding import numpy_generator
 from flexifed.training.streams import Steps

@@ -23,7 +23,7 @@ from ray.cluster_utils import Cluster
 from test_resume import TIMINGS, cell, checkpoints, digests, log, play, rows
 
 from flexifed.cells.run import CellRun
-from flexifed.config import CellConfig
+from flexifed.config import CellConfig, PlacementOptions
 from flexifed.data import DatasetInfo
 from flexifed.errors import ClientError, DeviceMemoryError
 from flexifed.federation.rounds import LocalHosts
@@ -32,7 +32,7 @@ from flexifed.orchestra.actors import ActorHosts, GroupLostError, LostError
 from flexifed.orchestra.client_actor import ClientActor, device_memory_explained
 from flexifed.orchestra.ledger import CellReport
 from flexifed.orchestra.lending import Lending
-from flexifed.orchestra.placement import CellPlacement, PlacementOptions, Resources, place_cell
+from flexifed.orchestra.placement import CellPlacement, Resources, place_cell
 from flexifed.orchestra.sweep import _make_scratch, _stop_files, run_grid
 from flexifed.orchestra.trial import CellTrial, PlacedRun
 from flexifed.results.store import ResultsFolder

@@ -19,12 +19,13 @@ from test_resume import TIMINGS, cell, digests, play, rows
 
 from flexifed.cells.run import CellRun
 from flexifed.cells.session import CellSession, log_failure, open_log
+from flexifed.config import PlacementOptions
 from flexifed.errors import ResourceError, ResultsError
 from flexifed.federation.cell import make_shards
 from flexifed.federation.rounds import LocalHosts
 from flexifed.orchestra import sweep
 from flexifed.orchestra.ledger import CellReport
-from flexifed.orchestra.placement import PlacementOptions, place_cell
+from flexifed.orchestra.placement import place_cell
 from flexifed.orchestra.trial import PlacedRun
 from flexifed.results.store import ResultsFolder
 

@@ -11,11 +11,10 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
-from flexifed.config import CellConfig, Device, NumericsConfig, PartitionConfig, SharingConfig
+from flexifed.config import CellConfig, Device, NumericsConfig, PartitionConfig, PlacementOptions, SharingConfig
 from flexifed.errors import ConfigError, ResourceError
 from flexifed.orchestra.placement import (
     CellPlacement,
-    PlacementOptions,
     holds,
     memory_advice,
     place_cell,
@@ -23,6 +22,7 @@ from flexifed.orchestra.placement import (
 )
 
 Nodes = list[dict[str, float]]
+COUNT = "a whole number of at least 1 and at most 2147483647"
 
 
 def cell(num_clients: int = 8, *, device: Device = "cpu", threads: int = 1, reduce_block: int = 1) -> CellConfig:
@@ -317,11 +317,15 @@ def test_what_no_node_could_ever_hold_is_refused_with_numbers_and_remedy(
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("gpus_per_client", -0.5, "gpus_per_client is -0.5; it must be a number of at least 0"),
-        ("gpus_per_client", float("nan"), "gpus_per_client is nan; it must be a number of at least 0"),
-        ("gpus_per_client", float("inf"), "gpus_per_client is inf; it must be a number of at least 0"),
-        ("clients_per_actor", 0, "clients_per_actor is 0; it must be at least 1"),
-        ("streams", 0, "streams is 0; it must be at least 1"),
+        ("gpus_per_client", -0.5, "gpus_per_client is -0.5; it must be a finite number at least 0"),
+        ("gpus_per_client", float("nan"), "gpus_per_client is nan; it must be a finite number at least 0"),
+        ("gpus_per_client", float("inf"), "gpus_per_client is inf; it must be a finite number at least 0"),
+        (
+            "clients_per_actor",
+            0,
+            "clients_per_actor is 0; it must be a whole number of at least 1 and at most 2147483647",
+        ),
+        ("streams", 0, "streams is 0; it must be a whole number of at least 1 and at most 2147483647"),
     ],
 )
 def test_options_out_of_range_are_refused(option: str, value: float, message: str) -> None:

@@ -15,13 +15,21 @@ import pytest
 
 from flexifed.cells.run import CellRun
 from flexifed.cells.session import CellSession, open_log
-from flexifed.config import SCHEMES, CellConfig, ModelConfig, PartitionConfig, SchemeName, TrainingConfig
+from flexifed.config import (
+    SCHEMES,
+    CellConfig,
+    ModelConfig,
+    PartitionConfig,
+    PlacementOptions,
+    SchemeName,
+    TrainingConfig,
+)
 from flexifed.data import find_dataset
 from flexifed.federation.cell import make_shards, state_bytes
 from flexifed.federation.checkpoint import MANIFEST, SHARED, Checkpoints, read_tensors
 from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.orchestra import estimate
-from flexifed.orchestra.placement import PlacementOptions, place_cell
+from flexifed.orchestra.placement import place_cell
 from flexifed.report.study import load_results
 from flexifed.results.store import ResultsFolder, read_metadata, write_table
 

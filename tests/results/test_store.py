@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flexifed.cells.run import CellRun
-from flexifed.config import CellConfig, CellName, ModelConfig
+from flexifed.config import CellConfig, CellName, ModelConfig, PlacementOptions
 from flexifed.data import synthetic
 from flexifed.errors import ResultsError
 from flexifed.grid import GridOptions
@@ -377,15 +377,15 @@ def test_whole_numbers_and_floats_of_one_value_are_one_run() -> None:
         {"results_dir": Path("elsewhere")},
         {"data_dir": Path("elsewhere")},
         {"address": "auto"},
-        {"gpus_per_client": 0.5},
-        {"clients_per_actor": 4},
-        {"streams": 2},
-        {"cuda_ipc": False},
+        {"placement": PlacementOptions(gpus_per_client=0.5)},
+        {"placement": PlacementOptions(clients_per_actor=4)},
+        {"placement": PlacementOptions(streams=2)},
+        {"placement": PlacementOptions(cuda_ipc=False)},
         {"max_concurrent": 1},
         {"only": ("*/*/standalone",)},
         {"seeds": (0, 1)},
     ],
-    ids=lambda option: next(iter(option)),
+    ids=str,
 )
 def test_what_decides_no_number_is_not_in_the_run_id(option: dict[str, Any]) -> None:
     name = CellName("cifar10", "vgg", "standalone")
