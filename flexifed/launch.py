@@ -17,9 +17,7 @@ from flexifed.grid import GridOptions, parse_options, select_cells
 from flexifed.stopping import sigterm_as_ctrl_c, stop_requests
 from flexifed.wording import counted
 
-if (
-    TYPE_CHECKING
-):  # torch, Ray and pandas are imported only once the command line has been parsed, so that --help is quick
+if TYPE_CHECKING:  # torch, Ray and pandas are imported once the command line has been parsed, so that --help is quick
     from flexifed.cells.run import CellRun
     from flexifed.data import DatasetInfo
     from flexifed.orchestra.placement import Resources
@@ -64,6 +62,7 @@ def guarded(action: Callable[[], None], when_stopped: str = "") -> int:
     try:
         with sigterm_as_ctrl_c():
             action()
+        sys.stdout.flush()
     except FlexifedError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -287,3 +288,18 @@ def test_what_a_killed_process_has_left_is_removed_and_nothing_else(tmp_path: Pa
         table.with_name(f".{table.name}.4711").write_bytes(b"half")
     assert run(tmp_path) == 0
     assert contents(tmp_path / "table1") == before
+
+
+@pytest.mark.parametrize("length", [1, 1_000_000], ids=["written at exit", "written at once"])
+def test_a_reader_that_closes_the_pipe_ends_the_command_quietly_as_sigpipe_would(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # which would write short output at once too
+    script = f"import sys; from flexifed.launch import guarded; sys.exit(guarded(lambda: print('x' * {length})))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = subprocess.run([sys.executable, "-c", script], stdout=writer, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")

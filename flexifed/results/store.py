@@ -264,7 +264,7 @@ def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         if missing := [name for name in wanted if name not in table.column_names]:
             raise pa.ArrowInvalid(f"it has no column {', '.join(missing)}")
         return table.select(wanted).cast(schema).replace_schema_metadata(table.schema.metadata)
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise _unreadable(path, str(error)) from error
 
 

@@ -326,11 +326,12 @@ def test_rows_that_another_program_has_saved_in_other_types_are_read_alike(folde
     pd.testing.assert_frame_equal(folder.read(["one", "two"]), before)
 
 
-def test_rows_of_another_kind_are_an_error_that_names_the_file(folder: ResultsFolder) -> None:
+@pytest.mark.parametrize("value", ["first", 0.5, None], ids=["text", "fraction", "null"])
+def test_rows_of_another_kind_are_an_error_that_names_the_file(folder: ResultsFolder, value: object) -> None:
     path = folder.rounds_file("one")
     RoundsWriter(path, {}).append([row(0)])
     table = pq.read_table(path)
-    spoiled = table.set_column(table.column_names.index("round"), "round", pa.array(["first"]))
+    spoiled = table.set_column(table.column_names.index("round"), "round", pa.array([value]))
     pq.write_table(spoiled, path)
     with pytest.raises(ResultsError, match=f"can't read {path}"):
         folder.read(["one"])
