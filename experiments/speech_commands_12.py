@@ -1,6 +1,6 @@
-"""Speech Commands as its author's own program learns it: ten commands, unknown words and silence. Not in the paper.
+"""Speech Commands as in its author's own program: ten commands, unknown words and silence. Not in the paper.
 
-python experiments/speech_commands_12.py                    every cell, on quick settings
+python experiments/speech_commands_12.py                    every cell, with quick settings
 python experiments/speech_commands_12.py --profile thin     thin models, real data
 """
 

@@ -1,6 +1,6 @@
 """Table 1 of FlexiFed (The Web Conference 2023): accuracy of four versions under five schemes.
 
-python experiments/table1.py                                        every cell, on quick settings
+python experiments/table1.py                                        every cell, with quick settings
 python experiments/table1.py --profile thin --seeds 0 1 2           thin models, about half an hour a row and seed
 python experiments/table1.py --profile authors --only 'cifar10/*/*' the published program's protocol
 """

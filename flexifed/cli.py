@@ -205,8 +205,8 @@ class Data:
 
         data_dir = self.data_dir.expanduser()
         note = "" if self.download or os.path.exists(data_dir) else " (does not exist)"
-        say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-        say(f"data folder: {data_dir}{note}")
+        print_text = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        print_text(f"data folder: {data_dir}{note}")
         problem = "could not be downloaded" if self.download else "can't be used"
         failed: list[str] = []
         remedies: dict[str, str] = {}
@@ -223,7 +223,7 @@ class Data:
                     remedy = source.real.remedy(data_dir)
                     facts.append(f"As for {remedies[remedy]}." if remedy in remedies else remedy)
                     remedies.setdefault(remedy, name)
-            say("\n  ".join([f"\n{name}: {state}", *facts]))
+            print_text("\n  ".join([f"\n{name}: {state}", *facts]))
         if failed:
             raise DataError(f"{', '.join(failed)} {problem}; see above")
 
@@ -239,7 +239,7 @@ class Data:
         counts = f"{info.num_train:,} training and {info.num_test:,} test samples of {info.num_classes} classes"
         notes = [
             f"There: {warning.difference}." if isinstance(warning, PartialDataWarning) else str(warning)
-            for warning in (one.message for one in caught)
+            for warning in (record.message for record in caught)
         ]
         state = _STATES[info.source]
         return [state, f"{counts} ({info.layout} version).", *notes]

@@ -55,7 +55,7 @@ class GridOptions:
     results_dir: Path = Path("results")
     """Folder for results; on a cluster, one that all nodes see. Default: $FLEXIFED_RESULTS_DIR, or ./results."""
     address: str | None = None
-    """A running Ray cluster to join ('auto' finds one here). Default: $RAY_ADDRESS; without one Ray starts here."""
+    """A running Ray cluster to join ('auto' finds one here). Default: $RAY_ADDRESS; if unset, Ray is started here."""
     min_nodes: int = 1
     """On a cluster, wait until this many nodes that can hold clients have joined it, for at most half an hour."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -130,8 +130,8 @@ def select_cells(cells: Sequence[CellName], only: Sequence[str]) -> list[CellNam
     for pattern in only:
         if not any(fnmatchcase(str(cell), pattern) for cell in cells):
             parts = (
-                f"{what} {', '.join(dict.fromkeys(getattr(cell, what) for cell in cells))}"
-                for what in ("dataset", "family", "scheme")
+                f"{field_name} {', '.join(dict.fromkeys(getattr(cell, field_name) for cell in cells))}"
+                for field_name in ("dataset", "family", "scheme")
             )
             raise ConfigError(
                 f"--only {pattern!r} matches no cell; write DATASET/FAMILY/SCHEME with {'; '.join(parts)}; or * for any"

@@ -158,10 +158,10 @@ def _wait_for_nodes(options: GridOptions, console: Console, *, ask: bool = True)
     """The nodes of the connected cluster, once there are as many as `--min-nodes` asks for."""
     from flexifed.orchestra import cluster
 
-    def say(present: int) -> None:
+    def print_progress(present: int) -> None:
         console.print(f"waiting for nodes: {present} of {options.min_nodes}", highlight=False)
 
-    return cluster.wait_for_nodes(options.min_nodes, say, ask=ask)
+    return cluster.wait_for_nodes(options.min_nodes, print_progress, ask=ask)
 
 
 def _run_cells(request: GridRequest, console: Console) -> tuple[list[CellRun], dict[str, str]]:

@@ -14,7 +14,7 @@ ProfileName = Literal["smoke", "quick", "thin", "authors", "paper"]
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Defaults for everything that decides a number, and the number of rounds."""
+    """Defaults for all settings that decide numbers, and the number of rounds."""
 
     rounds: int
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -25,16 +25,16 @@ class Profile:
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         "smoke": Profile(
-            # Seconds: does everything run at all.
+            # Takes seconds: checks that the software runs at all.
             rounds=2,
             model=ModelConfig(width=0.03125),
             partition=PartitionConfig(num_shards=100, windows_per_shard=1, max_train=16, max_test=8),
             training=TrainingConfig(local_epochs=1),
         ),
         "quick": Profile(
-            # Minutes for the whole grid: shows that the software runs, nothing about the science.
-            # Few samples, so that all data sets cost the same; small batches and one start for all, so that models
-            # begin to learn from them. With larger steps VDCNN-49 diverges on some processors.
+            # Takes minutes for the whole grid: shows that the software runs, nothing about the science.
+            # Few samples, so that all data sets cost the same; small batches and equal initial weights, so that models
+            # begin to learn from them. With a larger learning rate VDCNN-49 diverges on some processors.
             rounds=4,
             model=ModelConfig(width=0.0625, init="shared"),
             partition=PartitionConfig(num_shards=100, windows_per_shard=1, max_train=96, max_test=24),
@@ -42,14 +42,14 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         ),
         "thin": Profile(
             # Thin models on real data, about half an hour a row and seed: enough for the schemes to separate.
-            # Small shards, all of it every round, no augmentation: a client alone soon runs out of new samples, as it
-            # does with a full shard after hundreds of rounds. Chosen on seed 100, then frozen.
+            # Small shards, used whole in every round, and no augmentation: a client alone soon runs out of new samples,
+            # as it does with a full shard after hundreds of rounds. Chosen on seed 100, then frozen.
             rounds=60,
             model=ModelConfig(width=0.125),
             partition=PartitionConfig(num_shards=50, windows_per_shard=1),
             training=TrainingConfig(local_epochs=1, batch_size=32, augment=False),
         ),
-        "authors": Profile(rounds=502),  # the published program's protocol: 8 clients, 20 shards
+        "authors": Profile(rounds=502),  # the protocol of the published program: 8 clients, 20 shards
         "paper": Profile(
             # The paper's appendix A.4.
             rounds=502,

@@ -84,8 +84,8 @@ class ResultsFolder:
     def tidy(self) -> None:
         """Remove temporary files left by killed processes. Only the holder of the folder's lock may call this."""
         for folder in (self.rounds, *(self.root / "runs").glob("*")):
-            for left in folder.glob(".*.parquet.*"):
-                left.unlink(missing_ok=True)
+            for path in folder.glob(".*.parquet.*"):
+                path.unlink(missing_ok=True)
 
     def check_shared(self) -> None:
         """Check that this machine sees the folders that `prepare` created, possibly on another machine.
