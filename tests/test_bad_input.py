@@ -1,6 +1,6 @@
-"""Whatever is said on a command line: a typed error that names what was wrong, before anything is started.
+"""Any invalid command line gives a typed error that names what is wrong, before anything is started.
 
-Bad lines are made from the options themselves, so that a new option is tried as soon as it is there.
+Invalid lines are generated from the options themselves, so that a new option is tested as soon as it exists.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ BAD_FLOATS = st.one_of(
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a command: its name in messages, and values that it can't have."""
+    """An option of a command: its name in messages, and its invalid values."""
 
     name: str
     bad: st.SearchStrategy[str]
@@ -66,7 +66,7 @@ class Option:
 
 
 def options_of(command: type) -> Iterator[Option]:
-    """Every option of a command that takes a value and can be refused for it, those of its groups too."""
+    """Every option of a command that can have an invalid value, including the options of its groups."""
     hints = get_type_hints(command, include_extras=False)
     for field in fields(command):
         kind = hints[field.name]
@@ -78,11 +78,11 @@ def options_of(command: type) -> Iterator[Option]:
 
 
 def bad_values(kind: Any) -> st.SearchStrategy[str] | None:
-    """Values that an option of this type can't have; None where it takes any, or none at all."""
+    """Invalid values of an option of this type; None if it accepts any value, or takes none."""
     if get_origin(kind) is Annotated:
         return bad_values(get_args(kind)[0])
     if get_origin(kind) in (Union, types.UnionType):
-        kinds = [one for one in get_args(kind) if one is not types.NoneType]
+        kinds = [member for member in get_args(kind) if member is not types.NoneType]
         bad = bad_values(kinds[0])
         return bad.filter(lambda word: word != "None") if bad is not None else None
     if get_origin(kind) is Literal:
@@ -98,10 +98,10 @@ REPORT = {option.name: option for option in options_of(cli.Report)}
 UNKNOWN = WORDS.filter(lambda word: "=" not in word and " " not in word).map(lambda word: f"--x{word}")
 
 Line = tuple[list[str], set[str]]
-"""Words of a line, and names of which the message must have one."""
+"""The words of a line, and names at least one of which must be in the message."""
 
 
-def test_the_options_that_are_tried_are_all_that_take_a_value() -> None:
+def test_all_options_that_take_a_value_are_tested() -> None:
     assert {"rounds", "seeds", "profile", "data", "device", "width", "threads", "reduce_block"} <= set(TABLE1)
     assert {"learning_rate", "momentum", "num_clients", "gpus_per_client", "checkpoint_every", "scoring"} <= set(TABLE1)
     assert set(PLAN) >= {"family", "scheme", "num_clients", "num_classes", "width", "in_channels", "weighting"}
@@ -109,12 +109,12 @@ def test_the_options_that_are_tried_are_all_that_take_a_value() -> None:
 
 
 def named(option: Option) -> set[str]:
-    """How a message names an option."""
+    """The ways in which a message may name an option."""
     return {option.flag, f"{option.name} is"}
 
 
 def bad_option(options: dict[str, Option]) -> st.SearchStrategy[Line]:
-    """An option with a value that it can't have."""
+    """An option with an invalid value."""
     return st.sampled_from(sorted(options)).flatmap(
         lambda name: options[name].bad.map(
             lambda value: ([options[name].flag, value], {f"{name} is", options[name].flag})
@@ -136,7 +136,7 @@ def bad_pattern() -> st.SearchStrategy[Line]:
 
 
 def settings_that_do_not_fit() -> st.SearchStrategy[Line]:
-    """Each alone would do; together, or with the data, they don't."""
+    """Settings that are valid alone, but not together or with the data."""
     return st.one_of(
         st.tuples(st.integers(2, 5000), st.integers(1, 4999))
         .filter(lambda pair: pair[0] > pair[1])
@@ -157,8 +157,10 @@ def settings_that_do_not_fit() -> st.SearchStrategy[Line]:
 
 
 def table1_lines() -> st.SearchStrategy[Line]:
-    one = st.one_of(bad_option(TABLE1), bad_option(TABLE1), unknown_option(), bad_pattern(), settings_that_do_not_fit())
-    several = st.lists(one, min_size=1, max_size=3).map(joined)
+    mistake = st.one_of(
+        bad_option(TABLE1), bad_option(TABLE1), unknown_option(), bad_pattern(), settings_that_do_not_fit()
+    )
+    several = st.lists(mistake, min_size=1, max_size=3).map(joined)
     return st.one_of(several, several, several, no_value(TABLE1))
 
 
@@ -175,7 +177,7 @@ def flexifed_lines() -> st.SearchStrategy[Line]:
 
 
 def joined(parts: Sequence[Line]) -> Line:
-    """One line of several. After the word `--` nothing is an option any more, and is named as it stands."""
+    """Join lines into one. After the word `--` nothing is an option, and the message names words as they are."""
     line = [word for words, _ in parts for word in words]
     after = line[line.index("--") + 1 :] if "--" in line else []
     return line, {name for _, names in parts for name in names} | {word for word in after if word.startswith("-")}
@@ -200,34 +202,36 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def check_refused(main: Callable[[Sequence[str]], int], line: Line) -> None:
     words, names = line
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         try:
             status = main(words)
         except SystemExit as end:
             status = int(end.code or 0)
-    message = squeezed(told.getvalue())
-    assert status == 2, f"{words}: status {status}, {told.getvalue()}"
+    message = squeezed(stderr.getvalue())
+    assert status == 2, f"{words}: status {status}, {stderr.getvalue()}"
     assert "Traceback" not in message
-    assert any(squeezed(name) in message for name in names), f"{words}: {told.getvalue()}"
+    assert any(squeezed(name) in message for name in names), f"{words}: {stderr.getvalue()}"
     assert not list(Path().rglob("*.parquet"))
 
 
 def squeezed(text: str) -> str:
-    """Without blanks and the lines of boxes, since a long message is wrapped."""
+    """The text without whitespace and the lines of boxes, since long messages are wrapped."""
     return "".join(text.replace("│", " ").split())
 
 
 @example(line=joined([(["--seeds", "--"], {"seeds is"}), (["--num-shards", "10001"], {"num_shards is"})]))
 @FEW
 @given(line=table1_lines())
-def test_a_bad_line_of_the_experiment_is_refused_by_name(table1: Callable[[Sequence[str]], int], line: Line) -> None:
+def test_an_invalid_line_of_the_experiment_is_refused_by_name(
+    table1: Callable[[Sequence[str]], int], line: Line
+) -> None:
     check_refused(table1, line)
 
 
 @FEW
 @given(line=flexifed_lines())
-def test_a_bad_line_of_the_tool_is_refused_by_name(line: Line) -> None:
+def test_an_invalid_line_of_the_tool_is_refused_by_name(line: Line) -> None:
     check_refused(cli.main, line)
 
 
@@ -235,13 +239,13 @@ def test_a_bad_line_of_the_tool_is_refused_by_name(line: Line) -> None:
 @pytest.mark.timeout(3600)
 @MANY
 @given(line=st.one_of(table1_lines().map(lambda line: ("table1", line)), flexifed_lines().map(lambda line: ("", line))))
-def test_ten_thousand_bad_lines(table1: Callable[[Sequence[str]], int], line: tuple[str, Line]) -> None:
+def test_ten_thousand_invalid_lines(table1: Callable[[Sequence[str]], int], line: tuple[str, Line]) -> None:
     command, words = line
     check_refused(table1 if command else cli.main, words)
 
 
 CONFIGS = (ModelConfig, PartitionConfig, TrainingConfig, SharingConfig, NumericsConfig, PlacementOptions)
-NOTHING_SENSIBLE = st.one_of(
+INVALID_VALUES = st.one_of(
     st.none(),
     st.text(max_size=8),
     st.binary(max_size=4),
@@ -258,16 +262,16 @@ NOTHING_SENSIBLE = st.one_of(
 
 @settings(FEW, max_examples=500)
 @given(data=st.data())
-def test_a_config_refuses_what_a_field_cannot_be_by_name(data: st.DataObject) -> None:
+def test_a_config_refuses_invalid_values_by_field_name(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(CONFIGS), "config")
     field = data.draw(st.sampled_from([field.name for field in fields(kind)]), "field")
     hints = get_type_hints(kind)
     valid = get_args(hints[field])
-    value = data.draw(NOTHING_SENSIBLE.filter(lambda one: not isinstance(one, str) or one not in valid), "value")
+    value = data.draw(INVALID_VALUES.filter(lambda value: not isinstance(value, str) or value not in valid), "value")
     if value is None and types.NoneType in valid:
         return
     if hints[field] in (float, float | None) and isinstance(value, int) and value > 0:
-        return  # a large whole number is a fine float, where the field has no upper bound
+        return  # a large integer is a valid float where the field has no upper bound
     with pytest.raises(ConfigError, match=field):
         kind(**{field: value})
 
@@ -275,9 +279,9 @@ def test_a_config_refuses_what_a_field_cannot_be_by_name(data: st.DataObject) ->
 @settings(FEW, max_examples=200)
 @given(
     field=st.sampled_from(["dataset", "family", "scheme", "seed", "device"]),
-    value=NOTHING_SENSIBLE.filter(lambda one: one not in ("cpu", "cuda")),
+    value=INVALID_VALUES.filter(lambda value: value not in ("cpu", "cuda")),
 )
-def test_a_cell_refuses_what_a_field_cannot_be_by_name(field: str, value: object) -> None:
-    given_: dict[str, Any] = {"dataset": "cifar10", "family": "vgg", "scheme": "standalone", field: value}
+def test_a_cell_refuses_invalid_values_by_field_name(field: str, value: object) -> None:
+    values: dict[str, Any] = {"dataset": "cifar10", "family": "vgg", "scheme": "standalone", field: value}
     with pytest.raises(ConfigError, match=field):
-        CellConfig(**given_)
+        CellConfig(**values)

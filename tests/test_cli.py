@@ -48,29 +48,29 @@ def run_plan(capsys: pytest.CaptureFixture[str], scheme: str, *options: str) -> 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("options", [[], ["--batch-norm-buffers", "local"], ["--classifier", "always"]])
-def test_json_says_what_the_plan_says(capsys: pytest.CaptureFixture[str], scheme: str, options: list[str]) -> None:
+def test_json_agrees_with_the_plan(capsys: pytest.CaptureFixture[str], scheme: str, options: list[str]) -> None:
     given = {"batch_norm_buffers": "local"} if "local" in options else {"classifier": "always"} if options else {}
     plan, names = thin_plan(scheme, **given)
     content = json.loads(run_plan(capsys, scheme, "--json", *options))
-    assert [one["model"] for one in content["versions"]] == list(FAMILIES["vgg"])
+    assert [version["model"] for version in content["versions"]] == list(FAMILIES["vgg"])
     assert content["scheme"] == scheme
-    for one in content["versions"]:
-        for client in one["clients"]:
+    for version in content["versions"]:
+        for client in version["clients"]:
             parameters = dict(build_model(names[client], num_classes=10, width=WIDTH, device="meta").named_parameters())
             total = sum(parameter.numel() for parameter in parameters.values())
             averaged = [name for shared in plan.shared_names(client).values() for name in shared if name in parameters]
             share = sum(parameters[name].numel() for name in averaged) / total
-            assert one["num_parameters"] == total
-            assert one["averaged_share"] == pytest.approx(share)
-            assert sum(part["share"] for part in one["averaged_over"]) == pytest.approx(share)
-            assert one["bytes_up"] == one["bytes_down"] == plan.bytes_per_round(client)
+            assert version["num_parameters"] == total
+            assert version["averaged_share"] == pytest.approx(share)
+            assert sum(part["share"] for part in version["averaged_over"]) == pytest.approx(share)
+            assert version["bytes_up"] == version["bytes_down"] == plan.bytes_per_round(client)
     for group, shown in zip(plan.groups, content["groups"], strict=True):
         assert shown["group"] == group.index
         assert shown["clients"] == list(plan.members(group))
         assert shown["num_bytes"] == group.num_bytes
-    for row, one in zip(plan.group_of, content["versions"], strict=True):
-        assert [layer["group"] for layer in one["layers"]] == list(row)
-        for depth, layer in enumerate(one["layers"]):
+    for row, version in zip(plan.group_of, content["versions"], strict=True):
+        assert [layer["group"] for layer in version["layers"]] == list(row)
+        for depth, layer in enumerate(version["layers"]):
             assert layer["depth"] == depth
             members = content["groups"][layer["group"]]["clients"] if layer["group"] is not None else [None]
             assert layer["num_clients"] == len(members)
@@ -81,13 +81,18 @@ def test_text_shows_shares_and_bytes(capsys: pytest.CaptureFixture[str], scheme:
     text = run_plan(capsys, scheme)
     plan, names = thin_plan(scheme)
     summary = plan_summary(plan, names)
-    for one in summary.versions:
-        [row] = [line for line in text.splitlines() if one.model in line]
+    for version in summary.versions:
+        [row] = [line for line in text.splitlines() if version.model in line]
         cells = [cell.strip() for cell in row.strip("│").split("│")]
-        first = one.averaged_over[0] if one.averaged_over else None
+        first = version.averaged_over[0] if version.averaged_over else None
         over = f"{percent(first.share)} over {first.num_clients}" if first else "-"
-        expected = [f"2 × {one.version.upper()}", one.model, f"{one.num_parameters:,}", percent(one.averaged_share)]
-        assert cells == [*expected, over, decimal(plan.bytes_per_round(one.clients[0]))]
+        expected = [
+            f"2 × {version.version.upper()}",
+            version.model,
+            f"{version.num_parameters:,}",
+            percent(version.averaged_share),
+        ]
+        assert cells == [*expected, over, decimal(plan.bytes_per_round(version.clients[0]))]
     together = sum(plan.bytes_per_round(client) for client in range(8))
     assert f"all 8 clients together send {decimal(together)}" in text
 
@@ -118,14 +123,14 @@ def test_tree_of_max_common(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("num_clients", [1, 3, 7, 8])
-def test_tree_holds_every_layer_once_with_its_members(scheme: str, num_clients: int) -> None:
+def test_tree_has_every_layer_once_with_its_members(scheme: str, num_clients: int) -> None:
     plan, names = thin_plan(scheme, num_clients)
     seen: dict[tuple[int, int], set[int]] = {}
     for segment, versions in segments(plan_summary(plan, names).tree):
         for depth in range(segment.first, segment.last + 1):
             for architecture in versions:
                 [members] = [
-                    set(one.versions) for one in segment.averaged if f"v{architecture + 1}" in one.versions
+                    set(group.versions) for group in segment.averaged if f"v{architecture + 1}" in group.versions
                 ] or [set()]
                 assert (not members) == (f"v{architecture + 1}" in segment.personal)
                 assert (architecture, depth) not in seen
@@ -144,7 +149,7 @@ def segments(branches: Sequence[Branch]) -> Iterator[tuple[Segment, list[int]]]:
         yield from segments(branch.branches)
 
 
-def test_tree_says_who_keeps_what_others_average() -> None:
+def test_tree_names_versions_that_keep_layers_that_others_average() -> None:
     plan, names = thin_plan("clustered_common", 7)
     texts = [segment_text(segment) for segment, _ in segments(plan_summary(plan, names).tree)]
     assert "layers 2-6 · conv 4..16 · averaged within each of V2 V3 (2 clients each); personal in V4" in texts
@@ -157,7 +162,7 @@ def test_tree_says_who_keeps_what_others_average() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "said"),
+    ("option", "value", "expected"),
     [
         ("--family", "resnext", "vgg_plain"),
         ("--scheme", "max", "clustered_common"),
@@ -166,13 +171,13 @@ def test_tree_says_who_keeps_what_others_average() -> None:
     ],
 )
 def test_an_unknown_choice_ends_with_status_2_and_the_choices(
-    capsys: pytest.CaptureFixture[str], option: str, value: str, said: str
+    capsys: pytest.CaptureFixture[str], option: str, value: str, expected: str
 ) -> None:
     line = {"--family": "vgg", "--scheme": "max_common", option: value}
     with pytest.raises(SystemExit) as ended:
         main(["plan", *(word for pair in line.items() for word in pair)])
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -183,11 +188,11 @@ def test_an_unknown_choice_ends_with_status_2_and_the_choices(
 )  # fmt: skip
 def test_a_number_out_of_range_ends_with_status_2(capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
     assert main(["plan", "--family", "vgg", "--scheme", "max_common", option, value]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert option.removeprefix("--").replace("-", "_") in said
-    assert "must be" in said
-    assert "Traceback" not in said
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert option.removeprefix("--").replace("-", "_") in message
+    assert "must be" in message
+    assert "Traceback" not in message
 
 
 @pytest.mark.parametrize("line", [["--help"], ["plan", "--help"], ["report", "--help"]])
@@ -216,7 +221,10 @@ def test_models_lists_every_version_with_its_parameters(capsys: pytest.CaptureFi
     for models in FAMILIES.values():
         for name in models:
             num_classes = 4 if input_kind(name) == "text" else 10
-            count = sum(one.numel() for one in build_model(name, num_classes=num_classes, device="meta").parameters())
+            count = sum(
+                parameter.numel()
+                for parameter in build_model(name, num_classes=num_classes, device="meta").parameters()
+            )
             assert any(name in line.split() and f"{count:,}" in line for line in lines)
 
 
@@ -233,12 +241,12 @@ def test_the_docs_table_of_shares_is_what_the_command_prints(capsys: pytest.Capt
 
 
 def listed(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
-    """The blocks of `flexifed data` by their first words, as lines."""
+    """The lines of each block that `flexifed data` prints, by the block's first words."""
     blocks = [block.splitlines() for block in capsys.readouterr().out.rstrip().split("\n\n")]
     return {lines[0].partition(":")[0]: [line.strip() for line in lines] for lines in blocks}
 
 
-def test_data_says_how_to_get_what_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_data_says_how_to_get_missing_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["data", "--data-dir", str(tmp_path)]) == 0
     blocks = listed(capsys)
     assert list(blocks) == ["data folder", *SOURCES]
@@ -250,20 +258,22 @@ def test_data_says_how_to_get_what_is_not_there(capsys: pytest.CaptureFixture[st
         assert str(tmp_path) in remedy
 
 
-def test_data_says_that_there_is_no_such_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_data_says_that_the_folder_does_not_exist(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["data", "--data-dir", str(tmp_path / "mistyped")]) == 0
     assert listed(capsys)["data folder"] == [f"data folder: {tmp_path / 'mistyped'} (does not exist)"]
 
 
-def test_damaged_data_hide_no_others_and_end_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_damaged_data_do_not_hide_other_data_and_end_with_status_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "cifar-10-batches-bin").mkdir()
     (tmp_path / "ag_news_csv").mkdir()
     assert main(["data", "--data-dir", str(tmp_path)]) == 2
-    said = capsys.readouterr()
-    assert "\ncifar10: can't be used\n  CIFAR-10 in" in said.out
-    assert "\ncinic10: absent" in said.out
-    assert f"\nagnews: can't be used\n  {tmp_path / 'ag_news_csv' / 'train.csv'} is missing" in said.out
-    assert said.err == "error: cifar10, agnews can't be used; see above\n"
+    captured = capsys.readouterr()
+    assert "\ncifar10: can't be used\n  CIFAR-10 in" in captured.out
+    assert "\ncinic10: absent" in captured.out
+    assert f"\nagnews: can't be used\n  {tmp_path / 'ag_news_csv' / 'train.csv'} is missing" in captured.out
+    assert captured.err == "error: cifar10, agnews can't be used; see above\n"
 
 
 def test_data_without_a_network_says_what_could_not_be_downloaded(
@@ -274,14 +284,14 @@ def test_data_without_a_network_says_what_could_not_be_downloaded(
 
     monkeypatch.setattr(download, "urlopen", unreachable)
     assert main(["data", "--data-dir", str(tmp_path / "new"), "--download"]) == 2
-    said = capsys.readouterr()
-    assert said.out.startswith(f"data folder: {tmp_path / 'new'}\n")
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"data folder: {tmp_path / 'new'}\n")
     for name in SOURCES:
-        assert f"\n{name}: could not be downloaded\n  " in said.out
-    assert f"error: {', '.join(SOURCES)} could not be downloaded; see above\n" in said.err
+        assert f"\n{name}: could not be downloaded\n  " in captured.out
+    assert f"error: {', '.join(SOURCES)} could not be downloaded; see above\n" in captured.err
 
 
-def test_data_says_what_is_partly_there(
+def test_data_says_what_part_of_a_data_set_exists(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FLEXIFED_CACHE_DIR", raising=False)
@@ -317,12 +327,12 @@ def store(
     source: str = "synthetic",
     fingerprint: str = "data-1",
     accuracy: float = 0.5,
-    unheard_of: Sequence[str] = (),
+    unknown_settings: Sequence[str] = (),
     **settings: Any,
 ) -> None:
     """A cell's file. Accuracy rises by 0.01 a round, and by 0.001 a version.
 
-    It is from before there were the numeric settings that are `unheard_of`.
+    The numeric settings in `unknown_settings` are left out, as in a file written before they existed.
     """
     named = PROFILES[profile]
     defaults = {"model": named.model, "partition": named.partition, "training": named.training}
@@ -335,7 +345,7 @@ def store(
     )
     run_id = config.run_id(fingerprint)
     stored = asdict(config)
-    for name in unheard_of:
+    for name in unknown_settings:
         del stored["numerics"][name]
     writer = RoundsWriter(
         ResultsFolder(results / "table1").rounds_file(f"cifar10-vgg-{scheme}-seed{seed}-{run_id}-{rounds}"),
@@ -401,7 +411,7 @@ def test_report_of_unfinished_cells_only(capsys: pytest.CaptureFixture[str], tmp
     assert "round 0 of 4" in text
 
 
-def test_report_never_mixes_what_differs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_report_never_mixes_runs_that_differ(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     store(tmp_path, "standalone", accuracy=0.10)
     store(tmp_path, "standalone", accuracy=0.20, rounds=5)
     store(tmp_path, "standalone", accuracy=0.30, profile="smoke")
@@ -420,10 +430,12 @@ def test_report_never_mixes_what_differs(capsys: pytest.CaptureFixture[str], tmp
     }
 
 
-def test_report_tells_convolutions_apart_where_they_differ(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_report_separates_runs_with_different_convolution_algorithms(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     direct, bf16 = NumericsConfig(winograd=False), NumericsConfig(precision="bf16")
     store(tmp_path, "standalone", accuracy=0.10)
-    store(tmp_path, "standalone", accuracy=0.20, numerics=direct, unheard_of=["winograd"])
+    store(tmp_path, "standalone", accuracy=0.20, numerics=direct, unknown_settings=["winograd"])
     store(tmp_path, "max_common", accuracy=0.30, numerics=direct)
     store(tmp_path, "standalone", accuracy=0.40, numerics=bf16)
     store(tmp_path, "max_common", accuracy=0.50, numerics=replace(bf16, winograd=False))
@@ -464,14 +476,14 @@ def test_report_over_seeds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 
 def test_no_results_say_what_to_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 2
-    said = capsys.readouterr().err
-    assert str(tmp_path / "nowhere") in said
-    assert "experiments/table1.py --results-dir" in said
+    message = capsys.readouterr().err
+    assert str(tmp_path / "nowhere") in message
+    assert "experiments/table1.py --results-dir" in message
     store(tmp_path, "standalone")
     assert main(["report", str(tmp_path), "--experiment", "figure9"]) == 2
-    said = capsys.readouterr().err
-    assert "has results of: table1 (choose with --experiment)" in said
-    assert ".py" not in said, "there is no such script"
+    message = capsys.readouterr().err
+    assert "has results of: table1 (choose with --experiment)" in message
+    assert ".py" not in message, "no such script exists"
     assert main(["report", str(tmp_path / "empty"), "--experiment", "table1-2"]) == 2
     assert "experiments/table1.py --results-dir" in capsys.readouterr().err
 
@@ -484,16 +496,16 @@ def test_damaged_results_end_with_status_2(capsys: pytest.CaptureFixture[str], t
     assert "can't read" in capsys.readouterr().err
 
 
-def test_data_of_one_set_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_of_selected_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "--data-dir", str(tmp_path), "--only", "agnews", "cinic10"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert [
-        line.split(":")[0] for line in told.splitlines() if line.endswith(": absent; runs use a synthetic stand-in")
+        line.split(":")[0] for line in output.splitlines() if line.endswith(": absent; runs use a synthetic stand-in")
     ] == [
         "cinic10",
         "agnews",
     ]
-    assert "cifar10:" not in told
+    assert "cifar10:" not in output
 
 
 def test_the_package_runs_as_the_command() -> None:

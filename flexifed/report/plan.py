@@ -1,6 +1,6 @@
-"""What a sharing plan means, in numbers: who averages which layers with whom, and what a client pays for it.
+"""Summarise a sharing plan: which clients average which layers, and the bytes that this costs a client.
 
-Pure: a plan in, plain dataclasses out. `flexifed.report.plan_text` shows them.
+Pure functions from a plan to plain dataclasses; `flexifed.report.plan_text` renders them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ _WIDTHS = ("out_channels", "out_features", "embedding_dim")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSummary:
-    """One layer of one version. `depth` counts from 0 at the input; `group` is None, and its members the version's own
-    client, where the layer is personal."""
+    """One layer of one version.
+
+    `depth` counts from 0 at the input. `group` is None for a personal layer; `versions` is then the layer's own version
+    and `num_clients` is 1.
+    """
 
     depth: int
     kind: str
@@ -33,7 +36,7 @@ class LayerSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class AveragedOver:
-    """So many of a version's parameters, and which share of them (0 to 1), are averaged over so many clients."""
+    """The number of a version's parameters that are averaged over `num_clients` clients, and their share (0 to 1)."""
 
     num_clients: int
     num_parameters: int
@@ -42,10 +45,11 @@ class AveragedOver:
 
 @dataclass(frozen=True, kw_only=True)
 class VersionSummary:
-    """One architecture: what of it is averaged, and the bytes that one of its clients sends and gets in a round.
+    """One architecture: which share of it is averaged, and the bytes that each of its clients sends and receives in a
+    round.
 
-    `averaged_over` has the largest groups first; `averaged_share` (0 to 1) is their sum. Parameters are trainable
-    values; bytes count averaged batch-norm buffers too.
+    `averaged_over` has the largest groups first; `averaged_share` (0 to 1) is the sum of their shares. Parameters are
+    trainable values; bytes include averaged batch-norm buffers.
     """
 
     version: str
@@ -61,7 +65,7 @@ class VersionSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSummary:
-    """The clients that average one layer, and the bytes of it that each of them sends and gets in a round."""
+    """The clients that average one layer, and the bytes that each of them sends and receives for it in a round."""
 
     group: int
     kind: str
@@ -81,10 +85,11 @@ class Members:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Consecutive layers of one kind that are averaged in the same way: `first` to `last`, depths from 0.
+    """Consecutive layers of one kind that are averaged in the same way.
 
-    `widths` are the output channels or features of the first and the last, where the layers have such. `averaged` has
-    one entry for each group of a layer, `personal` the versions that keep the layers to themselves.
+    `first` and `last` are depths, counted from 0. `widths` are the output channels or features of the first and the
+    last layer, if they have any. `averaged` has one entry for each group that averages a layer; `personal` has the
+    versions whose layers stay personal.
     """
 
     first: int
@@ -97,7 +102,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """A part of the prefix trie: the layers that these versions have in common, and how they go on from there."""
+    """A part of the prefix trie: the layers that these versions have in common, and the branches that follow."""
 
     versions: tuple[str, ...]
     segments: tuple[Segment, ...]
@@ -106,7 +111,7 @@ class Branch:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSummary:
-    """A sharing plan for people and machines."""
+    """The summary of a sharing plan."""
 
     scheme: str
     weighting: str
@@ -119,17 +124,17 @@ class PlanSummary:
 
     @property
     def bytes_all_clients(self) -> int:
-        """What all clients together send in a round, and as much again that they get."""
+        """Bytes that all clients together send in a round; they receive the same number."""
         return sum(len(version.clients) * version.bytes_up for version in self.versions)
 
 
 def plan_summary(plan: SharingPlan, models: Sequence[str]) -> PlanSummary:
-    """Work out what a plan means.
+    """Summarise a plan.
 
     Args:
         plan: from `flexifed.core.schemes.sharing_plan`.
-        models: the name of each client's model, in client order. Versions are called `v1`, `v2`, ... in the order of
-            their first client.
+        models: the name of each client's model, in client order. Versions are named `v1`, `v2`, ... in the order of
+            their first clients.
     """
     return PlanSummary(
         scheme=plan.scheme,
@@ -144,7 +149,7 @@ def plan_summary(plan: SharingPlan, models: Sequence[str]) -> PlanSummary:
             GroupSummary(
                 group=group.index,
                 kind=group.layer.kind,
-                versions=_names(group.architectures),
+                versions=_version_names(group.architectures),
                 clients=plan.members(group),
                 num_parameters=_num_parameters(group),
                 num_bytes=group.num_bytes,
@@ -156,7 +161,7 @@ def plan_summary(plan: SharingPlan, models: Sequence[str]) -> PlanSummary:
 
 
 def as_json(summary: PlanSummary) -> dict[str, Any]:
-    """A summary as what `json.dumps` takes. The tree is left out: layers and groups say it all."""
+    """Convert a summary to what `json.dumps` takes, without the tree: layers and groups have all of its information."""
     content = asdict(summary)
     del content["tree"]
     return content
@@ -175,7 +180,7 @@ def _version_summary(plan: SharingPlan, architecture: int, model: str) -> Versio
                 role=layer.role,
                 num_parameters=layer.num_parameters,
                 group=index,
-                versions=_names(group.architectures if group else [architecture]),
+                versions=_version_names(group.architectures if group else [architecture]),
                 num_clients=plan.num_members(group) if group else 1,
             )
         )
@@ -185,7 +190,7 @@ def _version_summary(plan: SharingPlan, architecture: int, model: str) -> Versio
     total = max(1, signature.num_parameters)
     num_bytes = plan.bytes_per_round(clients[0])
     return VersionSummary(
-        version=_name(architecture),
+        version=_version_name(architecture),
         model=model,
         clients=clients,
         num_parameters=signature.num_parameters,
@@ -201,48 +206,49 @@ def _version_summary(plan: SharingPlan, architecture: int, model: str) -> Versio
 
 
 def _branch(plan: SharingPlan, node: Node) -> Branch:
-    """Follow the trie from a node until the versions part, and then each part."""
+    """Follow the trie from a node until its versions diverge, then do the same for each branch."""
     versions, segments = node.architectures, [_segment(plan, node)]
-    while len(above := plan.trie.children(node)) == 1 and above[0].architectures == versions:
-        node = above[0]
-        segment, below = _segment(plan, node), segments[-1]
-        if (segment.kind, segment.averaged, segment.personal) == (below.kind, below.averaged, below.personal):
+    while len(children := plan.trie.children(node)) == 1 and children[0].architectures == versions:
+        node = children[0]
+        segment, previous = _segment(plan, node), segments[-1]
+        if (segment.kind, segment.averaged, segment.personal) == (previous.kind, previous.averaged, previous.personal):
             segments[-1] = Segment(
-                first=below.first,
+                first=previous.first,
                 last=segment.last,
-                kind=below.kind,
-                widths=(*below.widths[:1], *segment.widths[-1:]),
-                averaged=below.averaged,
-                personal=below.personal,
+                kind=previous.kind,
+                widths=(*previous.widths[:1], *segment.widths[-1:]),
+                averaged=previous.averaged,
+                personal=previous.personal,
             )
         else:
             segments.append(segment)
     return Branch(
-        versions=_names(versions),
+        versions=_version_names(versions),
         segments=tuple(segments),
-        branches=tuple(_branch(plan, child) for child in above),
+        branches=tuple(_branch(plan, child) for child in children),
     )
 
 
 def _segment(plan: SharingPlan, node: Node) -> Segment:
-    """The layer of one node, as its versions see it."""
+    """A segment of one layer: the layer of a node."""
     indices = [plan.group_of[architecture][node.depth] for architecture in node.architectures]
     groups = [plan.groups[index] for index in dict.fromkeys(indices) if index is not None]
-    personal = [one for one, index in zip(node.architectures, indices, strict=True) if index is None]
+    personal = [version for version, index in zip(node.architectures, indices, strict=True) if index is None]
     return Segment(
         first=node.depth,
         last=node.depth,
         kind=_short_kind(node.layer),
         widths=_width(node.layer),
         averaged=tuple(
-            Members(versions=_names(group.architectures), num_clients=plan.num_members(group)) for group in groups
+            Members(versions=_version_names(group.architectures), num_clients=plan.num_members(group))
+            for group in groups
         ),
-        personal=_names(personal),
+        personal=_version_names(personal),
     )
 
 
 def _short_kind(layer: LayerSignature) -> str:
-    """`conv` for `Conv2d + BatchNorm2d`: the module that comes first, in lower case and without its dimensions."""
+    """The name of a layer's first module, in lower case; convolutions of any dimension are `conv`."""
     first = layer.kind.split(" + ")[0].rsplit(".", 1)[-1].lower()
     return "conv" if first.startswith("conv") else first
 
@@ -255,9 +261,9 @@ def _num_parameters(group: Group) -> int:
     return sum(spec.num_elements for spec in group.specs if not spec.buffer)
 
 
-def _name(architecture: int) -> str:
+def _version_name(architecture: int) -> str:
     return f"v{architecture + 1}"
 
 
-def _names(architectures: Iterable[int]) -> tuple[str, ...]:
-    return tuple(_name(one) for one in architectures)
+def _version_names(architectures: Iterable[int]) -> tuple[str, ...]:
+    return tuple(_version_name(architecture) for architecture in architectures)

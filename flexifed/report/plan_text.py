@@ -1,4 +1,4 @@
-"""A sharing plan for a terminal of 80 columns: the prefix trie as a tree, and a table of what each version shares."""
+"""Render a sharing plan for a terminal of 80 columns: the prefix trie as a tree, and a table of the versions."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from flexifed.report.plan import Branch, Members, PlanSummary, Segment, VersionS
 
 
 def render(summary: PlanSummary, *, title: str) -> list[RenderableType]:
-    """Everything about a plan, to be printed part by part.
+    """Render a plan as a list of parts, to be printed one after another.
 
     Args:
         summary: from `plan_summary`.
-        title: what the plan is of.
+        title: the first line.
     """
     tree = Tree("", hide_root=True, highlight=False)
     for branch in summary.tree:
-        _grow(tree, branch)
-    together = decimal(summary.bytes_all_clients)
+        _add_branch(tree, branch)
+    total = decimal(summary.bytes_all_clients)
     caption = (
-        f"In a round a client sends, and gets, what the last column says; all {summary.num_clients} clients together "
-        f"send {together}. "
+        f"In a round, a client sends the amount in the last column, and receives as much; all {summary.num_clients} "
+        f"clients together send {total}. "
         f"Mean: {summary.weighting}. Batch-norm buffers: {summary.batch_norm_buffers}. "
         f"Classifier: {summary.classifier}."
     )
@@ -33,7 +33,7 @@ def render(summary: PlanSummary, *, title: str) -> list[RenderableType]:
 
 
 def percent(share: float) -> str:
-    """A share of 0 to 1 in percent, with two digits where it is small.
+    """Format a share of 0 to 1 in percent, with two digits if it is small.
 
     >>> [percent(share) for share in (0, 0.000068, 0.0325, 0.5, 0.9999, 1)]
     ['0 %', '0.0068 %', '3.2 %', '50 %', '>99.9 %', '100 %']
@@ -46,7 +46,7 @@ def percent(share: float) -> str:
 
 
 def segment_text(segment: Segment) -> str:
-    """One line for consecutive layers, counted from 1.
+    """Describe consecutive layers in one line; layers are counted from 1.
 
     >>> segment_text(Segment(first=0, last=5, kind="conv", widths=("64", "256"), personal=(),
     ...                      averaged=(Members(versions=("v2", "v3"), num_clients=4),)))
@@ -59,29 +59,29 @@ def segment_text(segment: Segment) -> str:
 
 
 def _sharing_text(segment: Segment) -> str:
-    """Who averages, in as few words as say it; versions that keep the layers, where others don't."""
+    """Say which versions average the layers, and in which versions they are personal."""
     if not segment.averaged:
         return "personal"
-    apart = len(segment.averaged) > 1 and all(len(one.versions) == 1 for one in segment.averaged)
-    sizes = {one.num_clients for one in segment.averaged}
-    if apart and len(sizes) == 1:
-        names = _upper([one.versions[0] for one in segment.averaged])
-        text = f"averaged within each of {names} ({_clients(sizes.pop())} each)"
+    is_within_versions = len(segment.averaged) > 1 and all(len(group.versions) == 1 for group in segment.averaged)
+    sizes = {group.num_clients for group in segment.averaged}
+    if is_within_versions and len(sizes) == 1:
+        names = _upper_names([group.versions[0] for group in segment.averaged])
+        text = f"averaged within each of {names} ({_count_clients(sizes.pop())} each)"
     else:
-        text = "averaged over " + " and over ".join(_members_text(one) for one in segment.averaged)
-    return text + (f"; personal in {_upper(segment.personal)}" if segment.personal else "")
+        text = "averaged over " + " and over ".join(_members_text(group) for group in segment.averaged)
+    return text + (f"; personal in {_upper_names(segment.personal)}" if segment.personal else "")
 
 
 def _members_text(members: Members) -> str:
-    return f"{_upper(members.versions)} ({_clients(members.num_clients)})"
+    return f"{_upper_names(members.versions)} ({_count_clients(members.num_clients)})"
 
 
-def _grow(parent: Tree, branch: Branch) -> None:
-    here = parent.add(f"[bold]{_upper(branch.versions)}[/bold]")
+def _add_branch(parent: Tree, branch: Branch) -> None:
+    node = parent.add(f"[bold]{_upper_names(branch.versions)}[/bold]")
     for segment in branch.segments:
-        here.add(segment_text(segment))
-    for above in branch.branches:
-        _grow(here, above)
+        node.add(segment_text(segment))
+    for child in branch.branches:
+        _add_branch(node, child)
 
 
 def _table(versions: Sequence[VersionSummary]) -> Table:
@@ -90,22 +90,22 @@ def _table(versions: Sequence[VersionSummary]) -> Table:
     table.add_column("model", no_wrap=True)
     for name in ("parameters", "averaged", "over how\nmany clients", "sends\nand gets"):
         table.add_column(name, justify="right", no_wrap=True)
-    for one in versions:
-        over = [f"{percent(part.share)} over {part.num_clients}" for part in one.averaged_over]
+    for version in versions:
+        over = [f"{percent(part.share)} over {part.num_clients}" for part in version.averaged_over]
         table.add_row(
-            f"{len(one.clients)} × {one.version.upper()}",
-            one.model,
-            f"{one.num_parameters:,}",
-            percent(one.averaged_share),
+            f"{len(version.clients)} × {version.version.upper()}",
+            version.model,
+            f"{version.num_parameters:,}",
+            percent(version.averaged_share),
             "\n".join(over or ["-"]),
-            decimal(one.bytes_up),
+            decimal(version.bytes_up),
         )
     return table
 
 
-def _clients(count: int) -> str:
+def _count_clients(count: int) -> str:
     return f"{count} client{'s' if count > 1 else ''}"
 
 
-def _upper(versions: Sequence[str]) -> str:
+def _upper_names(versions: Sequence[str]) -> str:
     return " ".join(versions).upper()

@@ -1,4 +1,4 @@
-"""What the schemes average of each family, and what that costs a client, as one table for the docs."""
+"""The table in the documentation of what each scheme averages in each family, and what that costs a client."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from flexifed.report.plan_text import percent
 
 
 def markdown(plans: Iterable[tuple[str, PlanSummary]]) -> str:
-    """A Markdown table with a row for each plan.
+    """Render a Markdown table with a row for each plan.
 
     Args:
         plans: (family, plan), all with the same number of versions.
 
     Returns:
-        For each version the share of its parameters that is averaged with other clients; in brackets how much of the
-        version is averaged with clients of other versions; and the bytes that a client sends in a round, and gets.
+        For each version: the share of its parameters that is averaged with other clients; in brackets, the share that
+        is averaged with clients of other versions; and the bytes that a client sends in a round, and also receives.
     """
     lines: list[str] = []
     for family, plan in plans:

@@ -1,7 +1,6 @@
-"""A table of finished strings, and how it looks in a terminal, in Markdown and in LaTeX.
+"""A table of formatted strings, and its layout in a terminal, in Markdown and in LaTeX.
 
-Whoever makes a `Sheet` has decided what each number looks like; a renderer only places strings. So every format says
-the same.
+Numbers are formatted when a `Sheet` is made; a renderer only places strings. So all formats show the same numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 Cell = tuple[str, ...]
-"""A number, and what stands beside it: `("80.6±0.3", "80.6", "+0.0")`."""
+"""A number, and the parts that are shown beside it: `("80.6±0.3", "80.6", "+0.0")`."""
 
 _GAP = "  "
 _LATEX = str.maketrans(
@@ -29,7 +28,7 @@ _LATEX = str.maketrans(
 
 @dataclass(frozen=True)
 class Column:
-    """A column of cells: its name, and the names of the parts that stand beside the first."""
+    """The name of a column, and the names of the parts that are shown beside its numbers."""
 
     name: str
     beside: tuple[str, ...] = ()
@@ -37,7 +36,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Section:
-    """Rows, as (label, cells), under a heading; without one where it is empty."""
+    """Rows, as (label, cells), under a heading, which may be empty."""
 
     heading: str
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
@@ -45,7 +44,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table. Every row has a cell for each column; a cell may have fewer parts than its column names."""
+    """A table. Every row has a cell for each column; a cell may have fewer parts than its column."""
 
     title: str
     columns: tuple[Column, ...]
@@ -61,9 +60,9 @@ class Sheet:
 
 
 def terminal_lines(sheet: Sheet, width: int) -> list[tuple[str, str]]:
-    """The lines of a table and the style of each.
+    """Lay out a table for a terminal; return its lines, each with its style.
 
-    Parts stand side by side where the width has room for them, else what stands beside a number goes below it.
+    The parts of a cell are placed beside its number if `width` has room for that, otherwise below it.
     """
     rows = [row for section in sheet.sections for row in section.rows]
     label = max((len(text) for text, _ in rows), default=0)
@@ -71,25 +70,24 @@ def terminal_lines(sheet: Sheet, width: int) -> list[tuple[str, str]]:
     below = label + sum(len(_GAP) + layout.side_by_side for layout in layouts) > width
 
     def lines(text: str, placed: list[tuple[str, str]]) -> list[str]:
-        """One line, or two."""
-        found = [text.ljust(label) + "".join(_GAP + first for first, _ in placed)]
-        found += [" " * label + "".join(_GAP + second for _, second in placed)]
-        return [line.rstrip() for index, line in enumerate(found) if index == 0 or line.strip()]
+        first_line = text.ljust(label) + "".join(_GAP + first for first, _ in placed)
+        second_line = " " * label + "".join(_GAP + second for _, second in placed)
+        return [first_line.rstrip()] + ([second_line.rstrip()] if second_line.strip() else [])
 
-    found = [(sheet.title, "bold")] if sheet.title else []
+    result = [(sheet.title, "bold")] if sheet.title else []
     if sheet.columns:
-        found += [(line, "") for line in lines("", [layout.header(below) for layout in layouts])]
+        result += [(line, "") for line in lines("", [layout.header(below) for layout in layouts])]
     for section in sheet.sections:
-        found += [(section.heading, "bold")] if section.heading else []
+        result += [(section.heading, "bold")] if section.heading else []
         for text, cells in section.rows:
             placed = [layout.cell(cell, below) for layout, cell in zip(layouts, cells, strict=True)]
-            found += [(line, "") for line in lines(text, placed)]
-    return found + [(note, "") for note in sheet.notes]
+            result += [(line, "") for line in lines(text, placed)]
+    return result + [(note, "") for note in sheet.notes]
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """The widths of a column: of its numbers, of each part beside them, and of all these parts together."""
+    """The widths of a column's numbers, of each part beside them, and of all these parts together."""
 
     column: Column
     number: int
@@ -98,7 +96,7 @@ class _Layout:
 
     @classmethod
     def of(cls, column: Column, cells: list[Cell]) -> _Layout:
-        """The widths that a column's cells need."""
+        """Measure the cells of a column."""
         number, *parts = [max(map(len, part)) for part in zip_longest(*cells, fillvalue="")] or [0]
         beside = max(sum(parts) + len(parts) - 1, len(" ".join(column.beside)))
         total = number + bool(parts) * (1 + beside)
@@ -120,7 +118,7 @@ class _Layout:
         return self._placed(cell[0], beside, below)
 
     def _placed(self, number: str, beside: str, below: bool) -> tuple[str, str]:
-        """Side by side in one line, or in two."""
+        """Place a number and its parts on one line, or on two."""
         if not self.parts:
             return number.rjust(self.number), " " * self.number
         if below:
@@ -130,61 +128,61 @@ class _Layout:
 
 
 def markdown(sheet: Sheet) -> str:
-    """The table in GitHub's Markdown: title, table, notes. What stands beside a number follows in brackets."""
-    title = [f"**{_in_markdown(sheet.title)}**"] if sheet.title else []
+    """Render the table in GitHub's Markdown: title, table, notes. The parts beside a number follow it in brackets."""
+    title = [f"**{_escape_markdown(sheet.title)}**"] if sheet.title else []
     if not sheet.columns:
-        return "\n\n".join([*title, *map(_in_markdown, sheet.notes)])
-    headed = any(section.heading for section in sheet.sections)
-    lead = ["", ""] if headed else [""]
-    columns = [_in_brackets((one.name, *one.beside)) for one in sheet.columns]
+        return "\n\n".join([*title, *map(_escape_markdown, sheet.notes)])
+    has_headings = any(section.heading for section in sheet.sections)
+    lead = ["", ""] if has_headings else [""]
+    columns = [_join_parts((column.name, *column.beside)) for column in sheet.columns]
     lines = [[*lead, *columns], [":--"] * len(lead) + ["--:"] * len(columns)]
     for section in sheet.sections:
-        heading = [f"**{section.heading}**"] if headed else []
+        heading = [f"**{section.heading}**"] if has_headings else []
         for label, cells in section.rows:
-            lines.append([*heading, label, *map(_in_brackets, cells)])
-            heading = [""] if headed else []
-    table = "\n".join(f"| {' | '.join(_in_markdown(one) for one in line)} |" for line in lines)
-    return "\n\n".join([*title, table, *map(_in_markdown, sheet.notes)])
+            lines.append([*heading, label, *map(_join_parts, cells)])
+            heading = [""] if has_headings else []
+    table = "\n".join(f"| {' | '.join(_escape_markdown(text) for text in line)} |" for line in lines)
+    return "\n\n".join([*title, table, *map(_escape_markdown, sheet.notes)])
 
 
-def _in_brackets(cell: Cell) -> str:
+def _join_parts(cell: Cell) -> str:
     return f"{cell[0]} ({', '.join(cell[1:])})" if len(cell) > 1 else cell[0]
 
 
-def _in_markdown(text: str) -> str:
+def _escape_markdown(text: str) -> str:
     return text.replace("|", "\\|").replace("_", "\\_")
 
 
 def latex(sheet: Sheet, names: Mapping[str, str] = MappingProxyType({})) -> str:
-    r"""The table as a `table*` that needs the package booktabs; what stands beside a number has columns of its own.
+    r"""Render the table as a `table*`, which needs the package booktabs. Parts beside a number have their own columns.
 
     Args:
         sheet: the table.
-        names: words of labels and column names that are written in another way in print.
+        names: words of labels and column names, each with its replacement in print.
     """
-    counts = [1 + len(one.beside) for one in sheet.columns]
+    counts = [1 + len(column.beside) for column in sheet.columns]
     total = 1 + sum(counts)
 
     def line(label: str, cells: list[str]) -> str:
-        return " & ".join([_name_in_latex(label, names), *cells]) + r" \\"
+        return " & ".join([_latex_name(label, names), *cells]) + r" \\"
 
-    over = [rf"\multicolumn{{{n}}}{{c}}{{{_name_in_latex(one.name, names)}}}"
-            for one, n in zip(sheet.columns, counts, strict=True)]  # fmt: skip
-    beside = [part for one in sheet.columns for part in ("", *map(_in_latex, one.beside))]
+    over = [rf"\multicolumn{{{n}}}{{c}}{{{_latex_name(column.name, names)}}}"
+            for column, n in zip(sheet.columns, counts, strict=True)]  # fmt: skip
+    beside = [part for column in sheet.columns for part in ("", *map(_escape_latex, column.beside))]
     lines = [line("", over)] + ([line("", beside)] if any(beside) else []) + [r"\midrule"]
     for index, section in enumerate(sheet.sections):
         if section.heading:
             lines += [r"\addlinespace"] * bool(index)
-            lines.append(rf"\multicolumn{{{total}}}{{l}}{{\textbf{{{_in_latex(section.heading)}}}}} \\")
+            lines.append(rf"\multicolumn{{{total}}}{{l}}{{\textbf{{{_escape_latex(section.heading)}}}}} \\")
         for label, cells in section.rows:
             numbers = [
-                _number_in_latex(part)
+                _latex_number(part)
                 for cell, n in zip(cells, counts, strict=True)
                 for part in (*cell, *[""] * (n - len(cell)))
             ]
             lines.append(line(label, numbers))
     caption = " ".join(
-        _in_latex(text) for text in (sheet.title and sheet.title.rstrip(".") + ".", *sheet.notes) if text
+        _escape_latex(text) for text in (sheet.title and sheet.title.rstrip(".") + ".", *sheet.notes) if text
     )
     return "\n".join(
         [
@@ -201,15 +199,15 @@ def latex(sheet: Sheet, names: Mapping[str, str] = MappingProxyType({})) -> str:
     )
 
 
-def _in_latex(text: str) -> str:
+def _escape_latex(text: str) -> str:
     return text.translate(_LATEX)
 
 
-def _number_in_latex(text: str) -> str:
-    """Signed numbers in math mode, so that a minus is one."""
-    return re.sub(r"(?<!\S)[+-]\d[\d.]*", r"$\g<0>$", _in_latex(text))
+def _latex_number(text: str) -> str:
+    """Escape a cell, with signed numbers in math mode, which has a proper minus sign."""
+    return re.sub(r"(?<!\S)[+-]\d[\d.]*", r"$\g<0>$", _escape_latex(text))
 
 
-def _name_in_latex(text: str, names: Mapping[str, str]) -> str:
-    """Words that are written in another way in print, and all the rest with what LaTeX reads escaped."""
-    return "".join(_in_latex(names.get(part, part)) for part in re.split(r"(\w+)", text))
+def _latex_name(text: str, names: Mapping[str, str]) -> str:
+    """Replace the words that are in `names`, and escape all others."""
+    return "".join(_escape_latex(names.get(part, part)) for part in re.split(r"(\w+)", text))

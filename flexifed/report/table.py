@@ -34,18 +34,19 @@ assert tuple(SCHEME_NAMES) == SCHEMES
 NUMBERS = [*CELL, "version", "data_source", "seeds", "mean", "spread", "paper", "difference"]
 """The columns of `Summary.numbers`."""
 DIGITS = 1
-"""Digits after the point of every accuracy that is shown; the paper has as many."""
+"""Digits after the decimal point of every accuracy that is shown, as in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Accuracies in percent, indexed by (dataset, family, scheme), one column for each version, in the paper's order.
+    """Accuracies in percent, indexed by (dataset, family, scheme) in the paper's order, with a column per version.
 
     Attributes:
-        mean: over seeds; each seed's number is the mean over the clients of a version and over the rounds that count.
-        spread: sample standard deviation over seeds; missing where there is one seed.
-        sources: `data_source` of each cell.
-        seeds: number of seeds of each cell.
+        mean: the mean over seeds; each seed's number is the mean over the clients of a version and over the picked
+            rounds.
+        spread: the sample standard deviation over seeds; missing for a single seed.
+        sources: the `data_source` of each cell.
+        seeds: the number of seeds of each cell.
     """
 
     mean: pd.DataFrame
@@ -54,11 +55,11 @@ class Summary:
     seeds: pd.Series[int]
 
     def numbers(self) -> pd.DataFrame:
-        """What every format shows: a row for each cell and version, rounded once, here.
+        """Compute the numbers that all formats show: a row for each cell and version, rounded here and nowhere else.
 
-        Columns: dataset, family, scheme, version, data_source, seeds, mean, spread, paper, difference; accuracies in
-        percent with `DIGITS` digits, `difference` is mean - paper. The paper's number stands beside those from all of
-        the real data only: beside others it would mean nothing.
+        Columns: dataset, family, scheme, version, data_source, seeds, mean, spread, paper, difference. Accuracies are
+        in percent with `DIGITS` digits; `difference` is mean - paper. `paper` and `difference` are missing unless the
+        data are the whole real data: for other data, the comparison would mean nothing.
         """
         paper = paper_table().reindex(index=self.mean.index, columns=self.mean.columns)
         paper = paper.where(self.sources.eq("real"))
@@ -66,13 +67,12 @@ class Summary:
         long = pd.DataFrame({name: frame.stack(future_stack=True) for name, frame in columns.items()}).round(DIGITS)
         long = long.dropna(subset="mean") + 0.0  # no -0.0
         long.index = long.index.set_names([*CELL, "version"])
-        of_the_cell = pd.DataFrame({"data_source": self.sources, "seeds": self.seeds})
-        named = long.reset_index().merge(of_the_cell.reset_index(), on=CELL)
-        return named[NUMBERS]
+        cells = pd.DataFrame({"data_source": self.sources, "seeds": self.seeds})
+        return long.reset_index().merge(cells.reset_index(), on=CELL)[NUMBERS]
 
 
 def counted_rounds(rounds: int) -> int:
-    """How many of the last scored rounds a number is the mean of: a tenth of the rounds, at least 1, at most 50.
+    """The number of last scored rounds that are averaged: a tenth of the rounds, at least 1, at most 50.
 
     >>> [counted_rounds(rounds) for rounds in (2, 30, 502)]
     [1, 3, 50]
@@ -81,13 +81,13 @@ def counted_rounds(rounds: int) -> int:
 
 
 def paper_table() -> pd.DataFrame:
-    """The paper's Table 1, in percent, indexed like `Summary.mean`."""
+    """Read the paper's Table 1, in percent, indexed like `Summary.mean`."""
     with files("flexifed.report").joinpath("table1_paper.csv").open() as file:
         return pd.read_csv(file, index_col=CELL)
 
 
 def in_paper_order(frame: pd.DataFrame) -> pd.DataFrame:
-    """Sort rows by their columns or index levels dataset, family and scheme: as in the paper, what it has not last."""
+    """Sort rows by their columns or index levels dataset, family and scheme, in the paper's order; others come last."""
     names = [name for name in CELL if name in [*frame.columns, *frame.index.names]]
     ranks = {name: rank for rank, name in enumerate([*_paper_names(), *SCHEMES])}
 
@@ -104,16 +104,17 @@ def _paper_names() -> tuple[str, ...]:
 
 
 def per_seed(rows: pd.DataFrame, rounds: int, pick: Pick = "last") -> pd.DataFrame:
-    """One accuracy, in percent, for each cell, seed and version.
+    """Compute one accuracy, in percent, for each cell, seed and version.
 
     Args:
-        rows: as in the rounds files, of one profile; later rounds than `rounds` are passed over.
-        rounds: rounds of training; they are scored at their start, and once more after the last.
-        pick: `last`: mean of the last `counted_rounds(rounds)` scores; `best`: of the version's best round; `final`: of
-            the very last score. The paper does not say which it shows; `last` is the default everywhere.
+        rows: rows of rounds files, all of one profile; rounds after `rounds` are ignored.
+        rounds: the number of rounds of training. Clients are scored at the start of each, and once after the last.
+        pick: `last`: the mean of the last `counted_rounds(rounds)` scores; `best`: the score of the version's best
+            round; `final`: the very last score. The paper does not say which it shows; `last` is the default
+            everywhere.
 
     Raises:
-        ConfigError: an unknown `pick`.
+        ConfigError: `pick` is unknown.
     """
     if pick not in PICKS:
         raise ConfigError(invalid_choice("pick", pick, PICKS))
@@ -125,10 +126,10 @@ def per_seed(rows: pd.DataFrame, rounds: int, pick: Pick = "last") -> pd.DataFra
 
 
 def summarise(rows: pd.DataFrame, rounds: int, pick: Pick = "last") -> Summary:
-    """Mean and spread over seeds; arguments as for `per_seed`.
+    """Compute mean and spread over seeds; the arguments are those of `per_seed`.
 
     Raises:
-        ConfigError: rows of one cell come from different data, or an unknown `pick`.
+        ConfigError: rows of one cell come from different data sources, or `pick` is unknown.
     """
     numbers = in_paper_order(per_seed(rows, rounds, pick))
     groups = numbers.groupby(CELL, sort=False)
@@ -153,15 +154,15 @@ def render(
     pick: Pick = "last",
     changed: Mapping[str, object] = MappingProxyType({}),
 ) -> Sheet:
-    """Table 1, with notes that say what it is.
+    """Lay out Table 1, with notes on its data and settings.
 
     Args:
-        summary: the numbers.
-        profile: the name of the settings.
-        rounds: of training.
-        seeds: those that were asked for; cells with fewer are named.
-        pick: which rounds a number is of.
-        changed: settings that are not the profile's.
+        summary: from `summarise`.
+        profile: the name of the profile.
+        rounds: the number of rounds of training.
+        seeds: the seeds that were requested; the notes name cells that have fewer.
+        pick: the rounds that each number is taken from.
+        changed: the settings that differ from the profile's.
     """
     numbers = summary.numbers()
     compared = numbers["paper"].notna().any()
@@ -172,7 +173,7 @@ def render(
         sources = cells["data_source"].unique()
         rows = []
         for (scheme, source), cell in cells.groupby(["scheme", "data_source"], sort=False):
-            shown = {str(one["version"]): _cell(one) for one in cell.to_dict("records")}
+            shown = {str(row["version"]): _table_cell(row) for row in cell.to_dict("records")}
             label = str(scheme) if len(sources) == 1 else f"{scheme}, {source}"
             rows.append((label, tuple(shown.get(version, ("",)) for version in versions)))
         sections.append(Section(f"{dataset} / {family}" + source_label(*sources), tuple(rows)))
@@ -182,12 +183,12 @@ def render(
 
 
 def source_label(*sources: str) -> str:
-    """What follows a name wherever data are not the whole real set: `  [SYNTHETIC DATA]`."""
+    """The label that follows a name unless the data are the whole real data: ` [SYNTHETIC DATA]`."""
     return "" if set(sources) == {"real"} else f" [{' AND '.join(sorted(sources)).upper()} DATA]"
 
 
 def picked_rounds(rounds: int, pick: Pick) -> str:
-    """Which rounds a number is of, in words."""
+    """The rounds that a number is taken from, in words."""
     count = counted_rounds(rounds)
     return {
         "last": f"mean of the last {count} scored rounds" if count > 1 else "last scored round",
@@ -197,20 +198,20 @@ def picked_rounds(rounds: int, pick: Pick) -> str:
 
 
 def data_warnings(sources: Sequence[str]) -> list[str]:
-    """What has to be said of data that are not the whole real set."""
-    said = {
+    """The warnings that results need unless their data are the whole real data."""
+    warnings = {
         "synthetic": "SYNTHETIC data are a stand-in: these numbers show that the software runs and nothing about "
         "the paper.",
         "real-partial": "REAL-PARTIAL data are a part of the real set: these numbers are not the paper's Table 1.",
         "real-other": "REAL-OTHER data are another release of the real set, with other classes than the paper's: these "
         "numbers are not the paper's Table 1.",
     }
-    return [text for source, text in said.items() if source in sources]
+    return [text for source, text in warnings.items() if source in sources]
 
 
-def _cell(one: Mapping[Hashable, Any]) -> Cell:
-    """Mean, with the spread where there are several seeds; the paper's number and the difference where they apply."""
-    mean, spread, paper, difference = (float(one[name]) for name in ("mean", "spread", "paper", "difference"))
+def _table_cell(row: Mapping[Hashable, Any]) -> Cell:
+    """The mean, with the spread over several seeds; then the paper's number and the difference, if there are any."""
+    mean, spread, paper, difference = (float(row[name]) for name in ("mean", "spread", "paper", "difference"))
     number = f"{mean:.{DIGITS}f}" + ("" if math.isnan(spread) else f"±{spread:.{DIGITS}f}")
     return (number,) if math.isnan(paper) else (number, f"{paper:.{DIGITS}f}", f"{difference:+.{DIGITS}f}")
 

@@ -1,4 +1,4 @@
-"""Accuracy under each setting, paired by seed: what another algorithm of convolutions changes, and another layout."""
+"""Accuracy under each setting, paired by seed: the effect of another convolution algorithm and memory layout."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ LAST = 5
 
 
 def setting(numerics: dict[str, object]) -> str:
-    """What a run has of its own."""
+    """Name the setting in which a run differs."""
     if numerics.get("winograd"):
         return "winograd"
     return "default" if numerics["channels_last"] else "channels first"
@@ -32,5 +32,5 @@ print(minus_default.round(1).to_string())
 print("\nTheir mean and standard deviation over seeds\n")
 print(minus_default.agg(["mean", "std"]).round(2).to_string())
 print("\nRoot mean square difference from the default's curve over all rounds, in points\n")
-differences = table.T.groupby(level=0).apply(lambda one: one.droplevel(0).sub(one.droplevel(0).loc["default"]))
+differences = table.T.groupby(level=0).apply(lambda frame: frame.droplevel(0).sub(frame.droplevel(0).loc["default"]))
 print((100 * differences.pow(2).mean(axis=1).pow(0.5)).unstack().drop(columns="default").round(1).to_string())

@@ -8,7 +8,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "experiments"
 
 
-def test_twelve_classes_are_an_experiment_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_twelve_classes_are_a_separate_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = runpy.run_path(str(FOLDER / "speech_commands_12.py"))
     line = ["--data", "synthetic", "--profile", "smoke", "--dry-run", "--only", "*/*/max_common"]
     assert script["main"]([*line, "--results-dir", str(tmp_path / "results")]) == 0

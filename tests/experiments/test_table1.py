@@ -1,4 +1,4 @@
-"""The command behind Table 1, as a person uses it: what it refuses before anything starts, and one whole small run."""
+"""The command behind Table 1, as users call it: what it refuses before anything starts, and one small complete run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def status(main: Main, line: Sequence[str]) -> int:
-    """The exit status of a line, whether it is returned or raised."""
+    """The exit status of a command line, whether it is returned or raised."""
     try:
         return main(line)
     except SystemExit as end:
@@ -55,7 +55,7 @@ def status(main: Main, line: Sequence[str]) -> int:
 
 
 def refused(main: Main, line: Sequence[str], results: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The message on stderr, in one line, of a line that is refused with status 2 and leaves nothing behind."""
+    """Check that a command line is refused with status 2 and leaves nothing behind; returns its message in one line."""
     assert status(main, ["--results-dir", str(results), *line]) == 2
     assert not results.exists() or not [*results.rglob("*.parquet")]
     message = capsys.readouterr().err
@@ -96,7 +96,7 @@ BAD_SETTINGS = [
 @pytest.mark.parametrize(
     ("line", "message"), BAD_SETTINGS, ids=lambda value: " ".join(value) if isinstance(value, list) else "refused"
 )
-def test_a_bad_setting_is_refused_with_value_choices_and_remedy(
+def test_an_invalid_setting_is_refused_with_value_choices_and_remedy(
     main: Main, line: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refused(main, ["--data", "synthetic", *line], tmp_path / "results", capsys)
@@ -115,7 +115,7 @@ def test_a_bad_setting_is_refused_with_value_choices_and_remedy(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "refused",
 )
-def test_a_line_that_cannot_be_read_is_refused_with_the_choices(
+def test_a_line_that_cannot_be_parsed_is_refused_with_the_choices(
     main: Main, line: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused(main, line, tmp_path / "results", capsys)
@@ -123,7 +123,7 @@ def test_a_line_that_cannot_be_read_is_refused_with_the_choices(
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_real_data_that_are_not_there_are_refused_with_the_remedy(
+def test_missing_real_data_are_refused_with_the_remedy(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused(main, ["--data", "real", "--data-dir", str(tmp_path)], tmp_path / "results", capsys)
@@ -167,17 +167,17 @@ def test_settings_that_do_not_fit_each_other_or_the_data_are_refused_before_ray_
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_a_dry_run_tells_cells_resources_and_time_and_starts_nothing(
+def test_a_dry_run_prints_cells_resources_and_time_and_starts_nothing(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*SMALL, "--seeds", "0", "1", "--dry-run", "--results-dir", str(tmp_path / "results")]) == 0
-    told = capsys.readouterr().out
-    assert told.count("to run, 2 rounds") == 4
-    assert "cifar10/vgg/max_common seed 1" in told
-    assert "clustered_fl" not in told
-    assert "nothing was started" in " ".join(told.split())
+    output = capsys.readouterr().out
+    assert output.count("to run, 2 rounds") == 4
+    assert "cifar10/vgg/max_common seed 1" in output
+    assert "clustered_fl" not in output
+    assert "nothing was started" in " ".join(output.split())
     disk = re.search(
-        r"disk: ([\d.]+) MB of final states stay .*; up to ([\d.]+) MB of checkpoints while cells run", told
+        r"disk: ([\d.]+) MB of final states stay .*; up to ([\d.]+) MB of checkpoints while cells run", output
     )
     assert disk
     kept, meanwhile = map(float, disk.groups())
@@ -193,20 +193,20 @@ def test_a_dry_run_from_a_head_without_a_gpu_estimates_no_gpu_time(
     monkeypatch.setattr("flexifed.orchestra.cluster.connected", lambda address: nullcontext())
 
     def wait_for_nodes(min_nodes: int, say: object, *, ask: bool) -> list[Resources]:
-        assert not ask, "who only looks rents nothing"
+        assert not ask, "a dry run must not ask the cluster for more nodes"
         return [{"CPU": 0}, {"CPU": 8, "GPU": 1}]
 
     monkeypatch.setattr("flexifed.orchestra.cluster.wait_for_nodes", wait_for_nodes)
     monkeypatch.setattr("flexifed.orchestra.estimate.this_machine", lambda: {"CPU": 2.0, "GPU": 0.0})
     line = [*SMALL, "--address", "10.0.0.1:6379", "--dry-run", "--results-dir", str(tmp_path / "results")]
     assert main(line) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "a cell is 8 actors of 1 client, each 1 CPU and 0.125 GPU, on cuda" in told
-    assert "of checkpoints while cells run" in told, "which needs no GPU"
-    assert told.endswith("time: not estimated, because steps are timed in this process and it sees no GPU")
+    output = " ".join(capsys.readouterr().out.split())
+    assert "a cell is 8 actors of 1 client, each 1 CPU and 0.125 GPU, on cuda" in output
+    assert "of checkpoints while cells run" in output, "which needs no GPU"
+    assert output.endswith("time: not estimated, because steps are timed in this process and it sees no GPU")
 
 
-def test_a_machine_says_where_its_data_results_and_cluster_are_and_the_line_has_the_last_word() -> None:
+def test_environment_variables_set_folders_and_cluster_and_the_command_line_overrides_them() -> None:
     environ = {"FLEXIFED_DATA_DIR": "/data", "FLEXIFED_RESULTS_DIR": "/shared/results", "RAY_ADDRESS": "10.0.0.1:6379"}
 
     def options(line: Sequence[str], environ: Mapping[str, str]) -> tuple[str, str, str | None]:
@@ -219,7 +219,7 @@ def test_a_machine_says_where_its_data_results_and_cluster_are_and_the_line_has_
     assert options(line, environ) == ("a", "b", "auto")
 
 
-def test_wide_convolutions_are_pytorchs_own_where_the_line_says_so() -> None:
+def test_winograd_can_be_switched_off() -> None:
     def winograd(line: Sequence[str]) -> bool:
         return parse_options(line, prog="table1.py", description="", environ={}).numerics.winograd
 
@@ -228,7 +228,7 @@ def test_wide_convolutions_are_pytorchs_own_where_the_line_says_so() -> None:
     assert not winograd(["--no-winograd"])
 
 
-def test_help_is_told_without_importing_torch_ray_or_pandas() -> None:
+def test_help_imports_neither_torch_nor_ray_nor_pandas() -> None:
     code = (
         "import runpy, sys\n"
         "try:\n"
@@ -253,12 +253,12 @@ def test_a_small_run_leaves_a_row_for_each_round_and_client_and_is_not_run_again
     assert main(line) == 0
     first = capsys.readouterr()
     rows = pd.read_parquet(tmp_path / "table1" / "rounds")
-    found = rows[["scheme", "round", "client"]].value_counts()
+    counts = rows[["scheme", "round", "client"]].value_counts()
     expected = {
         (scheme, index, client) for scheme in ("max_common", "standalone") for index in range(3) for client in range(8)
     }
-    assert set(found.index) == expected
-    assert set(found) == {1}
+    assert set(counts.index) == expected
+    assert set(counts) == {1}
     assert set(rows["data_source"]) == {"synthetic"}
     assert set(rows["profile"]) == {"smoke"}
     assert rows.groupby("scheme")["run_id"].nunique().to_dict() == {"max_common": 1, "standalone": 1}
@@ -276,5 +276,5 @@ def test_a_small_run_leaves_a_row_for_each_round_and_client_and_is_not_run_again
 
 
 def table_in(output: str) -> str:
-    """From the title of the first table to the end."""
+    """The output from the title of the first table to the end."""
     return output[output.index("cifar10 / vgg") :]

@@ -1,4 +1,4 @@
-"""Two commands never write to one results folder at a time, and a lock does not outlive its process."""
+"""Two commands never write to the same results folder at the same time, and a lock does not outlive its process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ with locked(Path(sys.argv[1])):
 
 
 def hold(folder: Path) -> subprocess.Popen[str]:
-    """Another process that holds the lock until its input ends."""
+    """Start another process that holds the lock until its standard input is closed."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -36,7 +36,7 @@ def hold(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_the_second_is_refused_with_the_process_and_host_of_the_first(tmp_path: Path) -> None:
+def test_the_second_command_is_refused_with_the_process_and_host_of_the_first(tmp_path: Path) -> None:
     with hold(tmp_path) as first:
         with pytest.raises(ResultsError) as caught, locked(tmp_path):
             pytest.fail("both hold the lock")
@@ -58,7 +58,7 @@ def test_a_lock_that_a_killed_process_left_is_taken_over(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_without_flock_a_file_names_the_process_and_a_dead_one_is_recognised(
+def test_without_flock_the_lock_file_names_the_process_and_a_dead_process_is_recognised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alive: bool
 ) -> None:
     monkeypatch.setattr("flexifed.results.lock.FileLock", SoftFileLock)
@@ -79,8 +79,8 @@ def test_without_flock_a_file_names_the_process_and_a_dead_one_is_recognised(
                 assert (tmp_path / LOCK).read_text().splitlines()[0] == str(os.getpid())
 
 
-def test_a_lock_of_a_process_on_another_machine_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without flock nobody here can know whether it lives."""
+def test_the_lock_of_a_process_on_another_machine_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without flock, this machine can't know whether that process is still alive."""
     monkeypatch.setattr("flexifed.results.lock.FileLock", SoftFileLock)
     (tmp_path / LOCK).write_text("1\nanother-machine\n")
     (tmp_path / HOLDER).write_text(

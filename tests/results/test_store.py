@@ -1,4 +1,4 @@
-"""Rows on the disk: what a file holds, that it is whole at any moment, and what a run is known by."""
+"""Rows on the disk: what a file holds, that it is complete at any moment, and what a run is known by."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def folder(tmp_path: Path) -> ResultsFolder:
 
 
 def written(folder: ResultsFolder, cell: str, rounds: int) -> RoundsWriter:
-    """A writer of a cell whose file holds so many rounds of two clients."""
+    """The writer of a cell whose file has this many rounds of two clients."""
     writer = RoundsWriter(folder.rounds_file(cell), {"run_id": cell})
     for index in range(rounds):
         writer.append([row(index, client) for client in range(2)])
@@ -105,9 +105,9 @@ def written(folder: ResultsFolder, cell: str, rounds: int) -> RoundsWriter:
 def test_a_file_has_the_columns_that_readers_rely_on_with_their_types(folder: ResultsFolder) -> None:
     writer = RoundsWriter(folder.rounds_file("one"), {})
     writer.append([row(0), row(1, train_loss=None, train_s=None, train_started=None)])
-    found = pq.read_schema(folder.rounds_file("one"))
-    assert found.equals(SCHEMA)
-    assert set(REQUIRED) <= set(found.names)
+    schema = pq.read_schema(folder.rounds_file("one"))
+    assert schema.equals(SCHEMA)
+    assert set(REQUIRED) <= set(schema.names)
     frame = pd.read_parquet(folder.rounds)
     assert frame[REQUIRED].iloc[0].to_dict() == {name: row(0)[name] for name in REQUIRED}
     assert list(frame["train_loss"].isna()) == [False, True]
@@ -116,22 +116,22 @@ def test_a_file_has_the_columns_that_readers_rely_on_with_their_types(folder: Re
     assert set(kinds[["seed", "round", "client", "num_train", "num_test", "bytes_up", "bytes_down"]]) == {"i"}
 
 
-def test_only_what_training_measures_may_be_missing() -> None:
+def test_only_measurements_of_training_are_nullable() -> None:
     assert {field.name for field in SCHEMA if field.nullable} == {"train_loss", "train_s", "train_started"}
 
 
 @pytest.mark.parametrize("name", ["accuracy", "run_id", "round"])
-def test_a_row_without_a_column_that_must_be_there_is_not_written(folder: ResultsFolder, name: str) -> None:
+def test_a_row_without_a_required_value_is_not_written(folder: ResultsFolder, name: str) -> None:
     writer = RoundsWriter(folder.rounds_file("one"), {})
     with pytest.raises(ValueError, match=name):
         writer.append([row(0, **{name: None})])
     assert not folder.rounds_file("one").exists()
 
 
-# ---------------------------------------------------------------------------------------------- whole at any moment
+# ---------------------------------------------------------------------------------------------- complete at any moment
 
 
-def test_rows_of_all_cells_are_read_with_one_call_while_other_files_are_under_way(folder: ResultsFolder) -> None:
+def test_rows_of_all_cells_are_read_with_one_call_while_other_files_are_being_written(folder: ResultsFolder) -> None:
     assert pd.read_parquet(folder.rounds).empty
     written(folder, "one", rounds=3)
     written(folder, "two", rounds=2)
@@ -158,7 +158,7 @@ class Clock:
         return self.now
 
 
-def test_slow_writing_is_spread_out_and_the_last_flush_holds_everything(
+def test_slow_writes_become_rarer_and_the_last_flush_writes_all_rows(
     folder: ResultsFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
@@ -175,12 +175,12 @@ def test_slow_writing_is_spread_out_and_the_last_flush_holds_everything(
         writer.append([row(index)])
         clock.now += 1
         seen.append(folder.last_round("one"))
-    assert seen == [0] * 20 + [20] * 20, "a second of writing, then twenty of anything else"
+    assert seen == [0] * 20 + [20] * 20, "a second of writing, then twenty seconds of other work"
     writer.flush()
     assert len(folder.read(["one"])) == 40
 
 
-def test_a_round_costs_what_its_rows_cost(folder: ResultsFolder) -> None:
+def test_a_round_takes_no_more_memory_than_its_rows(folder: ResultsFolder) -> None:
     writer = RoundsWriter(folder.rounds_file("one"), {})
     writer.append([row(0)])
     writer._write_after = float("inf")
@@ -194,7 +194,7 @@ def test_a_round_costs_what_its_rows_cost(folder: ResultsFolder) -> None:
     assert len(folder.read(["one"])) == 4 * (rounds - 1) + 1
 
 
-def test_a_longer_file_stays_until_there_are_as_many_rounds(folder: ResultsFolder) -> None:
+def test_a_longer_file_is_kept_until_there_are_as_many_rounds(folder: ResultsFolder) -> None:
     written(folder, "one", rounds=3)
     writer = RoundsWriter(folder.rounds_file("one"), {}, at_least=folder.last_round("one"))
     lengths = []
@@ -202,7 +202,7 @@ def test_a_longer_file_stays_until_there_are_as_many_rounds(folder: ResultsFolde
         writer.append([row(index)])
         writer._write_after = 0
         lengths.append(len(folder.read(["one"])))
-    assert lengths == [6, 6, 3, 4], "three rounds of two clients, until there are three of one"
+    assert lengths == [6, 6, 3, 4], "three rounds of two clients, until there are three rounds of one client"
 
 
 def failing(error: BaseException) -> Any:
@@ -213,7 +213,7 @@ def failing(error: BaseException) -> Any:
 
 
 @pytest.mark.parametrize("step", ["os.replace", "os.fsync", "pyarrow.parquet.write_table"])
-def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(
     folder: ResultsFolder, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     writer = written(folder, "one", rounds=2)
@@ -233,9 +233,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(
     assert folder.last_round("one") == 2
 
 
-def test_a_write_that_is_interrupted_leaves_nothing_beside_the_old_file(
-    folder: ResultsFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_write_leaves_no_other_file(folder: ResultsFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = written(folder, "one", rounds=2)
     monkeypatch.setattr("pyarrow.parquet.write_table", failing(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
@@ -243,7 +241,7 @@ def test_a_write_that_is_interrupted_leaves_nothing_beside_the_old_file(
     assert [path.name for path in folder.rounds.iterdir()] == ["one.parquet"]
 
 
-def test_a_flipped_bit_is_an_error_or_changes_nothing(folder: ResultsFolder) -> None:
+def test_a_flipped_bit_raises_an_error_or_changes_nothing(folder: ResultsFolder) -> None:
     written(folder, "one", rounds=20)
     path, whole = folder.rounds_file("one"), folder.rows_before("one", 20)
     content = path.read_bytes()
@@ -259,7 +257,7 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing(folder: ResultsFolder) -> 
     assert errors > len(content) / 20
 
 
-def test_a_file_is_on_the_disk_before_it_takes_its_place(
+def test_a_file_is_flushed_to_disk_before_it_replaces_the_old_one(
     folder: ResultsFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = []
@@ -293,7 +291,7 @@ def test_a_cell_without_a_file_has_no_last_round(folder: ResultsFolder) -> None:
     assert folder.last_round("one") is None
 
 
-def test_metadata_come_back_and_what_is_known_at_the_end_joins_them(folder: ResultsFolder) -> None:
+def test_metadata_are_stored_and_can_be_added_to(folder: ResultsFolder) -> None:
     metadata = {"config": {"seed": 3, "model": {"width": 0.5}}, "versions": {"torch": "x"}, "name": "Ünïcode"}
     writer = RoundsWriter(folder.rounds_file("one"), metadata)
     writer.append([row(0)])
@@ -357,7 +355,7 @@ def test_every_field_of_the_config_is_in_the_run_id() -> None:
     assert len({*ids.values(), CONFIG.run_id("data")}) == len(ids) + 1
 
 
-def test_the_data_are_in_the_run_id_and_nothing_else_about_them() -> None:
+def test_of_the_data_only_the_fingerprint_is_in_the_run_id() -> None:
     info = synthetic.info()
     elsewhere = replace(info, location="/elsewhere", layout="python")
     others = replace(info, fingerprint="other")
@@ -365,7 +363,7 @@ def test_the_data_are_in_the_run_id_and_nothing_else_about_them() -> None:
     assert ids[0] == ids[1] != ids[2]
 
 
-def test_whole_numbers_and_floats_of_one_value_are_one_run() -> None:
+def test_integers_and_floats_of_equal_value_give_the_same_run_id() -> None:
     one, same = (replace(CONFIG, model=ModelConfig(width=width)) for width in (1, 1.0))
     assert one.run_id("data") == same.run_id("data")
 
@@ -388,7 +386,7 @@ def test_whole_numbers_and_floats_of_one_value_are_one_run() -> None:
     ],
     ids=str,
 )
-def test_what_decides_no_number_is_not_in_the_run_id(option: dict[str, Any]) -> None:
+def test_options_that_change_no_number_are_not_in_the_run_id(option: dict[str, Any]) -> None:
     name = CellName("cifar10", "vgg", "standalone")
     infos = {"cifar10": synthetic.info()}
     requests = [
@@ -400,7 +398,7 @@ def test_what_decides_no_number_is_not_in_the_run_id(option: dict[str, Any]) -> 
     assert plain.run_id in plain.name
 
 
-def test_a_machine_that_does_not_see_the_folder_says_so_and_makes_none(tmp_path: Path) -> None:
+def test_a_machine_that_does_not_see_the_folder_says_so_and_creates_none(tmp_path: Path) -> None:
     folder = ResultsFolder(tmp_path / "shared" / "table1")
     with pytest.raises(ResultsError, match=f"{platform.node()} does not see {folder.root}.*FLEXIFED_RESULTS_DIR"):
         folder.check_shared()
