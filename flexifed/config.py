@@ -31,6 +31,7 @@ Precision = Literal["tf32", "bf16"]
 _LARGEST_FLOAT = sys.float_info.max
 _LARGEST_INTEGER = 2**63 - 1  # the largest in a Parquet column
 WIDEST = 64.0
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-3, 1e6  # beyond them, shards of one class, and i.i.d. shards
 _MOST_THREADS = 1024
 _LARGEST_INT32 = 2**31 - 1
 
@@ -100,9 +101,12 @@ class PartitionConfig:
     num_clients: int = 8
     """Number of clients; client k has version k modulo 4."""
     num_shards: int = 20
-    """Number of equal i.i.d. shards into which training and test set are each split; a client gets one of each."""
+    """Number of equal shards into which training and test set are each split; a client gets one of each."""
     windows_per_shard: int = 10
     """Number of parts into which a training shard is split; a client trains on one part in each round, in turn."""
+    dirichlet_alpha: float | None = None
+    """Skew labels: each client's class proportions come from a Dirichlet distribution with this concentration.
+    The smaller it is, the more skewed. Default: i.i.d. shards."""
     max_train: int | None = None
     """Maximum number of training samples that a client uses of its shard. Default: all."""
     max_test: int | None = None
@@ -115,6 +119,8 @@ class PartitionConfig:
         _check_integer(self, "num_clients", 1)
         _check_integer(self, "num_shards", 1)
         _check_integer(self, "windows_per_shard", 1)
+        if self.dirichlet_alpha is not None:
+            _check_number(self, "dirichlet_alpha", minimum=SMALLEST_ALPHA, below=LARGEST_ALPHA)
         if self.num_shards < self.num_clients:
             raise ConfigError(
                 f"num_shards is {self.num_shards}, fewer than the {self.num_clients} clients that need one each; "

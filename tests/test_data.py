@@ -37,7 +37,7 @@ from flexifed.data import (
     synthetic_texts,
 )
 from flexifed.data.dataset import ArraySplit
-from flexifed.data.partition import iid_shards, window
+from flexifed.data.partition import dirichlet_proportions, iid_shards, skewed_shards, window
 from flexifed.errors import ConfigError, DataError, FlexifedWarning
 from flexifed.models import build_model
 
@@ -718,11 +718,86 @@ def test_shards_depend_on_the_generator_and_not_on_the_clients() -> None:
     assert few[0].tolist() != sorted(few[0].tolist())
 
 
+@given(st.data())
+def test_skewed_shards_are_disjoint_equal_and_reproducible(data: st.DataObject) -> None:
+    """Whatever the proportions, even if the classes that the clients want run out."""
+    num_shards = data.draw(st.integers(1, 12), "shards")
+    num_clients = data.draw(st.integers(1, num_shards), "clients")
+    labels = np.array(data.draw(st.lists(st.integers(0, 4), min_size=num_shards, max_size=200), "labels"))
+    alpha = data.draw(st.floats(1e-3, 1e6), "alpha")
+    seed = data.draw(st.integers(0, 2**32), "seed")
+
+    def draw() -> tuple[NDArray[np.int64], ...]:
+        generator = np.random.default_rng(seed)
+        proportions = dirichlet_proportions(np.bincount(labels, minlength=5), num_clients, alpha, generator)
+        return skewed_shards(labels, proportions, num_shards, generator, split="training")
+
+    shards = draw()
+    assert [shard.tolist() for shard in shards] == [shard.tolist() for shard in draw()]
+    assert [shard.size for shard in shards] == [len(labels) // num_shards] * num_clients
+    assert {shard.dtype for shard in shards} == {np.dtype(np.int64)}
+    assigned = np.concatenate(shards)
+    assert len(set(assigned.tolist())) == assigned.size
+    assert 0 <= assigned.min() <= assigned.max() < len(labels)
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.001, 0.1, 10.0]))
+def test_proportions_sum_to_one_and_leave_absent_classes_out(seed: int, alpha: float) -> None:
+    proportions = dirichlet_proportions(np.array([30, 0, 10]), 6, alpha, np.random.default_rng(seed))
+    assert proportions.shape == (6, 3)
+    np.testing.assert_allclose(proportions.sum(axis=1), 1)
+    assert (proportions >= 0).all()
+    assert (proportions[:, 1] == 0).all()
+
+
+def test_proportions_have_the_moments_of_their_distribution() -> None:
+    """Their mean is the frequency of the class; `alpha` for each class is their variance's usual parameter."""
+    counts, alpha = np.array([10, 30, 20]), 0.5
+    proportions = dirichlet_proportions(counts, 100_000, alpha, np.random.default_rng(0))
+    mean = counts / counts.sum()
+    np.testing.assert_allclose(proportions.mean(axis=0), mean, atol=0.01)
+    np.testing.assert_allclose(proportions.var(axis=0), mean * (1 - mean) / (alpha * 3 + 1), rtol=0.02)
+
+
+def test_skewed_shards_follow_the_proportions_and_are_shuffled() -> None:
+    labels = np.repeat(np.arange(3), 10_000)
+    proportions = np.array([[0.7, 0.3, 0.0], [0.0, 0.1, 0.9]])
+    shards = skewed_shards(labels, proportions, 10, np.random.default_rng(0), split="training")
+    for shard, expected in zip(shards, proportions, strict=True):
+        drawn = labels[shard]
+        np.testing.assert_allclose(np.bincount(drawn, minlength=3) / len(shard), expected, atol=0.03)
+        halves = (np.bincount(half, minlength=3) / len(half) for half in (drawn[:1500], drawn[1500:]))
+        for half in halves:
+            np.testing.assert_allclose(half, expected, atol=0.05)
+
+
+def test_a_class_that_runs_out_is_replaced_by_the_clients_other_classes() -> None:
+    labels = np.array([0] * 3 + [1] * 20 + [2] * 20)
+    shards = skewed_shards(labels, np.array([[0.9, 0.1, 0.0]]), 2, np.random.default_rng(0), split="test")
+    assert np.bincount(labels[shards[0]], minlength=3).tolist() == [3, 18, 0]
+    only_first = skewed_shards(labels, np.array([[1.0, 0.0, 0.0]]), 2, np.random.default_rng(0), split="test")
+    assert np.bincount(labels[only_first[0]], minlength=3)[0] == 3
+    assert len(only_first[0]) == 21
+
+
+def test_no_client_always_draws_last() -> None:
+    """Two clients want the same class, which is enough for one: over the seeds, both get it equally often."""
+    labels = np.repeat([0, 1], 50)
+    wanted = np.array([[1.0, 0.0], [1.0, 0.0]])
+    served = [
+        int(labels[skewed_shards(labels, wanted, 2, np.random.default_rng(seed), split="test")[0]].max() == 0)
+        for seed in range(200)
+    ]
+    assert 70 < sum(served) < 130
+
+
 def test_too_many_shards() -> None:
     with pytest.raises(DataError, match="num_shards is 20, but there are only 19 test samples; ask for at most 19"):
         iid_shards(19, 20, 8, np.random.default_rng(0), split="test")
     with pytest.raises(ConfigError, match="num_shards is 7, fewer than the 8 clients"):
         iid_shards(100, 7, 8, np.random.default_rng(0), split="test")
+    with pytest.raises(DataError, match="num_shards is 20, but there are only 19 training samples"):
+        skewed_shards(np.zeros(19, np.int64), np.ones((8, 1)), 20, np.random.default_rng(0), split="training")
 
 
 @given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 100))

@@ -23,6 +23,7 @@ def test_authors_is_the_published_program() -> None:
         "windows_per_shard": 10,
         "max_train": None,
         "max_test": None,
+        "dirichlet_alpha": None,
     }
     assert asdict(profile.training).items() >= {**PUBLISHED, "augment": True}.items()
     assert asdict(profile.model) == {"width": 1.0, "init": "own"}

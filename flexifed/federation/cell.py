@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from flexifed.config import CellConfig
 from flexifed.core.schemes import SharingPlan, sharing_plan
 from flexifed.core.signature import signature
-from flexifed.data import DatasetInfo
-from flexifed.data.partition import iid_shards
+from flexifed.data import DatasetInfo, open_dataset
+from flexifed.data.partition import dirichlet_proportions, iid_shards, skewed_shards
 from flexifed.models import build_model
 from flexifed.seeding import numpy_generator
 from flexifed.training.workspace import Workspace
@@ -27,17 +28,35 @@ class ClientShards:
 
 
 def make_shards(config: CellConfig, info: DatasetInfo) -> list[ClientShards]:
-    """Partition the training set and the test set i.i.d. with one generator, then cut each shard to its limit."""
+    """Partition the training set and the test set with one generator, then cut each shard to its limit.
+
+    Shards are i.i.d., and only the sizes of the sets are needed. With `dirichlet_alpha` labels are skewed, and the data
+    are opened for their labels; a client's test shard has the proportions of its training shard.
+    """
     generator = numpy_generator(config.seed, "partition")
     partition = config.partition
-    parts = [
-        iid_shards(count, partition.num_shards, partition.num_clients, generator, split=split)
-        for count, split in ((info.num_train, "training"), (info.num_test, "test"))
-    ]
+    num_shards, num_clients, alpha = partition.num_shards, partition.num_clients, partition.dirichlet_alpha
+    if alpha is None:
+        train_shards, test_shards = (
+            iid_shards(count, num_shards, num_clients, generator, split=split)
+            for count, split in ((info.num_train, "training"), (info.num_test, "test"))
+        )
+    else:
+        data = open_dataset(info)
+        labels = data.train.labels
+        proportions = dirichlet_proportions(_class_counts(labels, info), num_clients, alpha, generator)
+        train_shards = skewed_shards(labels, proportions, num_shards, generator, split="training")
+        drawn = np.stack([_class_counts(labels[shard], info) / len(shard) for shard in train_shards])
+        test_shards = skewed_shards(data.test.labels, drawn, num_shards, generator, split="test")
     return [
         ClientShards(train[: partition.max_train], test[: partition.max_test])
-        for train, test in zip(*parts, strict=True)
+        for train, test in zip(train_shards, test_shards, strict=True)
     ]
+
+
+def _class_counts(labels: NDArray[np.int64], info: DatasetInfo) -> NDArray[np.int64]:
+    """Number of samples of each class, shape (classes,)."""
+    return np.bincount(labels, minlength=info.num_classes).astype(np.int64, copy=False)
 
 
 def cell_model(

@@ -66,7 +66,7 @@ class LocalHosts:
     Args:
         config: the cell.
         info: its data.
-        shards: each client's samples, in client order; `make_shards` cuts them i.i.d.
+        shards: each client's samples, in client order, as from `make_shards`.
         clients_per_host: which clients' sums are formed together; None for all. It changes no number.
         streams: so many clients overlap on a GPU.
 

@@ -31,7 +31,7 @@ from flexifed.config import (
 )
 from flexifed.core.aggregate import BlockSum, GroupState, State, shared_tensors, sum_block
 from flexifed.core.schemes import SharingPlan
-from flexifed.data import synthetic
+from flexifed.data import open_dataset, synthetic
 from flexifed.errors import ClientError, ConfigError, DeviceMemoryError, ResultsError
 from flexifed.federation import rounds
 from flexifed.federation.assignment import assign_clients
@@ -582,6 +582,40 @@ def test_a_limit_keeps_the_head_of_every_shard() -> None:
         np.testing.assert_array_equal(shards.test, expected.test[:2])
     beyond = replace(config, partition=replace(config.partition, max_train=10**9))
     np.testing.assert_array_equal(make_shards(beyond, INFO)[0].train, whole[0].train)
+
+
+def test_a_clients_test_labels_are_skewed_as_its_training_labels_are() -> None:
+    config = cell()
+    data = open_dataset(INFO)
+
+    def proportions(alpha: float | None) -> tuple[np.ndarray, np.ndarray]:
+        """Class proportions of the clients' training and test shards, shapes (4, 10)."""
+        partition = PartitionConfig(num_clients=4, num_shards=40, dirichlet_alpha=alpha)
+        shards = make_shards(replace(config, partition=partition), INFO)
+        return tuple(
+            np.stack([np.bincount(labels[indices], minlength=10) / len(indices) for indices in parts])
+            for labels, parts in (
+                (data.train.labels, [client.train for client in shards]),
+                (data.test.labels, [client.test for client in shards]),
+            )
+        )
+
+    train, test = proportions(0.5)
+    even, _ = proportions(None)
+    assert np.abs(train - even).sum(axis=1).min() > 0.4  # every client is skewed, ...
+    own = np.abs(train - test).sum(axis=1)
+    others = np.abs(train - np.roll(test, 1, axis=0)).sum(axis=1)
+    assert (own < others / 2).all()  # ... and each in its own way
+
+
+def test_skewed_labels_are_part_of_the_run_id_and_depend_on_the_seed_alone() -> None:
+    config = cell()
+    skewed = replace(config, partition=replace(config.partition, dirichlet_alpha=0.5))
+    assert len({config.run_id("data"), skewed.run_id("data")}) == 2
+    first, again = make_shards(skewed, INFO), make_shards(replace(skewed, scheme="standalone"), INFO)
+    assert all(np.array_equal(ours.train, theirs.train) for ours, theirs in zip(first, again, strict=True))
+    other_seed = make_shards(replace(skewed, seed=1), INFO)
+    assert not np.array_equal(first[0].train, other_seed[0].train)
 
 
 def test_a_limit_is_part_of_the_run_id_and_its_absence_is_not() -> None:
