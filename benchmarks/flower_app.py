@@ -340,7 +340,7 @@ def make_server_app(job: Job, program: str, rounds: list[dict[str, Any]]) -> Ser
         models = Task(job)
         initial = {
             f"{config.model_name(client)}/{name}": tensor
-            for client in range(min(job.clients, len(config.versions)))
+            for client in range(len(config.model_names))
             for name, tensor in models.model(client).state_dict().items()
         }
         strategy.start(

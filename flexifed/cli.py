@@ -33,8 +33,8 @@ from flexifed.config import (
     PartitionConfig,
     SchemeName,
     SharingConfig,
+    VersionName,
     Weighting,
-    client_model,
 )
 from flexifed.errors import ConfigError, DataError, FlexifedWarning
 from flexifed.launch import guarded
@@ -61,11 +61,13 @@ class Plan:
     """Show which layers a scheme averages over which clients, and what that costs a client."""
 
     family: FamilyName
-    """The clients' models; client k has version k modulo the number of versions."""
+    """The clients' models."""
     scheme: SchemeName
     """Which layers are averaged."""
     num_clients: int = PartitionConfig().num_clients
-    """Number of clients."""
+    """Number of clients; they have the versions in turn."""
+    versions: tuple[VersionName, ...] | None = None
+    """Versions that take part, such as `v1 v4`. Default: all four."""
     num_classes: int | None = None
     """Size of the models' output. Default: 10 for images, 4 for texts."""
     width: float = ModelConfig().width
@@ -112,7 +114,7 @@ class Plan:
         """Compute the plan and summarise it."""
         if self.num_clients > _MOST_CLIENTS:
             raise ConfigError(f"num_clients is {self.num_clients}; it must be at most {_MOST_CLIENTS} to be shown")
-        ModelConfig(width=self.width)  # checks the numbers before torch is imported
+        config = ModelConfig(width=self.width, versions=self.versions)  # checks the numbers before torch is imported
         PartitionConfig(num_clients=self.num_clients, num_shards=max(1, self.num_clients))
         from flexifed.core.schemes import sharing_plan
         from flexifed.models import model_signature
@@ -122,7 +124,7 @@ class Plan:
             name: model_signature(name, num_classes=self._classes, width=self.width, in_channels=self.in_channels)
             for name in FAMILIES[self.family]
         }
-        models = [client_model(self.family, client) for client in range(self.num_clients)]
+        models = [FAMILIES[self.family][config.version_of(client)] for client in range(self.num_clients)]
         plan = sharing_plan(
             [signatures[name] for name in models],
             self.scheme,

@@ -20,6 +20,7 @@ from flexifed.errors import ConfigError, invalid_choice
 
 DatasetName = Literal["cifar10", "cinic10", "agnews", "speech_commands", "speech_commands_12"]
 FamilyName = Literal["vgg", "vgg_plain", "resnet", "charcnn", "vdcnn"]
+VersionName = Literal["v1", "v2", "v3", "v4"]
 SchemeName = Literal["standalone", "clustered_fl", "basic_common", "clustered_common", "max_common"]
 InputKind = Literal["image", "text"]
 Device = Literal["cpu", "cuda"]
@@ -37,6 +38,8 @@ _LARGEST_INT32 = 2**31 - 1
 
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 SCHEMES: tuple[str, ...] = get_args(SchemeName)
+VERSIONS: tuple[VersionName, ...] = get_args(VersionName)
+"""The four depths of a family's models, from the shallowest to the deepest."""
 FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "vgg": ("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
@@ -46,9 +49,8 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "vdcnn": ("vdcnn9", "vdcnn17", "vdcnn29", "vdcnn49"),
     }
 )
-"""The model names of each family's versions, V1 first: from the shallowest to the deepest."""
-NUM_VERSIONS = 4
-assert all(len(versions) == NUM_VERSIONS for versions in FAMILIES.values())
+"""The model names of each family's versions, V1 first."""
+assert all(len(models) == len(VERSIONS) for models in FAMILIES.values())
 FAMILY_INPUTS: Mapping[str, InputKind] = MappingProxyType(
     {"vgg": "image", "vgg_plain": "image", "resnet": "image", "charcnn": "text", "vdcnn": "text"}
 )
@@ -88,10 +90,19 @@ class ModelConfig:
     """Factor on the number of channels of every layer. Depth, and so the layers in common, does not change."""
     init: Literal["own", "shared"] = "own"
     """`own`: each client draws its own weights, as the authors do. `shared`: common layers start with equal weights."""
+    versions: tuple[VersionName, ...] | None = None
+    """Versions that take part, such as `v1 v4`; clients have them in turn. Default: all four."""
 
     def __post_init__(self) -> None:
         _check_number(self, "width", above=0, below=WIDEST)
         _check_literal(self, "init", ("own", "shared"))
+        if self.versions is not None:
+            _check_versions(self)
+
+    def version_of(self, client: int) -> int:
+        """The version of a client, from 0: clients have the versions in turn, from the shallowest to the deepest."""
+        versions = self.versions or VERSIONS
+        return VERSIONS.index(versions[client % len(versions)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +110,7 @@ class PartitionConfig:
     """How the data are divided among the clients."""
 
     num_clients: int = 8
-    """Number of clients; client k has version k modulo 4."""
+    """Number of clients; they have the versions in turn, so client k of all four has version k modulo 4."""
     num_shards: int = 20
     """Number of equal shards into which training and test set are each split; a client gets one of each."""
     windows_per_shard: int = 10
@@ -126,11 +137,6 @@ class PartitionConfig:
                 f"num_shards is {self.num_shards}, fewer than the {self.num_clients} clients that need one each; "
                 f"ask for at least {self.num_clients} shards or for fewer clients"
             )
-
-    @property
-    def client_versions(self) -> tuple[int, ...]:
-        """The version of each client, from 0; see `client_version`."""
-        return tuple(map(client_version, range(self.num_clients)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,17 +282,22 @@ class CellConfig:
             raise ConfigError("cuda_graph is True, which CPUs do not have; leave it out, or choose --device cuda")
 
     @property
-    def versions(self) -> tuple[str, ...]:
-        """The family's model names, V1 first."""
-        return FAMILIES[self.family]
+    def client_versions(self) -> tuple[int, ...]:
+        """The version of each client, from 0; see `ModelConfig.version_of`."""
+        return tuple(map(self.model.version_of, range(self.partition.num_clients)))
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names of the models that clients have, in the order of their first clients."""
+        return tuple(dict.fromkeys(map(self.model_name, range(self.partition.num_clients))))
 
     def model_name(self, client: int) -> str:
-        """The model name of a client; see `client_model`."""
-        return client_model(self.family, client)
+        """The model name of a client."""
+        return FAMILIES[self.family][self.model.version_of(client)]
 
-    def version(self, client: int) -> str:
+    def version(self, client: int) -> VersionName:
         """The version of a client: `v1` to `v4`."""
-        return f"v{client_version(client) + 1}"
+        return VERSIONS[self.model.version_of(client)]
 
     def run_id(self, data_fingerprint: str) -> str:
         """Identify a run by sixteen hexadecimal digits, derived from all that decides its numbers: config and data.
@@ -314,14 +325,18 @@ def _without_none(items: list[tuple[str, object]]) -> dict[str, object]:
     return {name: value for name, value in items if value is not None}
 
 
-def client_version(client: int) -> int:
-    """The version of a client, from 0: clients take the versions in turn, from the shallowest to the deepest."""
-    return client % NUM_VERSIONS
-
-
-def client_model(family: FamilyName, client: int) -> str:
-    """The model name of a client; see `client_version`."""
-    return FAMILIES[family][client_version(client)]
+def _check_versions(config: ModelConfig) -> None:
+    """Check the versions, and store the choice of all four as None, so that it gives the same config."""
+    chosen = config.versions
+    if (
+        not isinstance(chosen, tuple | list)
+        or list(chosen) != [name for name in VERSIONS if name in chosen]
+        or not chosen
+    ):
+        raise ConfigError(
+            f"versions is {chosen!r}; give at least one of {', '.join(VERSIONS)}, each once and in this order"
+        )
+    object.__setattr__(config, "versions", None if len(chosen) == len(VERSIONS) else tuple(chosen))
 
 
 def _check_integer(config: object, name: str, minimum: int, maximum: int = _LARGEST_INTEGER) -> None:

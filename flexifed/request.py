@@ -44,11 +44,12 @@ class GridRequest:
         """
         options = self.options
         self._check_share(options.device)
-        if (per_actor := options.placement.clients_per_actor) is not None:
-            assign_clients(options.partition.client_versions, per_actor, options.sharing.reduce_block)
         device: Device = "cuda" if options.device == "auto" else options.device  # which may take more settings
         for cell in {cell.dataset: cell for cell in self.cells}.values():
-            shards = make_shards(options.cell_config(cell, options.seeds[0], device), self.infos[cell.dataset])
+            config = options.cell_config(cell, options.seeds[0], device)
+            if (per_actor := options.placement.clients_per_actor) is not None:
+                assign_clients(config.client_versions, per_actor, options.sharing.reduce_block)
+            shards = make_shards(config, self.infos[cell.dataset])
             window(shards[0].train, 0, options.partition.windows_per_shard)
 
     def runs_for(self, device: Device) -> list[CellRun]:

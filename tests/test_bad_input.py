@@ -87,6 +87,8 @@ def bad_values(kind: Any) -> st.SearchStrategy[str] | None:
         return bad.filter(lambda word: word != "None") if bad is not None else None
     if get_origin(kind) is Literal:
         return WORDS.filter(lambda word: word not in get_args(kind))
+    if get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is Literal:
+        return bad_values(get_args(kind)[0])
     if kind == tuple[int, ...]:
         return BAD_INTEGERS.filter(lambda word: word != "")
     return {int: BAD_INTEGERS, float: BAD_FLOATS}.get(kind)
@@ -102,7 +104,18 @@ Line = tuple[list[str], set[str]]
 
 
 def test_all_options_that_take_a_value_are_tested() -> None:
-    assert {"rounds", "seeds", "profile", "data", "device", "width", "threads", "reduce_block"} <= set(TABLE1)
+    assert {
+        "versions",
+        "dirichlet_alpha",
+        "rounds",
+        "seeds",
+        "profile",
+        "data",
+        "device",
+        "width",
+        "threads",
+        "reduce_block",
+    } <= set(TABLE1)
     assert {"learning_rate", "momentum", "num_clients", "gpus_per_client", "checkpoint_every", "scoring"} <= set(TABLE1)
     assert set(PLAN) >= {"family", "scheme", "num_clients", "num_classes", "width", "in_channels", "weighting"}
     assert set(REPORT) == {"pick", "format", "target"}

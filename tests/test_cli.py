@@ -149,6 +149,26 @@ def segments(branches: Sequence[Branch]) -> Iterator[tuple[Segment, list[int]]]:
         yield from segments(branch.branches)
 
 
+def test_a_plan_of_two_versions_names_them(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run_plan(capsys, "max_common", "--versions", "v1", "v4", "--num-clients", "3")
+    lines = [line.strip("│├└─ ") for line in text.splitlines()]
+    start = lines.index("V1 V4")
+    assert lines[start : start + 6] == [
+        "V1 V4",
+        "layer 1 · conv 4 · averaged over V1 V4 (3 clients)",
+        "V1",
+        "layers 2-8 · conv 8..32 · averaged over V1 (2 clients)",
+        "layers 9-11 · linear 256..10 · averaged over V1 (2 clients)",
+        "V4",
+    ]
+    content = json.loads(run_plan(capsys, "max_common", "--versions", "v1", "v4", "--json"))
+    assert [(version["version"], version["model"]) for version in content["versions"]] == [
+        ("v1", "vgg11_bn"),
+        ("v4", "vgg19_bn"),
+    ]
+    assert {name for group in content["groups"] for name in group["versions"]} == {"v1", "v4"}
+
+
 def test_tree_names_versions_that_keep_layers_that_others_average() -> None:
     plan, names = thin_plan("clustered_common", 7)
     texts = [segment_text(segment) for segment, _ in segments(plan_summary(plan, names).tree)]

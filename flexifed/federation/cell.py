@@ -90,7 +90,7 @@ def make_workspace(config: CellConfig, info: DatasetInfo, name: str) -> Workspac
 
 def cell_plan(config: CellConfig, info: DatasetInfo) -> SharingPlan:
     """Derive the sharing plan of a cell. Plans are never sent from process to process."""
-    signatures = {name: signature(cell_model(config, info, name, device="meta")) for name in config.versions}
+    signatures = {name: signature(cell_model(config, info, name, device="meta")) for name in config.model_names}
     return sharing_plan(
         [signatures[config.model_name(client)] for client in range(config.partition.num_clients)],
         config.scheme,

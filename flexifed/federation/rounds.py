@@ -89,7 +89,7 @@ class LocalHosts:
                 f"{len(shards)} shards for {config.partition.num_clients} clients; give one for each client"
             )
         self.clients = assign_clients(
-            config.partition.client_versions, clients_per_host or len(shards), config.sharing.reduce_block
+            config.client_versions, clients_per_host or len(shards), config.sharing.reduce_block
         )
         self._hosts = [
             ClientHost(config, info, clients, [shards[client] for client in clients], streams)

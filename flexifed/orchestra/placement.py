@@ -126,7 +126,7 @@ def _clients_by_actor(
             total_cpus = sum(node.get("CPU", 0) for node in nodes)
             wanted = math.ceil(num_clients / max(1, int(total_cpus) // config.numerics.threads))
         per_actor = block * math.ceil(wanted / block)
-    return assign_clients(config.partition.client_versions, per_actor, block)
+    return assign_clients(config.client_versions, per_actor, block)
 
 
 def _gpus_per_actor(
@@ -172,7 +172,7 @@ def roomier_placement(placement: CellPlacement, config: CellConfig, nodes: Seque
     roomier = replace(placement, gpus_per_actor=largest_gpu_share(sharing // 2))
     num_clients, block = config.partition.num_clients, config.sharing.reduce_block
     wanted = max(max(map(len, placement.clients)), math.ceil(num_clients / max(1, _max_actors(roomier, nodes))))
-    clients = assign_clients(config.partition.client_versions, block * math.ceil(wanted / block), block)
+    clients = assign_clients(config.client_versions, block * math.ceil(wanted / block), block)
     return replace(roomier, clients=tuple(clients))
 
 

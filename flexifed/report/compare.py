@@ -11,8 +11,9 @@ from itertools import groupby
 import pandas as pd
 from scipy.special import stdtrit
 
+from flexifed.config import VERSIONS
 from flexifed.report.sheet import Cell, Column, Section, Sheet
-from flexifed.report.table import DIGITS, VERSIONS, in_paper_order, source_label
+from flexifed.report.table import DIGITS, in_paper_order, source_label
 
 COMPARISONS = (
     ("clustered_fl", "standalone"),

@@ -9,11 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from flexifed.config import FAMILIES, VERSIONS
+
 if TYPE_CHECKING:
     from flexifed.core.schemes import Group, SharingPlan
     from flexifed.core.signature import LayerSignature
     from flexifed.core.trie import Node
 
+_VERSION_OF = {model: version for models in FAMILIES.values() for version, model in zip(VERSIONS, models, strict=True)}
 _WIDTHS = ("out_channels", "out_features", "embedding_dim")
 
 
@@ -133,9 +136,9 @@ def plan_summary(plan: SharingPlan, models: Sequence[str]) -> PlanSummary:
 
     Args:
         plan: from `flexifed.core.schemes.sharing_plan`.
-        models: the name of each client's model, in client order. Versions are named `v1`, `v2`, ... in the order of
-            their first clients.
+        models: the name of each client's model, from `flexifed.config.FAMILIES`, in client order.
     """
+    names = [_VERSION_OF[models[clients[0]]] for clients in plan.clients_of]
     return PlanSummary(
         scheme=plan.scheme,
         weighting=plan.weighting,
@@ -143,20 +146,20 @@ def plan_summary(plan: SharingPlan, models: Sequence[str]) -> PlanSummary:
         classifier=plan.classifier,
         num_clients=plan.num_clients,
         versions=tuple(
-            _version_summary(plan, index, models[clients[0]]) for index, clients in enumerate(plan.clients_of)
+            _version_summary(plan, names, index, models[clients[0]]) for index, clients in enumerate(plan.clients_of)
         ),
         groups=tuple(
             GroupSummary(
                 group=group.index,
                 kind=group.layer.kind,
-                versions=_version_names(group.architectures),
+                versions=_of(names, group.architectures),
                 clients=plan.members(group),
                 num_parameters=_num_parameters(group),
                 num_bytes=group.num_bytes,
             )
             for group in plan.groups
         ),
-        tree=tuple(_branch(plan, root) for root in plan.trie.children(None)),
+        tree=tuple(_branch(plan, names, root) for root in plan.trie.children(None)),
     )
 
 
@@ -167,7 +170,7 @@ def as_json(summary: PlanSummary) -> dict[str, Any]:
     return content
 
 
-def _version_summary(plan: SharingPlan, architecture: int, model: str) -> VersionSummary:
+def _version_summary(plan: SharingPlan, names: Sequence[str], architecture: int, model: str) -> VersionSummary:
     clients = plan.clients_of[architecture]
     signature = plan.architectures[architecture]
     layers, averaged = [], dict[int, int]()
@@ -180,7 +183,7 @@ def _version_summary(plan: SharingPlan, architecture: int, model: str) -> Versio
                 role=layer.role,
                 num_parameters=layer.num_parameters,
                 group=index,
-                versions=_version_names(group.architectures if group else [architecture]),
+                versions=_of(names, group.architectures if group else [architecture]),
                 num_clients=plan.num_members(group) if group else 1,
             )
         )
@@ -190,7 +193,7 @@ def _version_summary(plan: SharingPlan, architecture: int, model: str) -> Versio
     total = max(1, signature.num_parameters)
     num_bytes = plan.bytes_per_round(clients[0])
     return VersionSummary(
-        version=_version_name(architecture),
+        version=names[architecture],
         model=model,
         clients=clients,
         num_parameters=signature.num_parameters,
@@ -205,12 +208,12 @@ def _version_summary(plan: SharingPlan, architecture: int, model: str) -> Versio
     )
 
 
-def _branch(plan: SharingPlan, node: Node) -> Branch:
+def _branch(plan: SharingPlan, names: Sequence[str], node: Node) -> Branch:
     """Follow the trie from a node until its versions diverge, then do the same for each branch."""
-    versions, segments = node.architectures, [_segment(plan, node)]
-    while len(children := plan.trie.children(node)) == 1 and children[0].architectures == versions:
+    architectures, segments = node.architectures, [_segment(plan, names, node)]
+    while len(children := plan.trie.children(node)) == 1 and children[0].architectures == architectures:
         node = children[0]
-        segment, previous = _segment(plan, node), segments[-1]
+        segment, previous = _segment(plan, names, node), segments[-1]
         if (segment.kind, segment.averaged, segment.personal) == (previous.kind, previous.averaged, previous.personal):
             segments[-1] = Segment(
                 first=previous.first,
@@ -223,27 +226,26 @@ def _branch(plan: SharingPlan, node: Node) -> Branch:
         else:
             segments.append(segment)
     return Branch(
-        versions=_version_names(versions),
+        versions=_of(names, architectures),
         segments=tuple(segments),
-        branches=tuple(_branch(plan, child) for child in children),
+        branches=tuple(_branch(plan, names, child) for child in children),
     )
 
 
-def _segment(plan: SharingPlan, node: Node) -> Segment:
+def _segment(plan: SharingPlan, names: Sequence[str], node: Node) -> Segment:
     """A segment of one layer: the layer of a node."""
     indices = [plan.group_of[architecture][node.depth] for architecture in node.architectures]
     groups = [plan.groups[index] for index in dict.fromkeys(indices) if index is not None]
-    personal = [version for version, index in zip(node.architectures, indices, strict=True) if index is None]
+    personal = [architecture for architecture, index in zip(node.architectures, indices, strict=True) if index is None]
     return Segment(
         first=node.depth,
         last=node.depth,
         kind=_short_kind(node.layer),
         widths=_width(node.layer),
         averaged=tuple(
-            Members(versions=_version_names(group.architectures), num_clients=plan.num_members(group))
-            for group in groups
+            Members(versions=_of(names, group.architectures), num_clients=plan.num_members(group)) for group in groups
         ),
-        personal=_version_names(personal),
+        personal=_of(names, personal),
     )
 
 
@@ -261,9 +263,5 @@ def _num_parameters(group: Group) -> int:
     return sum(spec.num_elements for spec in group.specs if not spec.buffer)
 
 
-def _version_name(architecture: int) -> str:
-    return f"v{architecture + 1}"
-
-
-def _version_names(architectures: Iterable[int]) -> tuple[str, ...]:
-    return tuple(_version_name(architecture) for architecture in architectures)
+def _of(names: Sequence[str], architectures: Iterable[int]) -> tuple[str, ...]:
+    return tuple(names[architecture] for architecture in architectures)

@@ -232,13 +232,13 @@ def _common_key(cell: StoredCell) -> tuple[str, ...]:
 
 
 def _flat(nested: Mapping[str, object]) -> dict[str, object]:
-    """`{"model": {"width": 1.0}}` as `{"model.width": 1.0}`."""
+    """`{"model": {"width": 1.0}}` as `{"model.width": 1.0}`; sequences become text, as on a command line."""
     flat: dict[str, object] = {}
     for name, value in nested.items():
         if isinstance(value, Mapping):
-            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+            flat |= {f"{name}.{key}": inner for key, inner in _flat(value).items()}
         else:
-            flat[name] = value
+            flat[name] = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
     return flat
 
 

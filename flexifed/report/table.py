@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from flexifed.config import SCHEMES
+from flexifed.config import SCHEMES, VERSIONS
 from flexifed.errors import ConfigError, invalid_choice
 from flexifed.report.sheet import Cell, Column, Section, Sheet
 
 Pick = Literal["last", "best", "final"]
 PICKS: tuple[Pick, ...] = ("last", "best", "final")
-VERSIONS = ("v1", "v2", "v3", "v4")
 CELL = ["dataset", "family", "scheme"]
 SCHEME_NAMES: Mapping[str, str] = MappingProxyType(
     {

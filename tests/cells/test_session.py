@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from contextlib import closing
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from flexifed.federation.cell import make_shards
 from flexifed.federation.rounds import Federation, LocalHosts, RoundResult
 from flexifed.orchestra.placement import place_cell
 from flexifed.orchestra.trial import CellTrial, PlacedRun
+from flexifed.report.runs import changed_settings, forerunner, stored_cells
+from flexifed.report.study import load
 from flexifed.results.runlog import RunLog
 from flexifed.results.store import ResultsFolder
 
@@ -97,6 +100,30 @@ def test_rows_are_what_was_measured_of_whom_and_on_how_many_samples(run: CellRun
         assert row["model"] == run.config.model_name(row["client"])
         assert row["version"] == run.config.version(row["client"])
         assert (row["num_train"], row["num_test"]) == (8, 6)
+
+
+def test_two_versions_and_skewed_labels_are_in_the_rows_and_in_what_reports_say(run: CellRun) -> None:
+    config = replace(
+        run.config,
+        model=replace(run.config.model, versions=("v1", "v4")),
+        partition=replace(run.config.partition, num_clients=3, dirichlet_alpha=0.5),
+    )
+    run = replace(run, config=config, profile="smoke")
+    play(run)
+    folder = ResultsFolder(run.results)
+    rows = pd.read_parquet(folder.rounds_file(run.name))
+    of_client = rows.groupby("client")[["version", "model"]].first()
+    assert of_client["version"].tolist() == ["v1", "v4", "v1"]
+    assert of_client["model"].tolist() == ["vgg11_bn", "vgg19_bn", "vgg11_bn"]
+    (stored,) = stored_cells(folder)
+    assert changed_settings(stored).items() >= {"model.versions": "v1 v4", "partition.dirichlet_alpha": 0.5}.items()
+    (study,) = load(folder)
+    assert study.summary().mean.columns.tolist() == ["v1", "v4"]
+    assert forerunner(folder, config, "smoke", run.info.fingerprint) is None
+    others = replace(config, model=replace(config.model, versions=None))
+    found = forerunner(folder, others, "smoke", run.info.fingerprint)
+    assert found is not None
+    assert found[1] == "model.versions v1 v4 -> None"
 
 
 def test_the_samples_of_each_client_are_stored(run: CellRun) -> None:

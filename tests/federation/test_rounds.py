@@ -116,7 +116,7 @@ def on_ray(
     shards: Sequence[ClientShards],
     clients_per_actor: int,
 ) -> Hosts:
-    clients = tuple(assign_clients(config.partition.client_versions, clients_per_actor, config.sharing.reduce_block))
+    clients = tuple(assign_clients(config.client_versions, clients_per_actor, config.sharing.reduce_block))
     hosts = kind(actors, len(clients))
     hosts.begin(config, INFO, CellPlacement(clients=clients, cpus_per_actor=1, gpus_per_actor=0), shards)
     expected = "tensors stay on" if kind is LendingActors else "tensors travel"
@@ -182,7 +182,7 @@ def assert_like_the_reference(run: Run, config: CellConfig, clients_per_host: in
     expected_results, expected_digests = reference(config)
     assert digests == expected_digests
     assert measured(results) == measured(expected_results)
-    assigned = assign_clients(config.partition.client_versions, clients_per_host, config.sharing.reduce_block)
+    assigned = assign_clients(config.client_versions, clients_per_host, config.sharing.reduce_block)
     host_of = {client: host for host, clients in enumerate(assigned) for client in clients}
     hosts = tuple(host_of[client] for client in range(NUM_CLIENTS))
     assert [result.host_of for result in results] == [hosts] * 3

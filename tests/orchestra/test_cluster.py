@@ -151,7 +151,7 @@ def test_final_states_are_those_of_one_process_wherever_clients_run(
 
     assert len(cluster.wait_for_nodes(3, lambda _: None, timeout_s=60)) == 3
     shards = make_shards(CONFIG, INFO)
-    clients = tuple(assign_clients(CONFIG.partition.client_versions, clients_per_actor, CONFIG.sharing.reduce_block))
+    clients = tuple(assign_clients(CONFIG.client_versions, clients_per_actor, CONFIG.sharing.reduce_block))
     group = ray.util.placement_group([{"CPU": 1}] * len(clients), strategy=strategy)
     ray.get(group.ready())
     hosts = ActorHosts(group)
