@@ -88,7 +88,7 @@ def _table(versions: Sequence[VersionSummary]) -> Table:
     table = Table()
     table.add_column("clients", no_wrap=True)
     table.add_column("model", no_wrap=True)
-    for name in ("parameters", "averaged", "over how\nmany clients", "sends\nand gets"):
+    for name in ("parameters", "averaged", "over how\nmany clients", "sent and\nreceived"):
         table.add_column(name, justify="right", no_wrap=True)
     for version in versions:
         over = [f"{percent(part.share)} over {part.num_clients}" for part in version.averaged_over]

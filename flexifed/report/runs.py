@@ -156,15 +156,15 @@ def forerunner(
         fingerprint: the fingerprint of the new run's data.
 
     Returns:
-        The stored run and a text that lists the differences; None if there is no such run.
-
-    Raises:
-        ResultsError: a file is damaged.
+        The stored run and a text that lists the differences; None if there is no such run. Damaged files are passed
+        over: they do not concern the new run, and `flexifed report` names them.
     """
     new = _settings(asdict(config)) | {"data": fingerprint}
     closest: tuple[StoredCell, dict[str, str]] | None = None
     for path in folder.rounds.glob(f"{config.dataset}-*-{config.family}-{config.scheme}-seed{config.seed}-*.parquet"):
-        cell = stored_cell(path)
+        cell = None
+        with suppress(ResultsError):
+            cell = stored_cell(path)
         if cell is None or cell.profile != profile:
             continue
         stored = {**cell.settings, "data": cell.fingerprint}

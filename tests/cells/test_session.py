@@ -125,6 +125,10 @@ def test_two_versions_and_skewed_labels_are_in_the_rows_and_in_what_reports_say(
     assert found is not None
     assert found[1] == "model.versions v1 v4 -> None"
 
+    damaged = folder.rounds_file(run.name)
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    assert forerunner(folder, others, "smoke", run.info.fingerprint) is None
+
 
 def test_the_samples_of_each_client_are_stored(run: CellRun) -> None:
     play(run)
