@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -182,6 +182,8 @@ class SharingConfig:
     """Whether running statistics are averaged like weights, as the authors do, or stay with the client (`local`)."""
     classifier: ClassifierSharing = "prefix"
     """Whether classifier layers are shared where the common prefix reaches them, never, or always (across versions)."""
+    clients_per_round: int | None = None
+    """Number of clients that train in a round, drawn anew for each round; all are scored. Default: all clients."""
     reduce_block: int = 1
     """Number of consecutive clients that are summed in their own process before the driver adds up the blocks."""
 
@@ -189,6 +191,8 @@ class SharingConfig:
         _check_literal(self, "weighting", get_args(Weighting))
         _check_literal(self, "batch_norm_buffers", get_args(BatchNormBuffers))
         _check_literal(self, "classifier", get_args(ClassifierSharing))
+        if self.clients_per_round is not None:
+            _check_integer(self, "clients_per_round", 1)
         _check_integer(self, "reduce_block", 1)
 
 
@@ -274,6 +278,14 @@ class CellConfig:
             )
         _check_literal(self, "device", get_args(Device))
         _check_integer(self, "seed", 0)
+        num_clients, chosen = self.partition.num_clients, self.sharing.clients_per_round
+        if chosen is not None and chosen > num_clients:
+            raise ConfigError(
+                f"clients_per_round is {chosen}, but there are only {num_clients} clients; ask for at most "
+                f"{num_clients}, or for more clients"
+            )
+        if chosen == num_clients:  # so that this gives the same config as the default
+            object.__setattr__(self, "sharing", replace(self.sharing, clients_per_round=None))
         if self.numerics.precision == "tf32" and self.device == "cpu":
             raise ConfigError(
                 "precision is 'tf32', which CPUs do not have; leave it out, or choose bf16 or --device cuda"

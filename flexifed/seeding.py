@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-Purpose = Literal["init", "partition", "batches", "augmentation", "dropout", "scoring", "synthetic"]
+Purpose = Literal["init", "partition", "participants", "batches", "augmentation", "dropout", "scoring", "synthetic"]
 
 
 def derive_seed(root_seed: int, purpose: Purpose, *indices: int) -> int:

@@ -167,26 +167,24 @@ def aggregate(
         sum_block([(shared_tensors(plan, client, states[client]), numbers[client]) for client in block])
         for block in blocks_of(range(plan.num_clients), reduce_block)
     )
-    taking_part = {plan.architecture_of[client] for client, number in enumerate(numbers) if number}
-    groups = [group for group in plan.groups if taking_part.intersection(group.architectures)]
-    means = combine_blocks(plan, blocks, groups)
+    means = combine_blocks(plan, blocks, plan.groups_with(client for client, number in enumerate(numbers) if number))
     new_states = []
     for client, state in enumerate(states):
-        new_values = {
-            group: tuple(mean.clone() for mean in means[group])
-            if group in means
-            else tuple(state[name] for name in names)
-            for group, names in plan.shared_names(client).items()
-        }
-        new_states.append(apply_group_state(plan, client, state, new_values))
+        own_groups = plan.shared_names(client).keys() & means.keys()
+        copies = {group: tuple(mean.clone() for mean in means[group]) for group in own_groups}
+        new_states.append(apply_group_state(plan, client, state, copies))
     return new_states
 
 
 def apply_group_state(plan: SharingPlan, client: int, state: State, means: GroupState) -> dict[str, torch.Tensor]:
-    """A client's state in which the means of its groups replace its own tensors. Nothing is copied or changed."""
+    """A client's state in which the means of its groups replace its own tensors. Nothing is copied or changed.
+
+    Groups without a mean, none of whose clients has taken part in a round yet, keep the client's own tensors.
+    """
     new = dict(state)
     for group, names in plan.shared_names(client).items():
-        new.update(zip(names, means[group], strict=True))
+        if group in means:
+            new.update(zip(names, means[group], strict=True))
     return new
 
 

@@ -166,6 +166,11 @@ class SharingPlan:
         """The groups that the layers of an architecture belong to, in forward order."""
         return tuple(self.groups[index] for index in self.group_of[architecture] if index is not None)
 
+    def groups_with(self, clients: Iterable[int]) -> tuple[Group, ...]:
+        """The groups that have a member among the given clients."""
+        architectures = {self.architecture_of[client] for client in clients}
+        return tuple(group for group in self.groups if architectures.intersection(group.architectures))
+
     def groups_within(self, clients: Iterable[int]) -> tuple[Group, ...]:
         """The groups whose members are all among the given clients."""
         counts = Counter(self.architecture_of[client] for client in clients)

@@ -54,6 +54,25 @@ def make_shards(config: CellConfig, info: DatasetInfo) -> list[ClientShards]:
     ]
 
 
+def participants(config: CellConfig, round_index: int) -> frozenset[int]:
+    """Draw the clients that train in a round: all, or `clients_per_round` of them, without replacement."""
+    num_clients, chosen = config.partition.num_clients, config.sharing.clients_per_round
+    if chosen is None:
+        return frozenset(range(num_clients))
+    generator = numpy_generator(config.seed, "participants", round_index)
+    return frozenset(generator.choice(num_clients, chosen, replace=False).tolist())
+
+
+def aggregated_groups(config: CellConfig, plan: SharingPlan, next_round: int) -> frozenset[int]:
+    """The groups that have been averaged before a round: those with a client that has trained in a round before it."""
+    trained: frozenset[int] = frozenset()
+    for round_index in range(next_round):
+        trained |= participants(config, round_index)
+        if len(trained) == plan.num_clients:
+            break
+    return frozenset(group.index for group in plan.groups_with(trained))
+
+
 def _class_counts(labels: NDArray[np.int64], info: DatasetInfo) -> NDArray[np.int64]:
     """Number of samples of each class, shape (classes,)."""
     return np.bincount(labels, minlength=info.num_classes).astype(np.int64, copy=False)
@@ -101,13 +120,17 @@ def cell_plan(config: CellConfig, info: DatasetInfo) -> SharingPlan:
 
 
 def state_bytes(config: CellConfig, info: DatasetInfo) -> int:
-    """Size in bytes of a cell's state in a checkpoint: each group's tensors once, and all personal tensors."""
+    """Size in bytes of a cell's state in a checkpoint: each group's tensors once, and all personal tensors.
+
+    Clients that have not trained yet keep their whole models; with `clients_per_round` all are counted so.
+    """
     plan = cell_plan(config, info)
-    personal = 0
+    kept = 0
     for client, architecture in enumerate(plan.architecture_of):
-        whole = sum(spec.num_bytes for layer in plan.signatures[client].layers for spec in layer.tensors)
-        personal += whole - sum(group.num_bytes for group in plan.groups_of(architecture))
-    return personal + sum(group.num_bytes for group in plan.groups)
+        kept += sum(spec.num_bytes for layer in plan.signatures[client].layers for spec in layer.tensors)
+        if config.sharing.clients_per_round is None:
+            kept -= sum(group.num_bytes for group in plan.groups_of(architecture))
+    return kept + sum(group.num_bytes for group in plan.groups)
 
 
 def client_weight(config: CellConfig, num_train: int) -> float:

@@ -38,7 +38,7 @@ class ClientRound:
         loss: mean cross-entropy on the test shard, in nats.
         train_loss: mean cross-entropy in training, in nats; None if the client did not train.
         bytes_up: bytes that the scheme makes the client send; 0 if it did not train.
-        bytes_down: bytes that the scheme makes the client receive.
+        bytes_down: bytes that the scheme makes the client receive; 0 if it was not drawn for the round.
         eval_s: wall time of scoring, in seconds. If clients overlap, the steps of other clients in between count too.
         train_s: wall time of training and copying the trained tensors, in seconds, as `eval_s`; None without training.
         train_started: Unix time at which training started; None without training.
@@ -58,8 +58,9 @@ class ClientRound:
 class Client:
     """A client of a federation.
 
-    Between rounds a client keeps only the tensors that it will not receive: its whole model before the first
-    aggregation, its personal tensors after it. It trains in a workspace that clients of its architecture use in turn.
+    Between rounds a client keeps only the tensors that it will not receive: its whole model before it has trained for
+    the first time, its personal tensors after that. It trains in a workspace that clients of its architecture use in
+    turn.
 
     Args:
         index: number of the client, from 0.
@@ -103,7 +104,7 @@ class Client:
         self._kept: dict[str, torch.Tensor] = initial.state_dict()
 
     def play_round(
-        self, round_index: int, shared: GroupState | None, *, train: bool
+        self, round_index: int, shared: GroupState | None, *, train: bool, is_chosen: bool = True
     ) -> Steps[tuple[ClientRound, GroupState | None]]:
         """Score the client's model as it is at the start of the round, then train it.
 
@@ -114,6 +115,7 @@ class Client:
             round_index: from 0.
             shared: the global state, from which the client takes its groups; None before the first aggregation.
             train: False for the round after the last aggregation, which is only scored.
+            is_chosen: False for a client that is not drawn for this round, and is only scored.
 
         Returns:
             The client's measurements, and copies of the tensors that it shares (None if it did not train).
@@ -131,10 +133,10 @@ class Client:
             client=self.index,
             accuracy=score.accuracy,
             loss=score.loss,
-            bytes_down=0 if shared is None else self._plan.bytes_per_round(self.index),
+            bytes_down=self._bytes_of(shared or {}) if is_chosen else 0,
             eval_s=eval_s,
         )
-        if not train:
+        if not (train and is_chosen):
             return scored, None
         with self._stage(round_index, "training"):
             train_started, started = time.time(), time.perf_counter()
@@ -155,9 +157,14 @@ class Client:
             return self._kept
         return apply_group_state(self._plan, self.index, self._kept, shared)
 
+    def _bytes_of(self, shared: GroupState) -> int:
+        """The size of the client's groups that have been averaged."""
+        groups = self._plan.groups_of(self._plan.architecture_of[self.index])
+        return sum(group.num_bytes for group in groups if group.index in shared)
+
     @property
     def kept(self) -> State:
-        """The tensors that the client keeps: its whole model before the first aggregation, later the personal ones."""
+        """The tensors that the client keeps: its whole model until it has trained, then the personal ones."""
         return self._kept
 
     def restore(self, kept: State) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,14 @@ from flexifed.core.aggregate import BlockSums, GroupState, blocks_of, combine_bl
 from flexifed.data import DatasetInfo, make_pipeline, open_dataset
 from flexifed.errors import DeviceMemoryError
 from flexifed.federation.assignment import name_clients
-from flexifed.federation.cell import ClientShards, cell_plan, client_weight, make_workspace
+from flexifed.federation.cell import (
+    ClientShards,
+    aggregated_groups,
+    cell_plan,
+    client_weight,
+    make_workspace,
+    participants,
+)
 from flexifed.federation.checkpoint import Checkpoint, read_groups, read_tensors, write_groups, write_tensors
 from flexifed.federation.client import Client, ClientRound
 from flexifed.training.memory import device_shortages
@@ -68,7 +75,7 @@ class ClientHost:
         architectures = {self._plan.architecture_of[client] for client in clients}
         groups = {group for architecture in architectures for group in self._plan.group_of[architecture]}
         self._groups = sorted(group for group in groups if group is not None)
-        self._own_groups = self._plan.groups_within(clients)
+        self._own_groups = {group.index for group in self._plan.groups_within(clients)}
         self._own_means: GroupState = {}
         data = open_dataset(info)
         pipeline = make_pipeline(data, config.family, device=device, channels_last=config.numerics.channels_last)
@@ -104,10 +111,13 @@ class ClientHost:
             DeviceMemoryError: the GPU had too little memory for the algorithms that this round's bits depend on.
         """
         shortages = device_shortages(self._device)
+        all_clients = range(self._config.partition.num_clients)
+        chosen = participants(self._config, round_index) if train else frozenset(all_clients)
         with numeric_settings(self._config.numerics):
-            measured, blocks = self._sum_blocks(self._play(round_index, self._complete(shared), train))
+            measured, blocks = self._sum_blocks(self._play(round_index, self._complete(shared), train, chosen))
             if train:
-                self._own_means = combine_blocks(self._plan, blocks.values(), self._own_groups)
+                groups = [group for group in self._plan.groups_with(chosen) if group.index in self._own_groups]
+                self._own_means |= combine_blocks(self._plan, blocks.values(), groups)
         if self._device.type == "cuda":
             torch.cuda.synchronize()  # so that a round ends, or fails, with its work on the GPU
         if device_shortages(self._device) > shortages:
@@ -122,10 +132,13 @@ class ClientHost:
         }
         return HostRound(measured, sent if train else {})
 
-    def _play(self, round_index: int, shared: GroupState | None, train: bool) -> Iterator[Play]:
+    def _play(self, round_index: int, shared: GroupState | None, train: bool, chosen: Set[int]) -> Iterator[Play]:
         """Let the clients play, as many at a time as there are streams."""
         for clients in blocks_of(self._clients, len(self._streams)):
-            rounds = [client.play_round(round_index, shared, train=train) for client in clients]
+            rounds = [
+                client.play_round(round_index, shared, train=train, is_chosen=client.index in chosen)
+                for client in clients
+            ]
             for client, (client_round, contribution) in zip(clients, overlap(rounds, self._streams), strict=True):
                 yield client, client_round, contribution
 
@@ -168,7 +181,9 @@ class ClientHost:
                     kept[int(index)][name] = tensor
         for client in self._clients:
             client.restore(kept[client.index])
-        self._own_means = self._on_device(read_groups(checkpoint, self._own_groups))
+        aggregated = self._own_groups & aggregated_groups(self._config, self._plan, checkpoint.next_round)
+        own_groups = [self._plan.groups[index] for index in sorted(aggregated)]
+        self._own_means = self._on_device(read_groups(checkpoint, own_groups))
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
         """The digest of each client's whole state, by client."""

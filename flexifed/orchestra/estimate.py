@@ -65,6 +65,7 @@ def cell_work_s(run: CellRun) -> float:
     config = run.config
     shards = make_shards(config, run.info)[0]
     num_train, num_test = len(shards.train) // config.partition.windows_per_shard, len(shards.test)
+    share = (config.sharing.clients_per_round or config.partition.num_clients) / config.partition.num_clients
     round_s = 0.0
     timed = replace(  # the settings that a step's time depends on, so that cells equal in them are timed once
         config,
@@ -74,7 +75,7 @@ def cell_work_s(run: CellRun) -> float:
     )
     for client in range(config.partition.num_clients):
         train_s, eval_s = _seconds_per_sample(config.model_name(client), timed, run.info)
-        round_s += num_train * config.training.local_epochs * train_s + num_test * eval_s
+        round_s += share * num_train * config.training.local_epochs * train_s + num_test * eval_s
     return (run.rounds - run.checkpoints().newest_round()) * round_s
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -29,13 +30,21 @@ from flexifed.config import (
     SharingConfig,
     TrainingConfig,
 )
-from flexifed.core.aggregate import BlockSum, GroupState, State, shared_tensors, sum_block
+from flexifed.core.aggregate import (
+    BlockSum,
+    GroupState,
+    State,
+    aggregate,
+    apply_group_state,
+    shared_tensors,
+    sum_block,
+)
 from flexifed.core.schemes import SharingPlan
 from flexifed.data import open_dataset, synthetic
 from flexifed.errors import ClientError, ConfigError, DeviceMemoryError, ResultsError
 from flexifed.federation import rounds
 from flexifed.federation.assignment import assign_clients
-from flexifed.federation.cell import ClientShards, cell_plan, make_shards
+from flexifed.federation.cell import ClientShards, cell_plan, make_shards, participants
 from flexifed.federation.checkpoint import SHARED, Checkpoint
 from flexifed.federation.client import Client, ClientRound
 from flexifed.federation.host import HostRound
@@ -46,7 +55,8 @@ from flexifed.orchestra.lending import lending_on
 from flexifed.orchestra.placement import CellPlacement, place_cell
 from flexifed.orchestra.wire import ObjectStore, pack, unpack
 from flexifed.seeding import numpy_generator
-from flexifed.training.streams import Steps
+from flexifed.training.numerics import numeric_settings
+from flexifed.training.streams import Steps, run_to_end
 from flexifed.training.workspace import Workspace
 
 INFO = synthetic.info()
@@ -319,6 +329,32 @@ def test_clients_resume_from_a_checkpoint_of_other_hosts(
     assert federation.state_sha256() == other.state_sha256() == reference(cell())[1]
 
 
+FEW = SharingConfig(clients_per_round=3)
+
+
+@pytest.mark.parametrize("clients_per_host", [4, 3, 1])
+@pytest.mark.parametrize("scheme", ["max_common", "clustered_fl"])
+def test_bits_do_not_depend_on_where_clients_live_if_some_sit_a_round_out(
+    run: Run, scheme: str, clients_per_host: int
+) -> None:
+    assert_like_the_reference(run, cell(scheme, sharing=FEW), clients_per_host)
+
+
+@pytest.mark.parametrize("clients_per_host", [4, 1])
+def test_clients_that_have_not_trained_yet_resume_from_a_checkpoint_of_other_hosts(
+    backend: Backend, tmp_path: Path, clients_per_host: int
+) -> None:
+    config = cell(sharing=FEW)
+    federation = start(config)
+    federation.play_round()
+    other = start(config, backend, clients_per_host)
+    other.restore(saved(federation, tmp_path / "one"))
+    assert other.state_sha256() == federation.state_sha256()
+    other.play_round()
+    federation.restore(saved(other, tmp_path / "two"))
+    assert federation.state_sha256() == other.state_sha256() == reference(config)[1]
+
+
 # --------------------------------------------------------------------------------------------------- in process alone
 
 
@@ -330,6 +366,64 @@ def states_of(hosts: LocalHosts, shared: GroupState | None) -> list[State]:
     """The whole state of each client, in client order."""
     states = {client.index: client.state(host._complete(shared)) for host in hosts._hosts for client in host._clients}
     return [states[client] for client in range(NUM_CLIENTS)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("reduce_block", [1, 2])
+def test_only_drawn_clients_train_and_send_and_a_group_without_one_stays(scheme: str, reduce_block: int) -> None:
+    """Each round is compared with clients that train one by one, and with `aggregate`, for which others weigh 0."""
+    config = cell(scheme, sharing=SharingConfig(clients_per_round=2, reduce_block=reduce_block))
+    hosts = LocalHosts(config, INFO, make_shards(config, INFO), clients_per_host=4)
+    federation = Federation(config, INFO, hosts)
+    alone = clients_of(LocalHosts(config, INFO, make_shards(config, INFO)))
+    plan, states = federation.plan, states_of(hosts, None)
+    averaged: set[int] = set()
+    for round_index in range(4):
+        chosen = participants(config, round_index)
+        assert len(chosen) == 2
+        expected = list(states)
+        with numeric_settings(config.numerics):
+            for client in chosen:
+                alone[client].restore(states[client])
+                _, contribution = run_to_end(alone[client].play_round(round_index, None, train=True))
+                expected[client] = apply_group_state(plan, client, alone[client].kept, contribution)
+        weights = [float(client in chosen) for client in range(NUM_CLIENTS)]
+        expected = aggregate(plan, expected, weights, reduce_block=reduce_block)
+        result = federation.play_round()
+        states = states_of(hosts, federation.shared)
+        for state, wanted in zip(states, expected, strict=True):
+            assert state.keys() == wanted.keys()
+            assert [name for name in state if not torch.equal(state[name], wanted[name])] == []
+        for measured_client in result.clients:
+            client = measured_client.client
+            groups = plan.groups_of(plan.architecture_of[client])
+            received = sum(group.num_bytes for group in groups if group.index in averaged)
+            sent = plan.bytes_per_round(client)
+            assert (measured_client.bytes_up, measured_client.bytes_down) == (
+                (sent, received) if client in chosen else (0, 0)
+            )
+            assert (measured_client.train_loss is None) == (client not in chosen)
+        averaged |= {group.index for client in chosen for group in plan.groups_of(plan.architecture_of[client])}
+
+
+def test_clients_are_drawn_without_replacement_evenly_and_for_each_round_anew() -> None:
+    config = cell(sharing=FEW)
+    draws = [participants(config, round_index) for round_index in range(800)]
+    assert {len(draw) for draw in draws} == {3}
+    counts = Counter(client for draw in draws for client in draw)
+    assert sorted(counts) == list(range(NUM_CLIENTS))
+    assert all(240 < count < 360 for count in counts.values())
+    assert draws[0] == participants(cell("standalone", sharing=FEW), 0)
+    assert draws[:8] != [participants(cell(seed=1, sharing=FEW), round_index) for round_index in range(8)]
+    assert participants(cell(), 5) == frozenset(range(NUM_CLIENTS))
+
+
+def test_as_many_clients_per_round_as_there_are_is_the_default_and_more_are_refused() -> None:
+    every = cell(sharing=SharingConfig(clients_per_round=NUM_CLIENTS))
+    assert every == cell()
+    assert every.run_id("data") == cell().run_id("data") != cell(sharing=FEW).run_id("data")
+    with pytest.raises(ConfigError, match="clients_per_round is 9, but there are only 8 clients; ask for at most 8"):
+        cell(sharing=SharingConfig(clients_per_round=9))
 
 
 def test_hosts_that_would_cut_a_block_are_refused_with_the_remedy() -> None:
