@@ -19,6 +19,14 @@ from flexifed.profiles import PROFILES
 from flexifed.results.store import ResultsFolder, read_summary
 
 _CELL_FIELDS = ("dataset", "family", "scheme", "seed")
+_OF_TABLE_1 = {
+    "model.versions": None,
+    "partition.dirichlet_alpha": None,
+    "sharing.classifier": "prefix",
+    "sharing.clients_per_round": None,
+}
+"""Settings that make another experiment than the paper's Table 1, with the values that they have there. Files that are
+older than a setting have these values too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,11 @@ class StoredCell:
     def is_finished(self) -> bool:
         """Whether the file has the scores after the last round of training."""
         return self.last_round >= self.rounds
+
+    @property
+    def is_of_table_1(self) -> bool:
+        """Whether the cell is of the paper's Table 1, if only in a smaller version, and not of another experiment."""
+        return all(self.settings.get(name, value) == value for name, value in _OF_TABLE_1.items())
 
     @property
     def progress(self) -> str:

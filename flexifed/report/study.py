@@ -30,6 +30,7 @@ from flexifed.report.runs import (
 )
 from flexifed.report.sheet import Column, Section, Sheet, latex, markdown
 from flexifed.report.table import (
+    ACCURACY,
     CELL,
     DIGITS,
     NUMBERS,
@@ -118,11 +119,14 @@ class Study:
         """
         cells = self.edition.cells
         finished, names = self.edition.finished, {cell.cell for cell in cells}
-        missing = [name for name in _paper_cells() if name not in names]
+        paper = _paper_cells()
+        coverage = "another experiment than the paper's Table 1"
+        if cells[0].is_of_table_1:
+            coverage = f"{len(names.intersection(paper))} of the {len(paper)} cells of the paper's Table 1"
         lines = [
             f"Here: {counted(len(names), 'cell')}, {counted(len(finished), 'finished run')} of {len(cells)}"
-            f" ({counted(len({cell.seed for cell in cells}), 'seed')}); {len(_paper_cells()) - len(missing)} of the "
-            f"{len(_paper_cells())} cells of the paper's Table 1."
+            f" ({counted(len({cell.seed for cell in cells}), 'seed')}); "
+            f"{coverage}."
         ]
         if not finished:
             lines.append("No cell is finished.")
@@ -135,21 +139,21 @@ class Study:
 
     def summary(self, pick: Pick = "last") -> Summary:
         """The numbers of Table 1."""
-        return summarise(self.finished, self.rounds, pick)
+        return summarise(self.finished, self.rounds, pick, compare=self.edition.cells[0].is_of_table_1)
 
     def describe(self) -> Sheet:
         """The title and the lines of `contents`, as a sheet."""
         return Sheet(self.title, (), (), tuple(self.contents()))
 
     def table(self, pick: Pick = "last", seeds: Sequence[int] | None = None) -> Sheet:
-        """Lay out Table 1, with the paper's numbers if the data are real.
+        """Lay out Table 1, with the paper's numbers if the data are real and the experiment is the paper's.
 
         Args:
             pick: the rounds that each number is taken from.
             seeds: the seeds that were requested; the notes name cells that have fewer. None: the seeds of the study.
         """
         if self.finished.empty:
-            return self._empty("Accuracy in percent (Table 1)")
+            return self._empty(ACCURACY)
         cell = self.edition.cells[0]
         return render(
             self.summary(pick),

@@ -32,6 +32,7 @@ SCHEME_NAMES: Mapping[str, str] = MappingProxyType(
 assert tuple(SCHEME_NAMES) == SCHEMES
 NUMBERS = [*CELL, "version", "data_source", "seeds", "mean", "spread", "paper", "difference"]
 """The columns of `Summary.numbers`."""
+ACCURACY = "Accuracy in percent (Table 1)"
 DIGITS = 1
 """Digits after the decimal point of every accuracy that is shown, as in the paper."""
 
@@ -46,22 +47,24 @@ class Summary:
         spread: the sample standard deviation over seeds; missing for a single seed.
         sources: the `data_source` of each cell.
         seeds: the number of seeds of each cell.
+        compare: whether the experiment is that of the paper's table, so that numbers may be compared.
     """
 
     mean: pd.DataFrame
     spread: pd.DataFrame
     sources: pd.Series[str]
     seeds: pd.Series[int]
+    compare: bool = True
 
     def numbers(self) -> pd.DataFrame:
         """Compute the numbers that all formats show: a row for each cell and version, rounded here and nowhere else.
 
         Columns: dataset, family, scheme, version, data_source, seeds, mean, spread, paper, difference. Accuracies are
         in percent with `DIGITS` digits; `difference` is mean - paper. `paper` and `difference` are missing unless the
-        data are the whole real data: for other data, the comparison would mean nothing.
+        data are the whole real data, and the experiment is the paper's: otherwise the comparison would mean nothing.
         """
         paper = paper_table().reindex(index=self.mean.index, columns=self.mean.columns)
-        paper = paper.where(self.sources.eq("real"))
+        paper = paper.where(self.sources.eq("real") & self.compare)
         columns = {"mean": self.mean, "spread": self.spread, "paper": paper, "difference": self.mean - paper}
         long = pd.DataFrame({name: frame.stack(future_stack=True) for name, frame in columns.items()}).round(DIGITS)
         long = long.dropna(subset="mean") + 0.0  # no -0.0
@@ -124,8 +127,8 @@ def per_seed(rows: pd.DataFrame, rounds: int, pick: Pick = "last") -> pd.DataFra
     return (by_version.max() if pick == "best" else by_version.mean()).unstack("version").reset_index()
 
 
-def summarise(rows: pd.DataFrame, rounds: int, pick: Pick = "last") -> Summary:
-    """Compute mean and spread over seeds; the arguments are those of `per_seed`.
+def summarise(rows: pd.DataFrame, rounds: int, pick: Pick = "last", *, compare: bool = True) -> Summary:
+    """Compute mean and spread over seeds; the arguments are those of `per_seed` and an attribute of `Summary`.
 
     Raises:
         ConfigError: rows of one cell come from different data sources, or `pick` is unknown.
@@ -141,6 +144,7 @@ def summarise(rows: pd.DataFrame, rounds: int, pick: Pick = "last") -> Summary:
         spread=groups[versions].std(),
         sources=groups["data_source"].first(),
         seeds=groups["seed"].nunique(),
+        compare=compare,
     )
 
 
@@ -178,7 +182,7 @@ def render(
         sections.append(Section(f"{dataset} / {family}" + source_label(*sources), tuple(rows)))
     settings = profile + "".join(f", {name}={value}" for name, value in changed.items())
     notes = _notes(summary, settings=settings, rounds=rounds, seeds=seeds, pick=pick, compared=bool(compared))
-    return Sheet("Accuracy in percent (Table 1)", columns, tuple(sections), notes)
+    return Sheet(ACCURACY if summary.compare else "Accuracy in percent", columns, tuple(sections), notes)
 
 
 def source_label(*sources: str) -> str:
@@ -229,6 +233,8 @@ def _notes(
     }
     if fewer:
         notes.append("Fewer seeds: " + ", ".join(f"{cell} {n} of {len(seeds)}" for cell, n in fewer.items()) + ".")
+    if not summary.compare:
+        notes.append("This is another experiment than the paper's Table 1, so its numbers are not shown beside these.")
     if compared:
         notes.append(
             "Beside them: the paper's Table 1, from its full protocol (profiles authors and paper), and the difference."

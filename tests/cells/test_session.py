@@ -119,6 +119,7 @@ def test_two_versions_and_skewed_labels_are_in_the_rows_and_in_what_reports_say(
     assert changed_settings(stored).items() >= {"model.versions": "v1 v4", "partition.dirichlet_alpha": 0.5}.items()
     (study,) = load(folder)
     assert study.summary().mean.columns.tolist() == ["v1", "v4"]
+    assert "another experiment than the paper's Table 1" in study.contents()[0]
     assert forerunner(folder, config, "smoke", run.info.fingerprint) is None
     others = replace(config, model=replace(config.model, versions=None))
     found = forerunner(folder, others, "smoke", run.info.fingerprint)

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from flexifed.config import SCHEMES
+from flexifed.config import SCHEMES, CellName
 from flexifed.errors import ConfigError
+from flexifed.report.runs import StoredCell
 from flexifed.report.table import Pick, Summary, counted_rounds, paper_table, per_seed, render, summarise
 
 KEY = ("cifar10", "vgg", "max_common")
@@ -206,6 +207,44 @@ def test_no_number_of_the_papers_stands_beside_other_data_than_all_the_real(sour
         for number in map(str, paper_table().sort_index().loc[("cifar10", "vgg")].to_numpy().flat)
         if number in table
     ]
+
+
+def test_no_number_of_the_papers_stands_beside_another_experiment() -> None:
+    table = " ".join(shown(summarise(grid([0]), 2, compare=False)).split())
+    assert "another experiment than the paper's Table 1" in table
+    assert "(Table 1)" not in table
+    assert "diff" not in table
+    assert "diff" in shown(summarise(grid([0]), 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "usual", "other"),
+    [
+        ("model.versions", None, "v1 v4"),
+        ("partition.dirichlet_alpha", None, 0.5),
+        ("sharing.clients_per_round", None, 4),
+        ("sharing.classifier", "prefix", "always"),
+    ],
+)
+def test_settings_that_make_another_experiment(name: str, usual: object, other: object) -> None:
+    assert stored_with({}).is_of_table_1  # as in files that are older than the setting
+    assert stored_with({name: usual, "training.batch_size": 7}).is_of_table_1
+    assert not stored_with({name: other}).is_of_table_1
+
+
+def stored_with(settings: dict[str, object]) -> StoredCell:
+    return StoredCell(
+        name="cell",
+        cell=CellName("cifar10", "vgg", "max_common"),
+        seed=0,
+        last_round=2,
+        rounds=2,
+        extended_to=None,
+        profile="thin",
+        data_source="real",
+        fingerprint="",
+        settings=settings,
+    )
 
 
 def test_synthetic_data_are_named_in_title_and_caption() -> None:
