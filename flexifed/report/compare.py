@@ -72,13 +72,15 @@ def paired_differences(
                 values = differences.mean(axis=1).tolist() if by_seed else differences.to_numpy().ravel().tolist()
                 if values:
                     results.append(
-                        PairedDifference(str(dataset), str(family), str(source), scheme, against, *_interval(values))
+                        PairedDifference(
+                            str(dataset), str(family), str(source), scheme, against, *mean_with_interval(values)
+                        )
                     )
     return results
 
 
-def _interval(values: Sequence[float]) -> tuple[int, float, float, float]:
-    """The number of values, their mean, and the bounds of its interval."""
+def mean_with_interval(values: Sequence[float]) -> tuple[int, float, float, float]:
+    """The number of values, their mean, and the bounds of its interval (Student's t; nan for a single value)."""
     count = len(values)
     mean = sum(values) / count
     if count < 2:
