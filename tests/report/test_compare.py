@@ -8,7 +8,7 @@ from flexifed.report.compare import paired_differences, render_differences
 
 
 def numbers(**by_scheme: list[tuple[float, float]]) -> pd.DataFrame:
-    """As from `per_seed`: for each scheme and seed the accuracies of two versions."""
+    """A table like that of `per_seed`: for each scheme and seed the accuracies of two versions."""
     return pd.DataFrame(
         [
             {
@@ -28,21 +28,26 @@ def numbers(**by_scheme: list[tuple[float, float]]) -> pd.DataFrame:
 
 def test_differences_are_paired_by_seed_and_version() -> None:
     table = numbers(standalone=[(10, 20), (30, 40)], basic_common=[(11, 22), (33, 44)])
-    [one] = paired_differences(table)
-    assert (one.scheme, one.against, one.pairs, one.mean) == ("basic_common", "standalone", 4, 2.5)
+    [difference] = paired_differences(table)
+    assert (difference.scheme, difference.against, difference.pairs, difference.mean) == (
+        "basic_common",
+        "standalone",
+        4,
+        2.5,
+    )
     interval = stats.ttest_1samp([1, 2, 3, 4], 0).confidence_interval(0.95)
-    assert (one.low, one.high) == pytest.approx((interval.low, interval.high))
+    assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high))
 
 
 def test_by_seed_a_pair_is_the_mean_over_versions() -> None:
     table = numbers(standalone=[(10, 20), (30, 40)], basic_common=[(11, 22), (33, 44)])
-    [one] = paired_differences(table, by_seed=True)
+    [difference] = paired_differences(table, by_seed=True)
     interval = stats.ttest_1samp([1.5, 3.5], 0).confidence_interval(0.95)
-    assert (one.pairs, one.mean) == (2, 2.5)
-    assert (one.low, one.high) == pytest.approx((interval.low, interval.high))
+    assert (difference.pairs, difference.mean) == (2, 2.5)
+    assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high))
 
 
-def test_the_careful_interval_stands_beside_the_other() -> None:
+def test_the_table_shows_the_interval_by_seed_beside_the_other() -> None:
     table = numbers(standalone=[(10, 20), (30, 40)], basic_common=[(11, 22), (33, 44)])
     pairs, seeds = paired_differences(table), paired_differences(table, by_seed=True)
     sheet = render_differences(pairs, "Title", seeds)
@@ -53,15 +58,15 @@ def test_the_careful_interval_stands_beside_the_other() -> None:
 
 
 def test_seeds_that_one_scheme_lacks_are_left_out() -> None:
-    [one] = paired_differences(numbers(standalone=[(10, 20)], basic_common=[(11, 22), (90, 90)]))
-    assert (one.pairs, one.mean) == (2, 1.5)
+    [difference] = paired_differences(numbers(standalone=[(10, 20)], basic_common=[(11, 22), (90, 90)]))
+    assert (difference.pairs, difference.mean) == (2, 1.5)
 
 
 def test_one_pair_has_no_interval() -> None:
-    [one] = paired_differences(numbers(standalone=[(10, 20)], basic_common=[(11, 22)]), by_seed=True)
-    assert one.mean == 1.5
-    assert math.isnan(one.low)
-    assert math.isnan(one.high)
+    [difference] = paired_differences(numbers(standalone=[(10, 20)], basic_common=[(11, 22)]), by_seed=True)
+    assert difference.mean == 1.5
+    assert math.isnan(difference.low)
+    assert math.isnan(difference.high)
 
 
 def test_a_scheme_without_rows_is_not_compared() -> None:

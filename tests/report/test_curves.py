@@ -1,4 +1,4 @@
-"""Curves, bands, rounds to a target, speed-ups and bytes, beside cases worked out by hand."""
+"""Curves, bands, rounds to a target, speed-ups and bytes, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows(scheme: str, curves: Mapping[str, Sequence[float]], *, seed: int = 0, s
     )  # fmt: skip
 
 
-def one(scheme: str, curve: Sequence[float], seed: int = 0) -> pd.DataFrame:
+def one_version(scheme: str, curve: Sequence[float], seed: int = 0) -> pd.DataFrame:
     return rows(scheme, {"v1": curve}, seed=seed)
 
 
@@ -56,12 +56,15 @@ def test_a_versions_curve_is_the_mean_of_its_clients_and_counts_bytes_of_the_rou
 
 
 def test_a_schemes_curve_counts_versions_alike_however_many_clients_they_have() -> None:
-    two, alone = rows("max_common", {"v1": [0.2], "v2": [0.9]}), rows("max_common", {"v1": [0.4]})
-    assert scheme_curves(version_curves(pd.concat([two, alone])))["accuracy"].item() == pytest.approx(60)
+    both_versions = rows("max_common", {"v1": [0.2], "v2": [0.9]})
+    second_v1_client = rows("max_common", {"v1": [0.4]})
+    assert scheme_curves(version_curves(pd.concat([both_versions, second_v1_client])))[
+        "accuracy"
+    ].item() == pytest.approx(60)
 
 
 def test_a_band_is_one_sample_standard_deviation_over_seeds() -> None:
-    seeds = pd.concat(one("max_common", [accuracy], seed) for seed, accuracy in enumerate([0.4, 0.5, 0.9]))
+    seeds = pd.concat(one_version("max_common", [accuracy], seed) for seed, accuracy in enumerate([0.4, 0.5, 0.9]))
     band = bands(scheme_curves(version_curves(seeds))).iloc[0]
     spread = math.sqrt((20**2 + 10**2 + 30**2) / 2)  # about their mean, 60
     assert (band["accuracy"], band["low"], band["high"]) == pytest.approx((60, 60 - spread, 60 + spread))
@@ -69,54 +72,57 @@ def test_a_band_is_one_sample_standard_deviation_over_seeds() -> None:
 
 
 def test_one_seed_has_no_band() -> None:
-    assert bands(version_curves(one("max_common", [0.4, 0.5])))[["low", "high"]].isna().all(axis=None)
+    assert bands(version_curves(one_version("max_common", [0.4, 0.5])))[["low", "high"]].isna().all(axis=None)
 
 
 def test_seeds_are_not_mixed_when_bytes_are_counted() -> None:
-    curves = version_curves(pd.concat([one("max_common", [0.1, 0.2, 0.3], seed) for seed in (0, 1)]))
+    curves = version_curves(pd.concat([one_version("max_common", [0.1, 0.2, 0.3], seed) for seed in (0, 1)]))
     assert curves["sent"].tolist() == [0, 10, 20, 0, 10, 20]
 
 
 # --------------------------------------------------------------------------------------------------- rounds to a target
 
 
-def reached(table: pd.DataFrame, rounds: int, target: float | None = None, pick: Pick = "last") -> dict[object, float]:
-    found = rounds_to_target(table, rounds, target, pick)
-    return dict(zip(zip(found["scheme"], found["seed"], strict=True), found["rounds"], strict=True))
+def first_rounds(
+    table: pd.DataFrame, rounds: int, target: float | None = None, pick: Pick = "last"
+) -> dict[object, float]:
+    """The first round that reaches the target, by scheme and seed."""
+    runs = rounds_to_target(table, rounds, target, pick)
+    return dict(zip(zip(runs["scheme"], runs["seed"], strict=True), runs["rounds"], strict=True))
 
 
 def test_the_first_round_counts_though_accuracy_falls_again() -> None:
-    assert reached(one("max_common", [0.1, 0.5, 0.3, 0.6]), 3, 45)["max_common", 0] == 1
+    assert first_rounds(one_version("max_common", [0.1, 0.5, 0.3, 0.6]), 3, 45)["max_common", 0] == 1
 
 
-def test_a_target_that_is_just_reached_is_reached() -> None:
-    assert reached(one("max_common", [0.1, 0.2, 0.3]), 2, 30)["max_common", 0] == 2
+def test_a_target_that_is_met_exactly_is_reached() -> None:
+    assert first_rounds(one_version("max_common", [0.1, 0.2, 0.3]), 2, 30)["max_common", 0] == 2
 
 
-def test_it_is_the_mean_over_versions_that_has_to_reach_it() -> None:
+def test_the_mean_over_versions_has_to_reach_the_target() -> None:
     table = rows("max_common", {"v1": [0.9, 0.9, 0.9], "v2": [0.1, 0.2, 0.5]})
-    assert reached(table, 2, 60)["max_common", 0] == 2
+    assert first_rounds(table, 2, 60)["max_common", 0] == 2
 
 
 def test_a_target_never_reached_has_no_round() -> None:
-    assert math.isnan(reached(one("max_common", [0.1, 0.2]), 1, 99)["max_common", 0])
+    assert math.isnan(first_rounds(one_version("max_common", [0.1, 0.2]), 1, 99)["max_common", 0])
 
 
-def test_by_default_the_target_is_what_the_baseline_ends_at_under_the_same_seed() -> None:
+def test_by_default_the_target_is_the_baselines_final_accuracy_under_the_same_seed() -> None:
     table = pd.concat(
         [
-            one("clustered_fl", [0.1, 0.3, 0.4], 0),
-            one("clustered_fl", [0.1, 0.2, 0.6], 1),
-            one("max_common", [0.1, 0.5, 0.5], 0),
-            one("max_common", [0.1, 0.5, 0.5], 1),
-            one("standalone", [0.1, 0.4, 0.6], 2),  # no baseline under this seed
+            one_version("clustered_fl", [0.1, 0.3, 0.4], 0),
+            one_version("clustered_fl", [0.1, 0.2, 0.6], 1),
+            one_version("max_common", [0.1, 0.5, 0.5], 0),
+            one_version("max_common", [0.1, 0.5, 0.5], 1),
+            one_version("standalone", [0.1, 0.4, 0.6], 2),  # no baseline under this seed
         ]
     )
-    found = reached(table, 2)
-    assert [found["clustered_fl", seed] for seed in (0, 1)] == [2, 2]
-    assert found["max_common", 0] == 1
-    assert math.isnan(found["max_common", 1])
-    assert ("standalone", 2) not in found
+    by_seed = first_rounds(table, 2)
+    assert [by_seed["clustered_fl", seed] for seed in (0, 1)] == [2, 2]
+    assert by_seed["max_common", 0] == 1
+    assert math.isnan(by_seed["max_common", 1])
+    assert ("standalone", 2) not in by_seed
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 100)] * 3), min_size=2, max_size=25), st.sampled_from(PICKS))
@@ -124,14 +130,15 @@ def test_the_baseline_always_reaches_its_own_target(curves: list[tuple[int, ...]
     """A mean of some scores is not above the best of them."""
     versions = {f"v{index + 1}": [scores[index] / 100 for scores in curves] for index in range(3)}
     table = rows("clustered_fl", versions)
-    assert not math.isnan(reached(table, len(curves) - 1, None, pick)["clustered_fl", 0])
+    assert not math.isnan(first_rounds(table, len(curves) - 1, None, pick)["clustered_fl", 0])
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=20), st.integers(1, 100))
 def test_rounds_are_those_of_a_plain_search(scores: list[int], target: int) -> None:
     expected = next((index for index, score in enumerate(scores) if score >= target), None)
-    found = reached(one("max_common", [score / 100 for score in scores]), len(scores) - 1, target)["max_common", 0]
-    assert (None if math.isnan(found) else found) == expected
+    table = one_version("max_common", [score / 100 for score in scores])
+    actual = first_rounds(table, len(scores) - 1, target)["max_common", 0]
+    assert (None if math.isnan(actual) else actual) == expected
 
 
 @pytest.mark.parametrize(
@@ -139,7 +146,7 @@ def test_rounds_are_those_of_a_plain_search(scores: list[int], target: int) -> N
 )
 def test_a_target_that_is_no_percentage_is_refused(target: float, end: str) -> None:
     with pytest.raises(ConfigError, match=rf"it must be an accuracy in percent, from 1 to .*{end}$"):
-        rounds_to_target(one("max_common", [0.1]), 0, target)
+        rounds_to_target(one_version("max_common", [0.1]), 0, target)
 
 
 # ----------------------------------------------------------------------------------------------------------- speed-ups
@@ -153,24 +160,24 @@ def step(at: int | None) -> list[float]:
 def reached_at(**by_scheme: list[int | None]) -> pd.DataFrame:
     """`speedups` for a target of 50 % from the round at which each seed reaches it."""
     table = pd.concat(
-        one(scheme, step(at), seed) for scheme, seeds in by_scheme.items() for seed, at in enumerate(seeds)
+        one_version(scheme, step(at), seed) for scheme, seeds in by_scheme.items() for seed, at in enumerate(seeds)
     )
     return speedups(rounds_to_target(table, 12, 50))
 
 
-def sped(**by_scheme: list[int | None]) -> pd.DataFrame:
-    """As `reached_at`, indexed by scheme alone."""
+def speedups_by_scheme(**by_scheme: list[int | None]) -> pd.DataFrame:
+    """Like `reached_at`, indexed by scheme alone."""
     return reached_at(**by_scheme).droplevel(["dataset", "family"])
 
 
 def test_a_speedup_is_the_ratio_of_mean_rounds() -> None:
-    table = sped(clustered_fl=[8, 12], max_common=[2, 6])
+    table = speedups_by_scheme(clustered_fl=[8, 12], max_common=[2, 6])
     assert table.loc["max_common", ["rounds", "speedup", "reached", "seeds"]].tolist() == [4, 2.5, 2, 2]
     assert table.loc["clustered_fl", ["rounds", "speedup"]].tolist() == [10, 1]
 
 
 def test_a_speedup_is_over_the_seeds_in_which_both_reached_the_target() -> None:
-    table = sped(clustered_fl=[8, None, 12], max_common=[2, 3, None], standalone=[None, 4, None])
+    table = speedups_by_scheme(clustered_fl=[8, None, 12], max_common=[2, 3, None], standalone=[None, 4, None])
     assert table.loc["max_common", ["rounds", "speedup", "reached", "seeds"]].tolist() == [2.5, 4, 2, 3]
     assert table["pairs"].to_dict() == {"standalone": 0, "clustered_fl": 2, "max_common": 1}
     assert table.loc["standalone", "rounds"] == 4
@@ -193,33 +200,37 @@ def test_the_number_of_pairs_stands_beside_the_speedup() -> None:
     assert "over the n seeds in which both reached the target" in sheet.notes[0]
 
 
-def test_what_was_never_reached_has_neither_rounds_nor_speedup() -> None:
-    table = sped(clustered_fl=[8], basic_common=[None])
+def test_a_target_that_is_never_reached_has_neither_rounds_nor_speedup() -> None:
+    table = speedups_by_scheme(clustered_fl=[8], basic_common=[None])
     assert table.loc["basic_common", ["rounds", "speedup"]].isna().all()
     assert table.loc["basic_common", "reached"] == 0
 
 
 def test_without_a_baseline_there_are_rounds_but_no_speedup() -> None:
-    table = sped(max_common=[3])
+    table = speedups_by_scheme(max_common=[3])
     assert table.loc["max_common", "rounds"] == 3
     assert math.isnan(table.loc["max_common", "speedup"])
 
 
-def test_who_begins_above_the_target_has_no_speedup() -> None:
-    assert math.isnan(sped(clustered_fl=[8], max_common=[0]).loc["max_common", "speedup"])
+def test_a_scheme_that_begins_above_the_target_has_no_speedup() -> None:
+    assert math.isnan(speedups_by_scheme(clustered_fl=[8], max_common=[0]).loc["max_common", "speedup"])
 
 
-# -------------------------------------------------------------------------------------------------- what can be drawn
+# ---------------------------------------------------------------------------------------------- rows of the figures
 
 
 def test_unfinished_seeds_are_left_out_where_there_are_finished_ones() -> None:
-    drawn = drawable_rows(one("max_common", [0.1, 0.2], seed=1), one("max_common", [0.1, 0.2, 0.3], seed=0))
+    drawn = drawable_rows(
+        one_version("max_common", [0.1, 0.2], seed=1), one_version("max_common", [0.1, 0.2, 0.3], seed=0)
+    )
     assert set(drawn["seed"]) == {0}
 
 
 def test_where_no_seed_is_finished_curves_end_where_the_shortest_does() -> None:
-    unfinished = pd.concat([one("max_common", [0.1, 0.2, 0.3, 0.4], seed=0), one("max_common", [0.1, 0.2], seed=1)])
-    drawn = drawable_rows(unfinished, one("standalone", [0.1, 0.2, 0.3, 0.4, 0.5]))
+    unfinished = pd.concat(
+        [one_version("max_common", [0.1, 0.2, 0.3, 0.4], seed=0), one_version("max_common", [0.1, 0.2], seed=1)]
+    )
+    drawn = drawable_rows(unfinished, one_version("standalone", [0.1, 0.2, 0.3, 0.4, 0.5]))
     ends = drawn.groupby(["scheme", "seed"])["round"].max().to_dict()
     assert ends == {("max_common", 0): 1, ("max_common", 1): 1, ("standalone", 0): 4}
 

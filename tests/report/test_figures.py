@@ -1,4 +1,4 @@
-"""Figures hold the numbers of the curves, say which data they are of, and come out of any folder."""
+"""Figures show the numbers of the curves, name their data, and can be drawn from any results folder."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def test_versions_are_lines_of_one_scheme(grid: Study) -> None:
     assert list(lines(axes)["V3"].get_ydata()) == pytest.approx(curve["accuracy"].tolist())
 
 
-def test_bytes_begin_with_the_first_that_were_sent_and_standalone_is_a_level(grid: Study) -> None:
+def test_curves_over_bytes_begin_at_round_1_and_standalone_is_a_horizontal_line(grid: Study) -> None:
     axes = panels(accuracy_over_bytes(grid).figure)["cifar10 / vgg"]
     drawn = lines(axes)
     sent = grid.finished.query("scheme == 'basic_common' and round == 0")["bytes_up"].iloc[0]
     assert list(drawn["Basic-Common"].get_xdata()) == [sent * index for index in range(1, 21)]
-    level = drawn["Standalone"]
-    assert len(set(level.get_ydata())) == 1
+    horizontal = drawn["Standalone"]
+    assert len(set(horizontal.get_ydata())) == 1
 
 
 def test_rounds_to_a_target_have_a_dot_for_each_seed(grid: Study) -> None:
@@ -161,9 +161,9 @@ def test_figures_say_what_is_unfinished_among_the_curves_that_they_draw(mixed: P
     real = load_results(mixed)[0]
     for drawing in (accuracy_over_rounds(real), versions_over_rounds(real, "max_common")):
         assert "UNFINISHED: cifar10/resnet/max_common to round 4; unfinished seeds left out" in texts(drawing.figure)
-    other = texts(versions_over_rounds(real, "standalone").figure)
-    assert "UNFINISHED" not in other
-    assert "unfinished seeds left out" not in other
+    standalone_text = texts(versions_over_rounds(real, "standalone").figure)
+    assert "UNFINISHED" not in standalone_text
+    assert "unfinished seeds left out" not in standalone_text
 
 
 def test_every_figure_of_a_mixed_folder_says_its_data_and_what_is_unfinished(mixed: Path) -> None:
@@ -171,10 +171,10 @@ def test_every_figure_of_a_mixed_folder_says_its_data_and_what_is_unfinished(mix
         drawn = drawings(study)
         assert [drawing.name for drawing in drawn] == EVERY_FIGURE
         for drawing in drawn:
-            said = texts(drawing.figure)
-            assert f"{study.data_source} data" in said
-            assert ("[SYNTHETIC DATA]" in said) == (study.data_source == "synthetic")
-            assert ("[REAL-PARTIAL DATA]" in said) == (study.data_source == "real-partial")
+            text = texts(drawing.figure)
+            assert f"{study.data_source} data" in text
+            assert ("[SYNTHETIC DATA]" in text) == (study.data_source == "synthetic")
+            assert ("[REAL-PARTIAL DATA]" in text) == (study.data_source == "real-partial")
     real = load_results(mixed)[0]
     assert "UNFINISHED: cifar10/resnet/max_common to round 4" in texts(accuracy_over_rounds(real).figure)
 
@@ -192,7 +192,7 @@ def test_unfinished_results_have_curves_and_no_rounds_to_a_target(
 
 @pytest.mark.parametrize("played", [1, 2])
 def test_a_run_that_has_just_begun_is_drawn(write_grid: Callable[..., int], tmp_path: Path, played: int) -> None:
-    write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("cifar10", "vgg", one) for one in SCHEMES], played=played)
+    write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("cifar10", "vgg", scheme) for scheme in SCHEMES], played=played)
     [study] = load_results(tmp_path)
     for drawing in drawings(study):
         assert drawing._repr_png_().startswith(b"\x89PNG")
@@ -218,7 +218,7 @@ def test_dashed_lines_are_explained_where_they_are_drawn(
     assert ("dashed: sends nothing" in texts(figure)) == is_dashed
 
 
-def written(folder: Path) -> Sequence[str]:
+def files_in(folder: Path) -> Sequence[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
 
 
@@ -229,11 +229,11 @@ def test_the_command_writes_every_figure_as_png_and_pdf(
     figures = tmp_path / "figures"
     assert main(["report", str(tmp_path), "--figures", str(figures)]) == 0
     names = ("accuracy-over-bytes", "accuracy-over-rounds", "versions-max_common")
-    assert written(figures) == [f"authors-2-synthetic/{name}.{end}" for name in names for end in ("pdf", "png")]
-    told = capsys.readouterr().err
+    assert files_in(figures) == [f"authors-2-synthetic/{name}.{end}" for name in names for end in ("pdf", "png")]
+    error_output = capsys.readouterr().err
     for path in figures.rglob("*.*"):
         assert path.read_bytes().startswith({".png": b"\x89PNG", ".pdf": b"%PDF"}[path.suffix])
-        assert str(path) in told
+        assert str(path) in error_output
 
 
 def test_figures_that_cannot_be_written_end_with_status_2(
@@ -251,6 +251,6 @@ def test_without_matplotlib_the_command_says_what_to_install_and_prints_nothing(
     monkeypatch.delitem(sys.modules, "flexifed.report.figures")
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     assert main(["report", str(tmp_path), "--figures", str(tmp_path)]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert "pip install 'flexifed[analysis]'" in told.err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "pip install 'flexifed[analysis]'" in captured.err

@@ -35,7 +35,7 @@ def test_parts_stand_beside_a_number_where_there_is_room() -> None:
     ]
 
 
-def test_parts_go_below_the_number_where_there_is_none() -> None:
+def test_parts_go_below_the_number_where_there_is_no_room() -> None:
     assert lines(43) == [
         "A title",
         "                    V1  share_of_it",
@@ -65,7 +65,7 @@ def test_markdown_puts_parts_in_brackets_and_names_a_section_once() -> None:
     ]
 
 
-def test_latex_gives_parts_columns_and_escapes_what_it_must() -> None:
+def test_latex_gives_parts_columns_of_their_own_and_escapes_special_characters() -> None:
     text = latex(SHEET, {"max_common": "Max-Common"}).splitlines()
     assert r"\caption{A title. A note.}" in text
     assert r"\begin{tabular}{lrrrr}" in text
@@ -79,18 +79,18 @@ def test_latex_gives_parts_columns_and_escapes_what_it_must() -> None:
 
 
 @pytest.mark.parametrize("text", ["a_b", "50 %", "a & b", "#1", "${x}$", "a~b^c\\d"])
-def test_no_special_character_reaches_latex_bare(text: str) -> None:
+def test_special_characters_are_escaped_in_latex(text: str) -> None:
     caption = latex(Sheet(text, (), ())).split(r"\caption{")[1].splitlines()[0].removesuffix(".}")
-    whole = latex(Sheet("", (Column(text),), (Section(text, ((text, ((text,),)),)),)))
-    column = next(line for line in whole.splitlines() if line.startswith(r" & \multicolumn{1}{c}{"))
+    document = latex(Sheet("", (Column(text),), (Section(text, ((text, ((text,),)),)),)))
+    column = next(line for line in document.splitlines() if line.startswith(r" & \multicolumn{1}{c}{"))
     name = column.removeprefix(r" & \multicolumn{1}{c}{").removesuffix(r"} \\")
-    heading = next(line for line in whole.splitlines() if r"\textbf{" in line)
+    heading = next(line for line in document.splitlines() if r"\textbf{" in line)
     heading = heading.split(r"\textbf{")[1].removesuffix(r"}} \\")
-    for shown in (caption, name, heading):
-        for bare in "_%&#$":
-            assert shown.count(bare) == shown.count("\\" + bare)
-        assert "~" not in shown.replace(r"\textasciitilde{}", "")
-        assert "^" not in shown.replace(r"\textasciicircum{}", "")
+    for escaped in (caption, name, heading):
+        for character in "_%&#$":
+            assert escaped.count(character) == escaped.count("\\" + character)
+        assert "~" not in escaped.replace(r"\textasciitilde{}", "")
+        assert "^" not in escaped.replace(r"\textasciicircum{}", "")
 
 
 def test_a_sheet_without_columns_is_its_title_and_notes() -> None:

@@ -1,4 +1,4 @@
-"""What a results folder shows: one cell, forty, unfinished ones, real and synthetic ones; in every format alike."""
+"""Reports of results folders: one cell, forty, unfinished ones, real and synthetic data; the same in every format."""
 
 from __future__ import annotations
 
@@ -26,43 +26,45 @@ from flexifed.report.table import PICKS, SCHEME_NAMES, paper_table
 from flexifed.results.store import ResultsFolder, read_metadata, write_table
 
 NUMBER = r"[+-]?\d+\.\d"
-Shown = dict[tuple[str, str, str], list[str]]
-"""(data set, family, scheme) -> the numbers that stand there, in order: mean, spread, paper, difference, by version."""
+NumbersByRow = dict[tuple[str, str, str], list[str]]
+"""(data set, family, scheme) -> for each version in turn: mean, spread, the paper's number and the difference."""
 
 
-def said(capsys: pytest.CaptureFixture[str], results: Path, *options: str) -> str:
+def report_output(capsys: pytest.CaptureFixture[str], results: Path, *options: str) -> str:
     assert main(["report", str(results), *options]) == 0
     return capsys.readouterr().out
 
 
 def table_of(text: str) -> str:
-    """The part of a text that holds Table 1."""
+    """The part of a report that holds Table 1."""
     return text.split("Accuracy in percent (Table 1)")[1].split("Paired differences")[0]
 
 
-def numbers_by_row(text: str, heading: str, schemes: dict[str, str]) -> Shown:
-    """Read a table in which headings with a data set and family go before the rows of their schemes."""
-    found: Shown = {}
-    where = ("", "")
+def numbers_by_row(text: str, heading: str, schemes: dict[str, str]) -> NumbersByRow:
+    """Read a table in which a heading with data set and family precedes the rows of its schemes."""
+    numbers_of: NumbersByRow = {}
+    dataset_and_family = ("", "")
     for line in text.replace("\\_", "_").splitlines():
-        if named := re.search(heading, line):
-            where = (named[1], named[2])
+        if match := re.search(heading, line):
+            dataset_and_family = (match[1], match[2])
         for scheme, name in schemes.items():
             if re.match(rf"\W*(\*\*.*\*\* \| )?{name}\b", line):
-                found.setdefault((*where, scheme), []).extend(re.findall(NUMBER, line))
+                numbers_of.setdefault((*dataset_and_family, scheme), []).extend(re.findall(NUMBER, line))
                 break
         else:
-            if found and re.match(r" +\d", line):  # what stands below the numbers, in a narrow terminal
-                found[list(found)[-1]].extend(re.findall(NUMBER, line))
-    return found
+            if numbers_of and re.match(r" +\d", line):  # what stands below the numbers, in a narrow terminal
+                numbers_of[list(numbers_of)[-1]].extend(re.findall(NUMBER, line))
+    return numbers_of
 
 
-def from_csv(text: str) -> Shown:
-    found: Shown = {}
+def from_csv(text: str) -> NumbersByRow:
+    numbers_of: NumbersByRow = {}
     for row in csv.DictReader(io.StringIO(text)):
-        shown = [row["mean"], row["spread"], row["paper"], row["difference"] and f"{float(row['difference']):+.1f}"]
-        found.setdefault((row["dataset"], row["family"], row["scheme"]), []).extend(one for one in shown if one)
-    return found
+        columns = [row["mean"], row["spread"], row["paper"], row["difference"] and f"{float(row['difference']):+.1f}"]
+        numbers_of.setdefault((row["dataset"], row["family"], row["scheme"]), []).extend(
+            number for number in columns if number
+        )
+    return numbers_of
 
 
 @pytest.mark.parametrize("pick", PICKS)
@@ -70,21 +72,20 @@ def test_terminal_markdown_latex_and_csv_have_the_same_numbers(
     real_grid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pick: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    plain = {scheme: scheme for scheme in SCHEMES}
+    own_names = {scheme: scheme for scheme in SCHEMES}
     options = ("--pick", pick)
-    terminal = numbers_by_row(table_of(said(capsys, real_grid, *options)), r"^(\w+) / (\w+)$", plain)
-    written = table_of(said(capsys, real_grid, *options, "--format", "markdown"))
-    markdown = numbers_by_row(written, r"\*\*(\w+) / (\w+)\*\*", plain)
-    printed = table_of(said(capsys, real_grid, *options, "--format", "latex"))
-    printed = printed.replace("$", "")
-    latex = numbers_by_row(printed, r"\\textbf\{(\w+) / (\w+)\}", dict(SCHEME_NAMES))
-    machine = from_csv(said(capsys, real_grid, *options, "--format", "csv"))
+    terminal = numbers_by_row(table_of(report_output(capsys, real_grid, *options)), r"^(\w+) / (\w+)$", own_names)
+    markdown_table = table_of(report_output(capsys, real_grid, *options, "--format", "markdown"))
+    markdown = numbers_by_row(markdown_table, r"\*\*(\w+) / (\w+)\*\*", own_names)
+    latex_table = table_of(report_output(capsys, real_grid, *options, "--format", "latex"))
+    latex = numbers_by_row(latex_table.replace("$", ""), r"\\textbf\{(\w+) / (\w+)\}", dict(SCHEME_NAMES))
+    csv_numbers = from_csv(report_output(capsys, real_grid, *options, "--format", "csv"))
 
-    assert len(machine) == 40
-    assert {len(shown) for shown in machine.values()} == {16}
-    assert terminal == machine
-    assert markdown == machine
-    assert latex == machine
+    assert len(csv_numbers) == 40
+    assert {len(row) for row in csv_numbers.values()} == {16}
+    assert terminal == csv_numbers
+    assert markdown == csv_numbers
+    assert latex == csv_numbers
 
 
 def test_the_papers_numbers_and_the_differences_are_those_of_its_table(real_grid: Path) -> None:
@@ -98,7 +99,7 @@ def test_forty_cells_are_one_table_that_fits_100_columns(
     real_grid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    text = said(capsys, real_grid)
+    text = report_output(capsys, real_grid)
     assert max(map(len, text.splitlines())) <= 100
     assert text.count("Accuracy in percent") == 1
     table = table_of(text).splitlines()
@@ -113,7 +114,7 @@ def test_paired_differences_fit_80_columns(
     real_grid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    table = said(capsys, real_grid).split("Paired differences")[1].split("Rounds to a target")[0]
+    table = report_output(capsys, real_grid).split("Paired differences")[1].split("Rounds to a target")[0]
     rows = [line for line in table.splitlines() if re.match(r"\w+ - \w+", line)]
     assert len(rows) == 8 * 4
     assert max(map(len, rows)) < 80
@@ -121,11 +122,11 @@ def test_paired_differences_fit_80_columns(
         assert re.fullmatch(r"\w+ - \w+ +\S+  +\S+ to \S+  +12  +\S+ to \S+  +3", row)
 
 
-def test_a_mixed_folder_is_shown_apart_and_each_part_says_what_it_is(
+def test_a_mixed_folder_has_a_part_for_each_kind_of_data_that_names_it(
     mixed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    text = said(capsys, mixed)
+    text = report_output(capsys, mixed)
     parts = dict(
         zip(("real", "real-other", "real-partial", "synthetic"), re.split(r"(?m)^profile ", text)[1:], strict=True)
     )
@@ -143,7 +144,7 @@ def test_a_mixed_folder_is_shown_apart_and_each_part_says_what_it_is(
     assert "cifar10 / resnet" not in table_of(parts["real"])
 
 
-def test_no_number_is_of_two_kinds_of_data(mixed: Path) -> None:
+def test_no_number_mixes_two_kinds_of_data(mixed: Path) -> None:
     """Each number is what a plain mean over the rows of one source gives."""
     rows = pd.read_parquet(mixed / "table1" / "rounds")
     rows = rows[rows["round"] > 20 - 2]  # of the last two scores; unfinished cells have none
@@ -153,7 +154,7 @@ def test_no_number_is_of_two_kinds_of_data(mixed: Path) -> None:
     assert table.to_dict() == pytest.approx(plain.to_dict(), abs=0.0501)
 
 
-def test_the_paper_stands_beside_the_whole_real_data_only(mixed: Path) -> None:
+def test_the_papers_numbers_stand_beside_complete_real_data_only(mixed: Path) -> None:
     table = numbers(load_results(mixed))
     assert set(table.loc[table["paper"].notna(), "data_source"]) == {"real"}
     assert table.loc[table["data_source"] == "real", "paper"].notna().all()
@@ -165,11 +166,11 @@ def test_unfinished_results_are_named_and_make_no_number(
 ) -> None:
     write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("agnews", "vdcnn", "max_common")], played=3)
     for form in ("terminal", "markdown", "latex"):
-        text = said(capsys, tmp_path, "--format", form)
+        text = report_output(capsys, tmp_path, "--format", form)
         assert "No cell is finished." in text
         assert "agnews/vdcnn/max_common seed 0: round 2 of 20" in text
         assert "Accuracy in percent" not in text
-    assert said(capsys, tmp_path, "--format", "csv").splitlines() == [",".join(numbers([]).columns)]
+    assert report_output(capsys, tmp_path, "--format", "csv").splitlines() == [",".join(numbers([]).columns)]
 
 
 def test_a_run_that_lacks_only_the_last_score_is_unfinished(write_grid: Callable[..., int], tmp_path: Path) -> None:
@@ -189,11 +190,11 @@ def test_many_unfinished_cells_are_counted_and_not_all_named(write_grid: Callabl
 
 def test_one_cell(write_grid: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_grid(tmp_path, rounds=2, seeds=(0,), cells=[("speech_commands", "resnet", "max_common")], clients=4)
-    text = said(capsys, tmp_path)
+    text = report_output(capsys, tmp_path)
     assert "Here: 1 cell, 1 finished run of 1 (1 seed); 1 of the 40 cells" in text
     assert "Paired differences" not in text
     assert "Rounds to a target" not in text
-    assert "max_common" in said(capsys, tmp_path, "--target", "50").split("Rounds to a target")[1]
+    assert "max_common" in report_output(capsys, tmp_path, "--target", "50").split("Rounds to a target")[1]
 
 
 def test_every_table_of_a_file_says_which_data_it_is_of(mixed: Path) -> None:
@@ -260,8 +261,8 @@ def test_a_bad_target_ends_with_status_2(real_grid: Path, capsys: pytest.Capture
     assert "target is 0; it must be an accuracy in percent" in capsys.readouterr().err
 
 
-def test_a_setting_that_is_none_tells_no_runs_apart(write_grid: Callable[..., int], tmp_path: Path) -> None:
-    """A file from before the setting was thought of has not got it; its run's id is the same."""
+def test_a_setting_that_is_none_does_not_separate_runs(write_grid: Callable[..., int], tmp_path: Path) -> None:
+    """A file written before the setting existed lacks it; its run has the same id."""
     write_grid(tmp_path, rounds=2, seeds=(0, 1), cells=[("cifar10", "vgg", "max_common")])
     old, new = stored_cells(ResultsFolder(tmp_path / "table1"))
     assert len(editions([old, replace(new, settings={"partition.max_train": None})])) == 1
@@ -306,7 +307,7 @@ def test_the_folder_of_an_experiment_can_be_given_itself(
     write_grid(tmp_path, rounds=2, seeds=(0,), cells=[("cifar10", "vgg", "max_common")])
     [study] = load_results(tmp_path / "table1")
     assert study.edition == load_results(tmp_path)[0].edition
-    assert said(capsys, tmp_path / "table1") == said(capsys, tmp_path)
+    assert report_output(capsys, tmp_path / "table1") == report_output(capsys, tmp_path)
 
 
 def test_the_records_of_the_repository_can_be_loaded() -> None:
@@ -321,12 +322,12 @@ def test_the_newest_folder_is_shown_and_others_are_named_apart_from_the_table(
     write_grid(tmp_path, rounds=2, seeds=(0,), cells=[("cifar10", "vgg", "max_common")])
     (tmp_path / "table1").rename(tmp_path / "table1-2")
     write_grid(tmp_path, rounds=2, seeds=(0,), cells=[("cifar10", "vgg", "standalone")])
-    assert [str(one.cell) for one in load_results(tmp_path)[0].edition.cells] == ["cifar10/vgg/max_common"]
-    assert [str(one.cell) for one in load_results(tmp_path, "table1")[0].edition.cells] == ["cifar10/vgg/standalone"]
+    assert [str(run.cell) for run in load_results(tmp_path)[0].edition.cells] == ["cifar10/vgg/max_common"]
+    assert [str(run.cell) for run in load_results(tmp_path, "table1")[0].edition.cells] == ["cifar10/vgg/standalone"]
     assert main(["report", str(tmp_path), "--format", "csv"]) == 0
-    told = capsys.readouterr()
-    assert "there are also (choose with --experiment): table1" in told.err
-    assert told.out.startswith("study,profile,")
+    captured = capsys.readouterr()
+    assert "there are also (choose with --experiment): table1" in captured.err
+    assert captured.out.startswith("study,profile,")
 
 
 def test_runs_of_one_command_are_cut_at_its_rounds_and_name_its_seeds_and_profile(real_grid: Path) -> None:

@@ -1,4 +1,4 @@
-"""Table 1 from rows: numbers worked out by hand, and what may stand in a table of which data."""
+"""Table 1 from rows: numbers computed by hand, and which kinds of data may be compared with the paper."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ def grid(seeds: Sequence[int], source: str = "real", schemes: Sequence[str] = SC
     )
 
 
-def shown(summary: Summary, seeds: Sequence[int] = (0,), rounds: int = 2, pick: Pick = "last", width: int = 80) -> str:
-    """The table as a terminal of some columns shows it."""
+def table_text(
+    summary: Summary, seeds: Sequence[int] = (0,), rounds: int = 2, pick: Pick = "last", width: int = 80
+) -> str:
+    """The table as a terminal of the given width shows it."""
     console = Console(file=io.StringIO(), width=width)
     console.print(render(summary, profile="quick", rounds=rounds, seeds=seeds, pick=pick), highlight=False)
     assert isinstance(console.file, io.StringIO)
@@ -90,7 +92,7 @@ def test_a_seeds_number_is_the_mean_of_its_clients_over_the_rounds_that_count(pi
 
 
 @pytest.mark.parametrize("pick", ["last", "best", "final"])
-def test_rounds_beyond_those_asked_for_have_no_part(pick: Pick) -> None:
+def test_rounds_beyond_the_requested_ones_do_not_count(pick: Pick) -> None:
     longer = rows({**CURVE, 21: [1.0, 1.0], 22: [1.0, 1.0]})
     pd.testing.assert_frame_equal(per_seed(longer, 20, pick), per_seed(rows(CURVE), 20, pick))
 
@@ -133,7 +135,7 @@ def test_a_cell_of_two_data_sources_is_refused() -> None:
         summarise(mixed, 20)
 
 
-# ------------------------------------------------------------------------------------------------------- the paper's
+# ------------------------------------------------------------------------------------------------- the paper's table
 
 
 def test_the_papers_table_has_forty_rows_of_four_versions() -> None:
@@ -151,29 +153,29 @@ def test_the_papers_table_has_forty_rows_of_four_versions() -> None:
 # ----------------------------------------------------------------------------------------------------------- rendered
 
 
-def line_of(table: str, scheme: str) -> list[str]:
-    """The words of a scheme's line."""
-    (line,) = (line for line in table.splitlines() if scheme in line)
-    return line.split()
+def row_of(table: str, scheme: str) -> list[str]:
+    """The words of a scheme's row."""
+    (row,) = (line for line in table.splitlines() if scheme in line)
+    return row.split()
 
 
 def test_real_numbers_stand_beside_the_papers_and_no_word_is_cut() -> None:
-    table = shown(summarise(grid([0]), 2), width=100)
-    assert line_of(table, "max_common") == [
+    table = table_text(summarise(grid([0]), 2), width=100)
+    assert row_of(table, "max_common") == [
         "max_common",
         *("12.5", "80.6", "-68.1"),
         *("22.5", "85.2", "-62.7"),
         *("32.5", "86.6", "-54.1"),
         *("42.5", "86.8", "-44.3"),
     ]
-    assert line_of(table, "standalone")[1:4] == ["12.5", "64.4", "-51.9"]
+    assert row_of(table, "standalone")[1:4] == ["12.5", "64.4", "-51.9"]
     assert "Beside them: the paper's Table 1" in table
     assert "SYNTHETIC" not in table
     assert_within(table, 100)
 
 
 def test_schemes_stand_in_the_papers_order() -> None:
-    table = shown(summarise(grid([0], schemes=SCHEMES[::-1]), 2))
+    table = table_text(summarise(grid([0], schemes=SCHEMES[::-1]), 2))
     assert re.findall(rf"^({'|'.join(SCHEMES)}) ", table, re.MULTILINE) == list(SCHEMES)
 
 
@@ -183,14 +185,14 @@ def assert_within(table: str, width: int) -> None:
 
 
 def test_three_seeds_of_synthetic_data_fit_80_columns_with_their_spread() -> None:
-    table = shown(summarise(grid([0, 1, 2], "synthetic"), 2), seeds=[0, 1, 2])
-    assert line_of(table, "clustered_common") == ["clustered_common", *(f"{n}2.5±10.0" for n in (2, 3, 4, 5))]
+    table = table_text(summarise(grid([0, 1, 2], "synthetic"), 2), seeds=[0, 1, 2])
+    assert row_of(table, "clustered_common") == ["clustered_common", *(f"{n}2.5±10.0" for n in (2, 3, 4, 5))]
     assert "mean ± standard deviation over 3 seeds" in " ".join(table.split())
     assert_within(table, 80)
 
 
 def test_three_seeds_beside_the_papers_numbers_fit_80_columns() -> None:
-    table = shown(summarise(grid([0, 1, 2]), 2), seeds=[0, 1, 2])
+    table = table_text(summarise(grid([0, 1, 2]), 2), seeds=[0, 1, 2])
     assert_within(table, 80)
     for number in ("22.5±10.0", "52.5±10.0", "80.6", "86.8", "clustered_common"):
         assert number in table
@@ -199,7 +201,7 @@ def test_three_seeds_beside_the_papers_numbers_fit_80_columns() -> None:
 @pytest.mark.parametrize("source", ["synthetic", "real-partial"])
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
 def test_no_number_of_the_papers_stands_beside_other_data_than_all_the_real(source: str, seeds: list[int]) -> None:
-    table = shown(summarise(grid(seeds, source), 2), seeds=seeds)
+    table = table_text(summarise(grid(seeds, source), 2), seeds=seeds)
     assert f"cifar10 / vgg [{source.upper()} DATA]" in table.splitlines()
     assert "diff" not in table
     assert not [
@@ -248,22 +250,22 @@ def stored_with(settings: dict[str, object]) -> StoredCell:
 
 
 def test_synthetic_data_are_named_in_title_and_caption() -> None:
-    table = " ".join(shown(summarise(grid([0], "synthetic"), 2)).split())
+    table = " ".join(table_text(summarise(grid([0], "synthetic"), 2)).split())
     assert "cifar10 / vgg [SYNTHETIC DATA] standalone" in table
     assert "Data: synthetic." in table
-    warned = "SYNTHETIC data are a stand-in: these numbers show that the software runs and nothing about the paper."
-    assert warned in table
+    warning = "SYNTHETIC data are a stand-in: these numbers show that the software runs and nothing about the paper."
+    assert warning in table
 
 
 def test_a_table_of_real_and_synthetic_cells_shows_no_paper_number_beside_the_synthetic_ones() -> None:
     mixed = pd.concat([grid([0], "real", ["basic_common"]), grid([0], "synthetic", ["standalone"])])
-    table = shown(summarise(mixed, 2))
-    assert "64.4" not in " ".join(line_of(table, "standalone"))
+    table = table_text(summarise(mixed, 2))
+    assert "64.4" not in " ".join(row_of(table, "standalone"))
 
 
-def test_a_cell_with_fewer_seeds_than_were_asked_for_says_so() -> None:
-    some = pd.concat([grid([0, 1, 2], schemes=["max_common"]), grid([0, 1], schemes=["standalone"])])
-    table = shown(summarise(some, 2), seeds=[0, 1, 2])
+def test_a_cell_with_fewer_seeds_than_requested_is_named() -> None:
+    incomplete = pd.concat([grid([0, 1, 2], schemes=["max_common"]), grid([0, 1], schemes=["standalone"])])
+    table = table_text(summarise(incomplete, 2), seeds=[0, 1, 2])
     assert "Fewer seeds: cifar10/vgg/standalone 2 of 3." in table
 
 
@@ -272,10 +274,10 @@ def test_every_number_is_rounded_once_and_no_difference_is_minus_zero() -> None:
     [number] = summarise(exact, 2).numbers().to_dict("records")
     assert (number["mean"], number["paper"]) == (80.6, 80.6)
     assert str(number["difference"]) == "0.0"
-    assert line_of(shown(summarise(exact, 2)), "max_common") == ["max_common", "80.6", "80.6", "+0.0"]
+    assert row_of(table_text(summarise(exact, 2)), "max_common") == ["max_common", "80.6", "80.6", "+0.0"]
 
 
-def test_rows_stand_in_the_papers_order_and_what_it_has_not_comes_last() -> None:
+def test_rows_stand_in_the_papers_order_and_those_that_it_lacks_come_last() -> None:
     table = pd.concat(
         rows({2: [0.5]}, dataset=dataset, family=family)
         for dataset, family in [("svhn", "vgg"), ("agnews", "vdcnn"), ("cifar10", "resnet"), ("agnews", "charcnn")]
@@ -284,18 +286,18 @@ def test_rows_stand_in_the_papers_order_and_what_it_has_not_comes_last() -> None
     assert order == [("cifar10", "resnet"), ("agnews", "charcnn"), ("agnews", "vdcnn"), ("svhn", "vgg")]
 
 
-def test_a_family_that_the_paper_has_not_is_shown_alone() -> None:
+def test_a_family_that_the_paper_lacks_is_shown_alone() -> None:
     plain = grid([0]).assign(family="vgg_plain")
-    assert line_of(shown(summarise(plain, 2)), "max_common")[1:] == ["12.5", "22.5", "32.5", "42.5"]
+    assert row_of(table_text(summarise(plain, 2)), "max_common")[1:] == ["12.5", "22.5", "32.5", "42.5"]
 
 
 def test_fewer_versions_make_fewer_columns() -> None:
-    table = shown(summarise(rows({2: [0.5]}), 2))
-    assert line_of(table, "max_common") == ["max_common", "50.0", "80.6", "-30.6"]
+    table = table_text(summarise(rows({2: [0.5]}), 2))
+    assert row_of(table, "max_common") == ["max_common", "50.0", "80.6", "-30.6"]
 
 
 @pytest.mark.parametrize(
-    ("pick", "rounds", "words"),
+    ("pick", "rounds", "description"),
     [
         ("last", 2, "last scored round"),
         ("last", 40, "mean of the last 4 scored rounds"),
@@ -303,8 +305,8 @@ def test_fewer_versions_make_fewer_columns() -> None:
         ("final", 40, "last scored round"),
     ],
 )
-def test_the_caption_names_the_number_that_is_shown(pick: Pick, rounds: int, words: str) -> None:
-    everything: Any = rows({index: [0.5] for index in range(rounds + 1)})
-    table = " ".join(shown(summarise(everything, rounds, pick), rounds=rounds, pick=pick).split())
-    assert f"Accuracy on the clients' test shards: {words}." in table
+def test_the_caption_names_the_number_that_is_shown(pick: Pick, rounds: int, description: str) -> None:
+    table_rows: Any = rows({index: [0.5] for index in range(rounds + 1)})
+    table = " ".join(table_text(summarise(table_rows, rounds, pick), rounds=rounds, pick=pick).split())
+    assert f"Accuracy on the clients' test shards: {description}." in table
     assert f"Profile: quick. Rounds: {rounds}. Seeds: 0." in table
