@@ -49,8 +49,10 @@ def run_plan(capsys: pytest.CaptureFixture[str], scheme: str, *options: str) -> 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("options", [[], ["--batch-norm-buffers", "local"], ["--classifier", "always"]])
 def test_json_agrees_with_the_plan(capsys: pytest.CaptureFixture[str], scheme: str, options: list[str]) -> None:
-    given = {"batch_norm_buffers": "local"} if "local" in options else {"classifier": "always"} if options else {}
-    plan, names = thin_plan(scheme, **given)
+    plan_options = (
+        {"batch_norm_buffers": "local"} if "local" in options else {"classifier": "always"} if options else {}
+    )
+    plan, names = thin_plan(scheme, **plan_options)
     content = json.loads(run_plan(capsys, scheme, "--json", *options))
     assert [version["model"] for version in content["versions"]] == list(FAMILIES["vgg"])
     assert content["scheme"] == scheme
@@ -64,10 +66,10 @@ def test_json_agrees_with_the_plan(capsys: pytest.CaptureFixture[str], scheme: s
             assert version["averaged_share"] == pytest.approx(share)
             assert sum(part["share"] for part in version["averaged_over"]) == pytest.approx(share)
             assert version["bytes_up"] == version["bytes_down"] == plan.bytes_per_round(client)
-    for group, shown in zip(plan.groups, content["groups"], strict=True):
-        assert shown["group"] == group.index
-        assert shown["clients"] == list(plan.members(group))
-        assert shown["num_bytes"] == group.num_bytes
+    for group, description in zip(plan.groups, content["groups"], strict=True):
+        assert description["group"] == group.index
+        assert description["clients"] == list(plan.members(group))
+        assert description["num_bytes"] == group.num_bytes
     for row, version in zip(plan.group_of, content["versions"], strict=True):
         assert [layer["group"] for layer in version["layers"]] == list(row)
         for depth, layer in enumerate(version["layers"]):
@@ -125,7 +127,7 @@ def test_tree_of_max_common(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("num_clients", [1, 3, 7, 8])
 def test_tree_has_every_layer_once_with_its_members(scheme: str, num_clients: int) -> None:
     plan, names = thin_plan(scheme, num_clients)
-    seen: dict[tuple[int, int], set[int]] = {}
+    averaged_with: dict[tuple[int, int], set[int]] = {}
     for segment, versions in segments(plan_summary(plan, names).tree):
         for depth in range(segment.first, segment.last + 1):
             for architecture in versions:
@@ -133,9 +135,9 @@ def test_tree_has_every_layer_once_with_its_members(scheme: str, num_clients: in
                     set(group.versions) for group in segment.averaged if f"v{architecture + 1}" in group.versions
                 ] or [set()]
                 assert (not members) == (f"v{architecture + 1}" in segment.personal)
-                assert (architecture, depth) not in seen
-                seen[architecture, depth] = {int(name[1:]) - 1 for name in members}
-    assert seen == {
+                assert (architecture, depth) not in averaged_with
+                averaged_with[architecture, depth] = {int(name[1:]) - 1 for name in members}
+    assert averaged_with == {
         (architecture, depth): set() if index is None else set(plan.groups[index].architectures)
         for architecture, row in enumerate(plan.group_of)
         for depth, index in enumerate(row)
@@ -193,9 +195,9 @@ def test_tree_names_versions_that_keep_layers_that_others_average() -> None:
 def test_an_unknown_choice_ends_with_status_2_and_the_choices(
     capsys: pytest.CaptureFixture[str], option: str, value: str, expected: str
 ) -> None:
-    line = {"--family": "vgg", "--scheme": "max_common", option: value}
+    options = {"--family": "vgg", "--scheme": "max_common", option: value}
     with pytest.raises(SystemExit) as ended:
-        main(["plan", *(word for pair in line.items() for word in pair)])
+        main(["plan", *(word for pair in options.items() for word in pair)])
     assert ended.value.code == 2
     assert expected in capsys.readouterr().err
 
@@ -215,13 +217,13 @@ def test_a_number_out_of_range_ends_with_status_2(capsys: pytest.CaptureFixture[
     assert "Traceback" not in message
 
 
-@pytest.mark.parametrize("line", [["--help"], ["plan", "--help"], ["report", "--help"]])
-def test_help_imports_none_of_the_slow_packages(line: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["report", "--help"]])
+def test_help_imports_none_of_the_slow_packages(arguments: list[str]) -> None:
     program = (
         "import sys\n"
         "from flexifed.cli import main\n"
         "try:\n"
-        f"    main({line!r})\n"
+        f"    main({arguments!r})\n"
         "except SystemExit as ended:\n"
         "    assert ended.code == 0\n"
         "slow = sorted({'torch', 'ray', 'pandas', 'pyarrow', 'numpy'} & set(sys.modules))\n"
@@ -232,7 +234,7 @@ def test_help_imports_none_of_the_slow_packages(line: list[str]) -> None:
     assert "usage: flexifed" in ended.stdout
 
 
-# models, data
+# models, shares, data
 
 
 def test_models_lists_every_version_with_its_parameters(capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,7 +262,7 @@ def test_the_docs_table_of_shares_is_what_the_command_prints(capsys: pytest.Capt
     assert capsys.readouterr().out.strip() in page
 
 
-def listed(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
+def data_blocks(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
     """The lines of each block that `flexifed data` prints, by the block's first words."""
     blocks = [block.splitlines() for block in capsys.readouterr().out.rstrip().split("\n\n")]
     return {lines[0].partition(":")[0]: [line.strip() for line in lines] for lines in blocks}
@@ -268,7 +270,7 @@ def listed(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
 
 def test_data_says_how_to_get_missing_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["data", "--data-dir", str(tmp_path)]) == 0
-    blocks = listed(capsys)
+    blocks = data_blocks(capsys)
     assert list(blocks) == ["data folder", *SOURCES]
     assert blocks.pop("data folder") == [f"data folder: {tmp_path}"]
     assert blocks.pop("speech_commands_12")[1:] == ["As for speech_commands."]
@@ -280,7 +282,7 @@ def test_data_says_how_to_get_missing_data(capsys: pytest.CaptureFixture[str], t
 
 def test_data_says_that_the_folder_does_not_exist(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["data", "--data-dir", str(tmp_path / "mistyped")]) == 0
-    assert listed(capsys)["data folder"] == [f"data folder: {tmp_path / 'mistyped'} (does not exist)"]
+    assert data_blocks(capsys)["data folder"] == [f"data folder: {tmp_path / 'mistyped'} (does not exist)"]
 
 
 def test_damaged_data_do_not_hide_other_data_and_end_with_status_2(
@@ -319,7 +321,7 @@ def test_data_says_what_part_of_a_data_set_exists(
     for name in ("train", "test"):
         (tmp_path / "ag_news_csv" / f"{name}.csv").write_text('"1","a","b"\n')
     assert main(["data", "--data-dir", str(tmp_path)]) == 0
-    *block, remedy = listed(capsys)["agnews"]
+    *block, remedy = data_blocks(capsys)["agnews"]
     assert block == [
         "agnews: partial; results say real-partial",
         "1 training and 1 test samples of 4 classes (csv version).",
@@ -330,7 +332,7 @@ def test_data_says_what_part_of_a_data_set_exists(
 
 def test_data_describes_real_data(capsys: pytest.CaptureFixture[str], data_dir: Path) -> None:
     assert main(["data", "--data-dir", str(data_dir)]) == 0
-    assert listed(capsys)["cifar10"][0] == "cifar10: whole"
+    assert data_blocks(capsys)["cifar10"][0] == "cifar10: whole"
 
 
 # report
@@ -529,16 +531,17 @@ def test_data_of_selected_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_package_runs_as_the_command() -> None:
-    line = [sys.executable, "-m", "flexifed", "--help"]
-    assert "{plan,shares,models,data,report}" in subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "flexifed", "--help"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "{plan,shares,models,data,report}" in output
 
 
-def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
-    """As `flexifed report --format markdown | head -n 1`."""
+def test_a_pipe_that_its_reader_closes_is_no_error(tmp_path: Path) -> None:
+    """As in `flexifed report --format markdown | head -n 1`."""
     store(tmp_path, "max_common")
     reading, writing = os.pipe()
     os.close(reading)
-    line = [sys.executable, "-m", "flexifed", "report", str(tmp_path), "--format", "markdown"]
+    command = [sys.executable, "-m", "flexifed", "report", str(tmp_path), "--format", "markdown"]
     with os.fdopen(writing, "w") as pipe:
-        done = subprocess.run(line, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr) == (141, "")
+        finished = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert (finished.returncode, finished.stderr) == (141, "")

@@ -1,4 +1,4 @@
-"""What the pages say: the README's Python runs, every command of theirs can be read, and links lead somewhere."""
+"""The documentation: its Python code runs, its commands can be parsed, and its links lead to existing targets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)]+)\)")
 ENDS_A_COMMAND = {"|", "||", "&&", ";", ">", ">>", "<"}
-BY_THE_SHELL = {"$n": "4", "$PWD/": "/folder/"}
+SHELL_VALUES = {"$n": "4", "$PWD/": "/folder/"}
 
 
 def blocks(page: Path, language: str | None = None) -> list[str]:
@@ -42,27 +42,29 @@ def python_blocks(page: Path) -> list[Any]:
 
 
 def commands(page: Path, name: str) -> Iterator[list[str]]:
-    """What follows the program `name` on the lines of a page's blocks, and in its inline code."""
+    """The arguments of each call of the program `name` in a page's blocks and inline code."""
     lines = [line for block in blocks(page) for line in block.replace("\\\n", " ").splitlines()]
     lines += [" ".join(code.split()) for code in INLINE.findall(FENCED.sub("", page.read_text()))]
     for line in lines:
         if name not in line or line.startswith(("import ", "from ")):
             continue
-        for told, meant in BY_THE_SHELL.items():
-            line = line.replace(told, meant)
+        for expression, value in SHELL_VALUES.items():
+            line = line.replace(expression, value)
         try:
             words = shlex.split(line, comments=True)
         except ValueError:  # the first line of a program in quotes
             continue
         for start, word in enumerate(words):
             if word == name or word.endswith(f"/{name}"):
-                told = words[start + 1 :]
-                yield told[: next((index for index, one in enumerate(told) if one in ENDS_A_COMMAND), len(told))]
+                following = words[start + 1 :]
+                ends = (index for index, word in enumerate(following) if word in ENDS_A_COMMAND)
+                yield following[: next(ends, len(following))]
 
 
-def lines_of(pages: Sequence[Path], name: str) -> list[Any]:
-    found = {(page.name, " ".join(words)): (page, words) for page in pages for words in commands(page, name)}
-    return [pytest.param(words, id=f"{page.stem}: {' '.join(words)}") for page, words in found.values()]
+def commands_of(pages: Sequence[Path], name: str) -> list[Any]:
+    """Test parameters: the arguments of each call of a program, once per page."""
+    calls = {(page.stem, " ".join(arguments)): arguments for page in pages for arguments in commands(page, name)}
+    return [pytest.param(arguments, id=f"{stem}: {text}") for (stem, text), arguments in calls.items()]
 
 
 @pytest.fixture(scope="module")
@@ -92,32 +94,30 @@ def test_python_of_the_pages_runs(code: str, results: Path, monkeypatch: pytest.
 
 def test_the_readmes_means_are_of_one_cell_and_version_each(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(results)
-    found = [names["accuracy"] for names in map(run, blocks(README, "python")) if "accuracy" in names]
-    assert len(found) == 2
-    for accuracy in found:
+    means = [names["accuracy"] for names in map(run, blocks(README, "python")) if "accuracy" in names]
+    assert len(means) == 2
+    for accuracy in means:
         assert isinstance(accuracy, pd.Series)
         assert accuracy.index.names == ["dataset", "family", "scheme", "version", "round"]
         assert len(accuracy) == 4 * 4 * 4, "cells, versions, scores"
 
 
 @pytest.mark.parametrize("column", ["version", "accuracy", "profile"])
-def test_a_column_that_is_not_there_would_be_noticed(
-    column: str, results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_that_reads_a_missing_column_fails(column: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(results)
-    [code] = [one for one in blocks(README, "python") if "read_parquet" in one]
+    [code] = [block for block in blocks(README, "python") if "read_parquet" in block]
     assert f'"{column}"' in code
     with pytest.raises(KeyError, match="no_such_column"):
         run(code.replace(f'"{column}"', '"no_such_column"'))
 
 
 def test_own_models_share_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
-    [code] = [one for one in blocks(README, "python") if "sharing_plan" in one]
+    [code] = [block for block in blocks(README, "python") if "sharing_plan" in block]
     run(code)
     assert f"  # {capsys.readouterr().out.strip()}: " in code
 
 
-def test_what_is_public_is_listed_and_there() -> None:
+def test_public_names_are_listed_and_exist() -> None:
     listed = dir(flexifed)
     assert {"DeclaredLayer", "SharingPlan", "aggregate", "build_model", "sharing_plan", "signature"} <= {*listed}
     assert {*flexifed.__all__, "__version__"} <= {*listed}
@@ -128,33 +128,33 @@ def test_what_is_public_is_listed_and_there() -> None:
 # Commands
 
 
-def nothing_but_help(words: Sequence[str]) -> AbstractContextManager[object]:
-    """A command line that asks for help ends with status 0; any other is read to its end."""
-    return pytest.raises(SystemExit, match=r"^0$") if "--help" in words else nullcontext()
+def exit_after_help(arguments: Sequence[str]) -> AbstractContextManager[object]:
+    """A command line that asks for help exits with status 0; any other is parsed without an exit."""
+    return pytest.raises(SystemExit, match=r"^0$") if "--help" in arguments else nullcontext()
 
 
-@pytest.mark.parametrize("words", lines_of(PAGES, "experiments/table1.py"))
-def test_every_line_of_the_experiment_can_be_read(words: list[str]) -> None:
+@pytest.mark.parametrize("arguments", commands_of(PAGES, "experiments/table1.py"))
+def test_every_command_line_of_the_experiment_can_be_parsed(arguments: list[str]) -> None:
     rows = runpy.run_path(str(ROOT / "experiments" / "table1.py"))["ROWS"]
-    with nothing_but_help(words):
-        options = parse_options(words, prog="table1.py", description="", environ={"RAY_ADDRESS": "auto"})
+    with exit_after_help(arguments):
+        options = parse_options(arguments, prog="table1.py", description="", environ={"RAY_ADDRESS": "auto"})
         assert select_cells(make_cells(rows), options.only)
 
 
-@pytest.mark.parametrize("words", [line for line in lines_of(PAGES, "flexifed") if line.values[0]])
-def test_every_line_of_the_command_can_be_read(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    if len(words) == 1:  # a command by its name
-        words = [*words, "--help"]
-    monkeypatch.setattr(cli, "guarded", lambda action: 0)  # what was read is not run
-    with nothing_but_help(words):
-        cli.main(words)
+@pytest.mark.parametrize("arguments", [command for command in commands_of(PAGES, "flexifed") if command.values[0]])
+def test_every_command_line_of_flexifed_can_be_parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if len(arguments) == 1:  # the text only names a subcommand
+        arguments = [*arguments, "--help"]
+    monkeypatch.setattr(cli, "guarded", lambda action: 0)  # the command is parsed and not run
+    with exit_after_help(arguments):
+        cli.main(arguments)
 
 
-def test_there_are_commands_on_the_pages() -> None:
-    assert len(lines_of([README], "experiments/table1.py")) >= 5
-    assert len(lines_of([README], "flexifed")) >= 4
-    assert len(lines_of(DOCS, "experiments/table1.py")) >= 10
-    assert len(lines_of(DOCS, "flexifed")) >= 8
+def test_commands_are_found_on_the_pages() -> None:
+    assert len(commands_of([README], "experiments/table1.py")) >= 5
+    assert len(commands_of([README], "flexifed")) >= 4
+    assert len(commands_of(DOCS, "experiments/table1.py")) >= 10
+    assert len(commands_of(DOCS, "flexifed")) >= 8
 
 
 # Tables and links
@@ -162,9 +162,9 @@ def test_there_are_commands_on_the_pages() -> None:
 
 def test_the_table_of_columns_is_the_schema() -> None:
     page = (ROOT / "docs" / "report.md").read_text()
-    told = re.findall(r"^\| `(\w+)` \| (string|int\d+|float\d+)(, null[^|]*)? \|", page, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (string|int\d+|float\d+)(, null[^|]*)? \|", page, re.MULTILINE)
     types = {"double": "float64"}
-    assert [(name, kind, bool(null)) for name, kind, null in told] == [
+    assert [(name, kind, bool(null)) for name, kind, null in rows] == [
         (field.name, types.get(str(field.type), str(field.type)), field.nullable) for field in SCHEMA
     ]
 
@@ -181,17 +181,16 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 
 def headings(page: Path) -> set[str]:
-    """As GitHub names them in links."""
+    """The anchors of a page's headings, as GitHub forms them."""
     titles = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
-def test_files_that_have_to_be_touched_are_there() -> None:
-    named = [
-        one for one in INLINE.findall((ROOT / "docs" / "extending.md").read_text()) if one.endswith((".py", ".md"))
-    ]
-    missing = [one for one in named if "/" in one and "NAME" not in one and not (ROOT / one).exists()]
-    assert len(named) > 20
+def test_files_that_the_page_on_extending_names_exist() -> None:
+    code = INLINE.findall((ROOT / "docs" / "extending.md").read_text())
+    paths = [text for text in code if text.endswith((".py", ".md"))]
+    missing = [path for path in paths if "/" in path and "NAME" not in path and not (ROOT / path).exists()]
+    assert len(paths) > 20
     assert not missing
 
 
