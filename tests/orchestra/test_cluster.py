@@ -30,18 +30,18 @@ HEAD: Resources = {"memory": 1e9, "CPU": 0.0}
 WORKER: Resources = {"memory": 1e9, "CPU": 8.0, "GPU": 1.0}
 
 
-class Joining:
-    """A cluster that another node joins between every two looks."""
+class GrowingCluster:
+    """A cluster that has one more node each time it is queried."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, nodes: Sequence[Resources]) -> None:
-        self.nodes, self.looks = nodes, 0
+        self.nodes, self.queries = nodes, 0
         self.demands: list[str] = []
-        monkeypatch.setattr(cluster, "nodes", self.look)
+        monkeypatch.setattr(cluster, "nodes", self.query)
         monkeypatch.setattr(cluster, "demand", self.demanded)
 
-    def look(self) -> list[Resources]:
-        self.looks += 1
-        return [*self.nodes[: self.looks]]
+    def query(self) -> list[Resources]:
+        self.queries += 1
+        return [*self.nodes[: self.queries]]
 
     @contextmanager
     def demanded(self, bundles: Sequence[Mapping[str, float]], strategy: str) -> Iterator[None]:
@@ -52,32 +52,32 @@ class Joining:
 
 
 def test_nodes_that_cannot_hold_clients_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    joining, counts = Joining(monkeypatch, [HEAD, HEAD, WORKER, WORKER, WORKER]), list[int]()
+    growing, counts = GrowingCluster(monkeypatch, [HEAD, HEAD, WORKER, WORKER, WORKER]), list[int]()
     assert cluster.wait_for_nodes(2, counts.append, poll_s=0) == [HEAD, HEAD, WORKER, WORKER]
     assert counts == [0, 1], "each number once"
-    assert joining.looks == 4
-    assert joining.demands == ["2 wanted", "no more"], "asked for once, and not kept"
+    assert growing.queries == 4
+    assert growing.demands == ["2 wanted", "no more"], "asked for once, and not kept"
 
 
 def test_a_complete_cluster_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    joining = Joining(monkeypatch, [WORKER])
+    growing = GrowingCluster(monkeypatch, [WORKER])
     assert cluster.wait_for_nodes(1, pytest.fail, timeout_s=0) == [WORKER]
-    assert joining.looks == 1
-    assert joining.demands == []
+    assert growing.queries == 1
+    assert growing.demands == []
 
 
-def test_without_ask_no_nodes_are_rented(monkeypatch: pytest.MonkeyPatch) -> None:
-    joining = Joining(monkeypatch, [HEAD, WORKER])
+def test_without_ask_no_nodes_are_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+    growing = GrowingCluster(monkeypatch, [HEAD, WORKER])
     assert cluster.wait_for_nodes(1, lambda _: None, ask=False, poll_s=0) == [HEAD, WORKER]
-    assert joining.demands == []
+    assert growing.demands == []
 
 
 def test_nodes_that_never_come_are_an_error_with_numbers_and_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    Joining(monkeypatch, [HEAD, WORKER])
+    GrowingCluster(monkeypatch, [HEAD, WORKER])
     with pytest.raises(ResourceError) as caught:
         cluster.wait_for_nodes(3, lambda _: None, timeout_s=0)
-    words = ["min_nodes is 3", "after 0 s the cluster has 0 with CPUs", "`ray status`", "--min-nodes"]
-    assert [word for word in words if word not in str(caught.value)] == []
+    expected_parts = ["min_nodes is 3", "after 0 s the cluster has 0 with CPUs", "`ray status`", "--min-nodes"]
+    assert [part for part in expected_parts if part not in str(caught.value)] == []
 
 
 @pytest.mark.parametrize(
@@ -170,10 +170,10 @@ def test_final_states_are_those_of_one_process_wherever_clients_run(
 @pytest.mark.ray
 @pytest.mark.usefixtures("three_nodes")
 def test_every_node_is_asked_and_those_with_a_problem_are_named() -> None:
-    here = ray.get_runtime_context().get_node_id()
+    this_node = ray.get_runtime_context().get_node_id()
 
     def check() -> None:
-        if ray.get_runtime_context().get_node_id() != here:
+        if ray.get_runtime_context().get_node_id() != this_node:
             raise ResourceError("no data in /data")
 
     def stale() -> None:
@@ -182,7 +182,7 @@ def test_every_node_is_asked_and_those_with_a_problem_are_named() -> None:
     def dead() -> None:
         os._exit(1)
 
-    others = [node for node in ray.nodes() if node["NodeID"] != here]
+    others = [node for node in ray.nodes() if node["NodeID"] != this_node]
     assert len(others) == 2
     assert cluster.check_nodes(check) == {
         f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, node {node['NodeID'][:8]})": "no data in /data"
@@ -210,20 +210,24 @@ def test_workers_environments_are_not_rebuilt_under_uv_run_even_if_ray_was_impor
     """Ray reads that setting when it is imported, and a script's imports are sorted."""
     program = "import ray, flexifed.orchestra.cluster; print(ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV)"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_UV_RUN_RUNTIME_ENV"}
-    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "False"
+    finished = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert finished.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize(("own", "expected"), [(None, "32"), ("4", "4")])
+@pytest.mark.parametrize(("user_setting", "expected"), [(None, "32"), ("4", "4")])
 def test_processes_that_host_clients_get_enough_hardware_queues_unless_the_user_says_otherwise(
-    own: str | None, expected: str
+    user_setting: str | None, expected: str
 ) -> None:
-    """By import, because the workers of a running cluster inherit nothing from the command."""
+    """Set on import, because the workers of a running cluster inherit nothing from the command."""
     program = (
         "import flexifed.orchestra.client_actor, os, torch\n"
         "print(os.environ['CUDA_DEVICE_MAX_CONNECTIONS'], torch.cuda.is_initialized())"
     )
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
-    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": own} if own else {}
-    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == [expected, "False"]
+    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": user_setting} if user_setting else {}
+    finished = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert finished.stdout.split() == [expected, "False"]

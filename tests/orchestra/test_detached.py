@@ -1,4 +1,4 @@
-"""A Ray that runs by itself: who may talk to it, and a run that is given to it as a job."""
+"""A Ray cluster that was started separately: who may connect to it, and a run that is submitted to it as a job."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ except Exception as error:
 
 @dataclass(frozen=True)
 class Head:
-    """A running head: its process, which lives as long as it, and where it listens."""
+    """A running head node: its process, which ends with it, and the ports on which it listens."""
 
     process: subprocess.Popen[bytes]
     gcs_port: int
@@ -48,14 +48,15 @@ class Head:
     def dashboard(self) -> str:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
-    def job(self, *words: str) -> str:
-        """Say `ray job ...`; returns what it printed."""
-        command = [str(Path(sys.executable).parent / "ray"), "job", words[0], "--address", self.dashboard, *words[1:]]
-        done = subprocess.run(
+    def job(self, *arguments: str) -> str:
+        """Run `ray job ...`; returns its output."""
+        command = [str(Path(sys.executable).parent / "ray"), "job", arguments[0]]
+        command += ["--address", self.dashboard, *arguments[1:]]
+        finished = subprocess.run(
             command, env=dict(self.environment), capture_output=True, text=True, timeout=600, check=False
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        return finished.stdout + finished.stderr
 
 
 def free_ports(count: int) -> list[int]:
@@ -68,7 +69,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """Started as the documentation says, but in a folder of its own and on free ports; ended by its own process."""
+    """Started as the documentation says, but in a folder of its own and on free ports; ended through its process."""
     with tempfile.TemporaryDirectory(prefix="ffhead") as folder:  # sockets in it need a short path
         gcs, dashboard, agent, client = free_ports(4)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -104,7 +105,7 @@ def head() -> Iterator[Head]:
 
 
 def wait_for(head: Head) -> None:
-    """Until the job interface and the agent answer, or the head has ended."""
+    """Wait until the job interface and the agent answer; fail if the head ends before."""
     urls = f"{head.dashboard}/api/version", f"http://127.0.0.1:{head.agent_port}/api/healthz"
     while head.process.poll() is None:
         if None not in [answer(url, head.environment["RAY_AUTH_TOKEN"]) for url in urls]:
@@ -117,7 +118,7 @@ def wait_for(head: Head) -> None:
 
 
 def answer(url: str, token: str | None = None, body: bytes | None = None) -> int | None:
-    """The HTTP status of a call; None where nobody answers in HTTP."""
+    """The HTTP status of a request; None without an answer in HTTP."""
     request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
     if token:
         request.add_header("Authorization", f"Bearer {token}")
@@ -126,37 +127,40 @@ def answer(url: str, token: str | None = None, body: bytes | None = None) -> int
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
-    except (OSError, http.client.HTTPException):  # nobody, or somebody who speaks no HTTP
+    except (OSError, http.client.HTTPException):  # nothing listens, or it does not speak HTTP
         return None
 
 
 def listening(parent: int) -> dict[str, set[tuple[str, int]]]:
-    """For each kind of process below one: the addresses and ports on which it listens."""
+    """The addresses and ports on which the descendants of a process listen, by kind of process."""
     listeners: dict[str, set[tuple[str, int]]] = {}
     for process in psutil.Process(parent).children(recursive=True):
         try:
-            words = process.cmdline()
+            arguments = process.cmdline()
             connections = process.net_connections(kind="tcp")
         except psutil.NoSuchProcess:
             continue
-        kind = next((Path(word).name for word in words[:4] if "ray/" in word or word.startswith("ray::")), words[:1])
+        kind = next(
+            (Path(argument).name for argument in arguments[:4] if "ray/" in argument or argument.startswith("ray::")),
+            arguments[:1],
+        )
         addresses = {connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN}
         listeners.setdefault(str(kind), set()).update((address.ip, address.port) for address in addresses)
     return listeners
 
 
 def refused_without_a_token(gcs_address: str) -> str:
-    """What a process hears that asks the control store for something and has no token."""
+    """The error of a process that queries the control store without a token."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "disabled", "HOME": "/nonexistent"}
     command = [sys.executable, "-c", WITHOUT_A_TOKEN, gcs_address]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    return done.stderr
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 1, finished.stdout + finished.stderr
+    return finished.stderr
 
 
 def test_the_ray_of_the_command_has_no_dashboard_and_asks_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that answers to HTTP on any port of its processes: none runs a job for a stranger."""
+    """No HTTP server on any port of its processes accepts a job without a token."""
     import ray
 
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
@@ -165,35 +169,35 @@ def test_the_ray_of_the_command_has_no_dashboard_and_asks_for_a_token(monkeypatc
         listeners = listening(os.getpid())
         print(listeners)  # what the documentation lists
         assert any(listeners.values())
-        run = b'{"entrypoint": "true"}'
+        job = b'{"entrypoint": "true"}'
         for _, port in set().union(*listeners.values()):
             for path in ("api/jobs/", "api/job_agent/jobs/"):
-                status = answer(f"http://127.0.0.1:{port}/{path}", None, run)
+                status = answer(f"http://127.0.0.1:{port}/{path}", None, job)
                 assert status is None or status >= 400, (port, path, status, listeners)
         assert "token" in refused_without_a_token(ray.get_runtime_context().gcs_address).lower()
 
 
 def test_dashboard_and_job_interface_listen_on_loopback_and_ask_for_a_token(head: Head) -> None:
-    everywhere = set().union(*listening(head.process.pid).values())
-    assert {address for address, port in everywhere if port == head.dashboard_port} == {"127.0.0.1"}
+    listening_on = set().union(*listening(head.process.pid).values())
+    assert {address for address, port in listening_on if port == head.dashboard_port} == {"127.0.0.1"}
     token = head.environment["RAY_AUTH_TOKEN"]
-    jobs, run = f"{head.dashboard}/api/jobs/", b'{"entrypoint": "true"}'
+    jobs, job = f"{head.dashboard}/api/jobs/", b'{"entrypoint": "true"}'
     assert answer(jobs, token) == 200
     for url in (jobs, f"{head.dashboard}/nodes?view=summary", f"{head.dashboard}/api/v0/actors"):
         assert answer(url) == 401
         assert answer(url, "0" * 64) == 403
-    assert answer(jobs, None, run) == 401
-    assert answer(jobs, "0" * 64, run) == 403
+    assert answer(jobs, None, job) == 401
+    assert answer(jobs, "0" * 64, job) == 403
     agent = f"http://127.0.0.1:{head.agent_port}/api/job_agent/jobs/"
-    assert answer(agent, None, run) == 401
-    assert answer(agent, "0" * 64, run) == 403
+    assert answer(agent, None, job) == 401
+    assert answer(agent, "0" * 64, job) == 403
     assert "token" in refused_without_a_token(f"127.0.0.1:{head.gcs_port}").lower()
 
 
-def test_a_run_outlives_the_terminal_that_it_was_given_from(head: Head, tmp_path: Path) -> None:
-    line = [sys.executable, str(ROOT / "experiments" / "table1.py"), "--profile", "smoke", "--data", "synthetic"]
-    line += ["--only", "cifar10/vgg/max_common", "--device", "cpu", "--results-dir", str(tmp_path)]
-    head.job("submit", "--no-wait", "--submission-id", "table1", "--", *line)
+def test_a_run_outlives_the_terminal_from_which_it_was_submitted(head: Head, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "experiments" / "table1.py"), "--profile", "smoke", "--data", "synthetic"]
+    command += ["--only", "cifar10/vgg/max_common", "--device", "cpu", "--results-dir", str(tmp_path)]
+    head.job("submit", "--no-wait", "--submission-id", "table1", "--", *command)
     output = head.job("logs", "--follow", "table1")
     assert "running 1 cell of 2 rounds" in output
     assert "'table1' succeeded" in head.job("status", "table1")

@@ -1,4 +1,4 @@
-"""Losses and stops while a command runs: the numbers stay those of an undisturbed run."""
+"""Lost processes, lost nodes and stops while a command runs: the numbers stay those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 Hook = Callable[[], None]
 
 
-class Heard:
+class RecordingObserver:
     """An observer that records its calls."""
 
     def __init__(self) -> None:
@@ -57,14 +57,16 @@ class Heard:
         self.notes.append(message)
 
 
-def run_cells(runs: list[CellRun], options: PlacementOptions, heard: Heard, **more: bool) -> dict[str, str]:
+def run_cells(
+    runs: list[CellRun], options: PlacementOptions, observer: RecordingObserver, **grid_options: bool
+) -> dict[str, str]:
     def place(run: CellRun, nodes: object) -> CellPlacement:
         return place_cell(run.config, options, nodes)  # type: ignore[arg-type]
 
     for run in runs:
         ResultsFolder(run.results).prepare()
     nodes: list[Resources] = cluster.nodes()
-    return run_grid([PlacedRun(run, place(run, nodes)) for run in runs], heard, place=place, **more)
+    return run_grid([PlacedRun(run, place(run, nodes)) for run in runs], observer, place=place, **grid_options)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def assert_equal(run: CellRun, undisturbed: CellRun) -> None:
 
 
 class BrittleHosts:
-    """Stands in for `ActorHosts`: in process, and the calls that are named fail once."""
+    """Replaces `ActorHosts`: computes in process, and each of the calls in `failing` fails once."""
 
     failing: ClassVar[list[tuple[str, int, Exception]]] = []
     alive: ClassVar[int] = 0
@@ -139,15 +141,15 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[CellRun], CellTrial]:
     BrittleHosts.failing, BrittleHosts.alive = [], 0
 
     def make(run: CellRun) -> CellTrial:
-        made = CellTrial.__new__(CellTrial)
+        cell_trial = CellTrial.__new__(CellTrial)
         placement = CellPlacement(clients=((0, 1), (2, 3)), cpus_per_actor=1, gpus_per_actor=0.5)
-        made.setup({"placed": PlacedRun(run, placement)})
-        return made
+        cell_trial.setup({"placed": PlacedRun(run, placement)})
+        return cell_trial
 
     return make
 
 
-def steps(trial: CellTrial) -> list[CellReport]:
+def step_to_end(trial: CellTrial) -> list[CellReport]:
     reports: list[CellReport] = []
     while not reports or not reports[-1].is_over_for_now:
         reports.append(trial.step()["report"])
@@ -157,7 +159,7 @@ def steps(trial: CellTrial) -> list[CellReport]:
 
 
 @pytest.mark.parametrize(
-    ("call", "count", "again"),
+    ("call", "count", "resumed_round"),
     [
         ("begin", 1, 0),
         ("play_round", 4, 2),
@@ -167,21 +169,26 @@ def steps(trial: CellTrial) -> list[CellReport]:
     ],
 )
 def test_a_cell_that_is_lost_begins_again_from_its_last_checkpoint(
-    tmp_path: Path, trial: Callable[[CellRun], CellTrial], call: str, count: int, again: int, undisturbed: CellRun
+    tmp_path: Path,
+    trial: Callable[[CellRun], CellTrial],
+    call: str,
+    count: int,
+    resumed_round: int,
+    undisturbed: CellRun,
 ) -> None:
     BrittleHosts.failing = [(call, count, LostError("a process is gone: why"))]
     run = cell(tmp_path / "lost")
-    reports = steps(trial(run))
+    reports = step_to_end(trial(run))
     index = [report.state for report in reports].index("lost")
     assert reports[index].reason == "a process is gone: why"
     assert [report.state for report in reports].count("lost") == 1
-    assert [report.round_index for report in reports[index + 1 :]] == [*range(again, run.rounds + 1)]
-    assert (f"resuming with round {again}" in log(run)) == (again > 0)
+    assert [report.round_index for report in reports[index + 1 :]] == [*range(resumed_round, run.rounds + 1)]
+    assert (f"resuming with round {resumed_round}" in log(run)) == (resumed_round > 0)
     assert reports[-1].state == "finished"
     assert_equal(run, undisturbed)
 
 
-def test_a_cell_that_lost_its_place_is_left_to_tune(
+def test_a_cell_that_lost_its_placement_group_is_left_to_tune(
     tmp_path: Path, trial: Callable[[CellRun], CellTrial], undisturbed: CellRun
 ) -> None:
     BrittleHosts.failing = [("begin", 1, GroupLostError("a node is gone"))]
@@ -190,21 +197,19 @@ def test_a_cell_that_lost_its_place_is_left_to_tune(
     with pytest.raises(GroupLostError):
         first.step()
     assert BrittleHosts.alive == 0
-    assert steps(trial(run))[-1].state == "finished"
+    assert step_to_end(trial(run))[-1].state == "finished"
     assert_equal(run, undisturbed)
 
 
-def test_a_stop_file_that_a_killed_command_has_left_is_removed(tmp_path: Path) -> None:
+def test_the_stop_file_of_a_killed_command_is_removed(tmp_path: Path) -> None:
     file = ResultsFolder(cell(tmp_path).results).stop_file
     file.touch()
-    with _stop_files({file}, lambda: False, Heard()) as stopping:
+    with _stop_files({file}, lambda: False, RecordingObserver()) as stopping:
         assert not file.exists()
         assert not stopping()
 
 
-def test_files_that_killed_commands_have_left_in_tmp_are_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_of_killed_commands_in_tmp_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
@@ -212,8 +217,8 @@ def test_files_that_killed_commands_have_left_in_tmp_are_removed(
         (tmp_path / f"flexifed-tune-{name}").mkdir()
     first = _make_scratch()
     assert _make_scratch() != first, "a command may have several"
-    left = {path.name.removeprefix("flexifed-tune-").split("-")[0] for path in tmp_path.iterdir()}
-    assert left == {"1", "oldname", str(os.getpid())}
+    remaining = {path.name.removeprefix("flexifed-tune-").split("-")[0] for path in tmp_path.iterdir()}
+    assert remaining == {"1", "oldname", str(os.getpid())}
 
 
 def test_a_cell_stops_after_its_round_and_none_begins(
@@ -223,12 +228,12 @@ def test_a_cell_stops_after_its_round_and_none_begins(
     stopped = trial(run)
     assert stopped.step()["report"].state == "playing"
     ResultsFolder(run.results).stop_file.touch()
-    [report] = steps(stopped)
+    [report] = step_to_end(stopped)
     assert (report.state, report.round_index) == ("stopped", 1)
     assert (checkpoints(run) / "round-000002").exists()
-    assert [report.round_index for report in steps(trial(run))] == [None]
+    assert [report.round_index for report in step_to_end(trial(run))] == [None]
     ResultsFolder(run.results).stop_file.unlink()
-    assert [report.round_index for report in steps(trial(run))] == [2, 3, 4, 5]
+    assert [report.round_index for report in step_to_end(trial(run))] == [2, 3, 4, 5]
     assert_equal(run, undisturbed)
 
 
@@ -242,12 +247,12 @@ def test_a_cell_stops_after_its_round_and_none_begins(
         ),
     ],
 )
-def test_a_cell_out_of_memory_says_where_there_is_more(
+def test_a_cell_out_of_memory_names_a_placement_with_more(
     tmp_path: Path, trial: Callable[[CellRun], CellTrial], error: Exception, message: str
 ) -> None:
     BrittleHosts.failing = [("play_round", 2, error)]
     run = cell(tmp_path / "full")
-    report = steps(trial(run))[-1]
+    report = step_to_end(trial(run))[-1]
     assert report.state == "out_of_memory"
     assert report.roomier == CellPlacement(clients=((0, 1, 2, 3),), cpus_per_actor=1, gpus_per_actor=1.0)
     assert report.reason == (
@@ -319,8 +324,8 @@ def test_a_full_device_is_told_from_other_failures(error: Exception, full: bool)
     assert str(raised.value) == f"client 3, round 1, training: {reason}"
 
 
-def hungry() -> Hook:
-    """Runs in every worker: training asks for more memory than a quarter of a GPU has."""
+def needs_half_a_gpu() -> Hook:
+    """A hook for every worker: training is out of memory on less than half a GPU."""
 
     def hook() -> None:  # nested, so that it travels by value
         import torch
@@ -329,12 +334,12 @@ def hungry() -> Hook:
 
         train = client.train
 
-        def hungry_train(*args: object, **options: object) -> float:
+        def failing_train(*args: object, **options: object) -> float:
             if ray.get_runtime_context().get_assigned_resources()["GPU"] < 0.5:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more.")
             return train(*args, **options)  # type: ignore[arg-type]
 
-        client.train = hungry_train
+        client.train = failing_train
 
     return hook
 
@@ -347,7 +352,7 @@ def one_gpu() -> Iterator[None]:
         num_gpus=1,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"worker_process_setup_hook": hungry()},
+        runtime_env={"worker_process_setup_hook": needs_half_a_gpu()},
     )
     yield
     ray.shutdown()
@@ -357,24 +362,24 @@ def one_gpu() -> Iterator[None]:
 @pytest.mark.ray
 @pytest.mark.usefixtures("one_gpu")
 def test_out_of_memory_names_the_share_to_ask_for_or_asks_for_it(tmp_path: Path, undisturbed: CellRun) -> None:
-    run, heard = cell(tmp_path / "full"), Heard()
+    run, observer = cell(tmp_path / "full"), RecordingObserver()
     options = PlacementOptions(gpus_per_client=0.25, clients_per_actor=1)
-    [reason] = run_cells([run], options, heard).values()
+    [reason] = run_cells([run], options, observer).values()
     _, message = reason.split(", ", 1)  # without the client's number, which may be any
     assert message == (
         "round 0, training: CUDA out of memory; a GPU had up to 4 clients of this cell, in 4 processes; "
         "ask for --gpus-per-client 0.25 --clients-per-actor 2, or let --retry-out-of-memory do so"
     )
-    assert run_cells([run], options, heard, retry_out_of_memory=True) == {}
-    assert "to be tried again: 2 actors of up to 2 clients, each 1 CPU and 0.5 GPU" in heard.notes[-1]
+    assert run_cells([run], options, observer, retry_out_of_memory=True) == {}
+    assert "to be tried again: 2 actors of up to 2 clients, each 1 CPU and 0.5 GPU" in observer.notes[-1]
     assert_equal(run, undisturbed)
 
 
 # -------------------------------------------------------------------------------------------------------------- nodes
 
 
-def hold_second_round(markers: Path, go: Path) -> Hook:
-    """Runs in every worker: its second training waits, so that its node can be taken away in the middle of it."""
+def hold_second_round(markers: Path, go_on: Path) -> Hook:
+    """A hook for every worker: its second training waits, so that a test can remove its node in the middle of it."""
 
     def hook() -> None:  # nested, so that it travels by value
         import time
@@ -387,7 +392,7 @@ def hold_second_round(markers: Path, go: Path) -> Hook:
             calls.append(1)
             if len(calls) == 2:
                 (markers / ray.get_runtime_context().get_node_id()).touch()
-                while not go.exists():
+                while not go_on.exists():
                     time.sleep(0.05)
             return train(*args, **options)  # type: ignore[arg-type]
 
@@ -402,7 +407,7 @@ def hold_second_round(markers: Path, go: Path) -> Hook:
 def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(
     tmp_path: Path, clients_per_actor: int, undisturbed: CellRun
 ) -> None:
-    markers, go = tmp_path / "markers", tmp_path / "go"
+    markers, go_on = tmp_path / "markers", tmp_path / "go-on"
     markers.mkdir()
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     workers = {worker.node_id: worker for worker in (nodes.add_node(num_cpus=2) for _ in range(2))}
@@ -410,7 +415,7 @@ def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(
         ray.init(
             address=nodes.address,
             log_to_driver=False,
-            runtime_env={"worker_process_setup_hook": hold_second_round(markers, go)},
+            runtime_env={"worker_process_setup_hook": hold_second_round(markers, go_on)},
         )
         nodes.wait_for_nodes()
 
@@ -418,16 +423,16 @@ def test_a_node_that_goes_in_the_middle_of_a_round_changes_no_number(
             while not (training := {path.name for path in markers.iterdir()} & set(workers)):
                 time.sleep(0.05)
             nodes.remove_node(workers[min(training)], allow_graceful=False)
-            go.touch()
+            go_on.touch()
 
         thread = threading.Thread(target=remove, daemon=True)
         thread.start()
-        run, heard = cell(tmp_path / "lost"), Heard()
+        run, observer = cell(tmp_path / "lost"), RecordingObserver()
         options = PlacementOptions(clients_per_actor=clients_per_actor)
-        assert run_cells([run], options, heard) == {}
+        assert run_cells([run], options, observer) == {}
         thread.join()
-        assert [note for note in heard.notes if "all its clients go back to the last checkpoint" in note]
-        assert bool([note for note in heard.notes if "cells continue in new placements" in note]) == (
+        assert [note for note in observer.notes if "all its clients go back to the last checkpoint" in note]
+        assert bool([note for note in observer.notes if "cells continue in new placements" in note]) == (
             clients_per_actor == 1
         )
         assert_equal(run, undisturbed)
@@ -458,7 +463,7 @@ def test_a_cell_that_is_asked_to_stop_commits_its_last_round(tmp_path: Path, und
 def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
     tmp_path: Path, signals: list[signal.Signals]
 ) -> None:
-    line = [
+    arguments = [
         "--profile",
         "smoke",
         "--data",
@@ -469,9 +474,9 @@ def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
         "cifar10/vgg/standalone",
     ]
     twice = len(signals) == 2
-    line += ["--rounds", "400", "--local-epochs", "40" if twice else "1", "--results-dir", str(tmp_path)]
+    arguments += ["--rounds", "400", "--local-epochs", "40" if twice else "1", "--results-dir", str(tmp_path)]
     command = psutil.Popen(
-        [sys.executable, str(ROOT / "experiments" / "table1.py"), *line],
+        [sys.executable, str(ROOT / "experiments" / "table1.py"), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -491,8 +496,8 @@ def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
     output = command.communicate()[0]
     assert command.returncode == 130
     assert "run the same command again to resume" in output
-    _, left = psutil.wait_procs(processes, timeout=60)
-    assert left == []
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert alive == []
     assert "Traceback" not in output
     folder = ResultsFolder(tmp_path / "table1")
     assert not folder.stop_file.exists()
@@ -513,8 +518,8 @@ def test_a_command_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
 @pytest.mark.timeout(1200)
 def test_kills_at_random_change_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(ROOT / "benchmarks" / "kills.py"))["main"]
-    line = ["--kills", "6", "--seed", "1", "--rounds", "30", "--results-dir", str(tmp_path)]
-    status = main([*line, "--only", "cifar10/vgg/max_common", "--only", "cifar10/vgg/standalone"])
+    arguments = ["--kills", "6", "--seed", "1", "--rounds", "30", "--results-dir", str(tmp_path)]
+    status = main([*arguments, "--only", "cifar10/vgg/max_common", "--only", "cifar10/vgg/standalone"])
     output = capsys.readouterr().out
     assert status == 0, output
     assert len([line for line in output.splitlines() if "  kill " in line]) == 6

@@ -1,4 +1,4 @@
-"""A disk that fills up: a clear error, nothing corrupt, and with room made the same command ends as if nothing was."""
+"""A disk that fills up: a clear error, no corrupt file, and with room made the same command ends with equal numbers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave_bytes: int) -> Path:
-    """A file that takes all room but so much."""
+    """Write a file that leaves only `leave_bytes` of free space."""
     filler = disk / "filler"
     available = os.statvfs(disk)
     with open(filler, "wb") as file:
@@ -80,27 +80,27 @@ def play_until_it_fails(run: CellRun, rounds_before: int, disk: Path, leave_byte
 def test_a_cell_on_a_full_disk_stops_with_a_clear_error_and_goes_on_when_there_is_room(
     tmp_path: Path, disk: Path, leave_bytes: int
 ) -> None:
-    whole, full = cell(tmp_path / "elsewhere"), cell(disk / "results")
-    play(whole)
+    undisturbed, full = cell(tmp_path / "elsewhere"), cell(disk / "results")
+    play(undisturbed)
     error = play_until_it_fails(full, 3, disk, leave_bytes)
     assert error is not None
     assert "No space left on device; make room" in error
     assert str(disk) in error
     log = ResultsFolder(full.results).run_folder(full.name) / "log.txt"
-    assert log.read_text().endswith("\n"), "no half lines"
-    written = pd.read_parquet(ResultsFolder(full.results).rounds)
-    assert set(written.groupby("round").size()) == {4}
-    assert [path for path in disk.rglob(".*") if path.is_file()] == [], "nothing half written is left"
+    assert log.read_text().endswith("\n"), "no unfinished line"
+    written_rows = pd.read_parquet(ResultsFolder(full.results).rounds)
+    assert set(written_rows.groupby("round").size()) == {4}
+    assert [path for path in disk.rglob(".*") if path.is_file()] == [], "no unfinished file is left"
 
     (disk / "filler").unlink()
     play(full)
     columns = [*TIMINGS, "actor"]
-    pd.testing.assert_frame_equal(rows(full).drop(columns=columns), rows(whole).drop(columns=columns))
-    assert digests(full) == digests(whole)
+    pd.testing.assert_frame_equal(rows(full).drop(columns=columns), rows(undisturbed).drop(columns=columns))
+    assert digests(full) == digests(undisturbed)
     assert re.search("resuming with round [24], ", log.read_text())
 
 
-LINE = ["--profile", "smoke", "--data", "synthetic", "--only", "cifar10/vgg/max_common", "--device", "cpu"]
+ARGUMENTS = ["--profile", "smoke", "--data", "synthetic", "--only", "cifar10/vgg/max_common", "--device", "cpu"]
 
 
 @pytest.mark.slow
@@ -110,18 +110,18 @@ def test_the_command_on_a_full_disk(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     main = runpy.run_path(str(SCRIPT))["main"]
-    line = [*LINE, "--results-dir", str(disk)]
+    arguments = [*ARGUMENTS, "--results-dir", str(disk)]
     filler = fill(disk, 0)
-    assert main(line) == 2, "not even a lock can be made"
+    assert main(arguments) == 2, "not even a lock can be made"
     filler.unlink()
     assert "No space left on device; make room" in capsys.readouterr().err
 
     filler = fill(disk, 200 << 10)
-    assert main(line) == 1
+    assert main(arguments) == 1
     assert "No space left on device; make room" in capsys.readouterr().err
     filler.unlink()
-    assert main(line) == 0
-    assert main([*LINE, "--results-dir", str(tmp_path / "elsewhere")]) == 0
+    assert main(arguments) == 0
+    assert main([*ARGUMENTS, "--results-dir", str(tmp_path / "elsewhere")]) == 0
     actual, expected = (
         pd.read_parquet(results / "table1" / "rounds").drop(columns=TIMINGS)
         for results in (disk, tmp_path / "elsewhere")

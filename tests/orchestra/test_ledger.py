@@ -12,7 +12,7 @@ from flexifed.orchestra.placement import CellPlacement
 ROOMIER = CellPlacement(clients=((0, 1, 2, 3),), cpus_per_actor=1, gpus_per_actor=0.5)
 
 
-class Notes:
+class RecordingObserver:
     """An observer that records its calls."""
 
     def __init__(self) -> None:
@@ -29,12 +29,12 @@ class Notes:
 
 
 @pytest.fixture
-def notes() -> Notes:
-    return Notes()
+def observer() -> RecordingObserver:
+    return RecordingObserver()
 
 
-def ledger(notes: Notes, tmp_path: Path, **options: bool) -> Ledger:
-    return Ledger(notes, {name: tmp_path / name for name in "ab"}, **options)
+def make_ledger(observer: RecordingObserver, tmp_path: Path, **options: bool) -> Ledger:
+    return Ledger(observer, {name: tmp_path / name for name in "ab"}, **options)
 
 
 def lost(name: str = "a") -> CellReport:
@@ -45,66 +45,66 @@ def played(round_index: int) -> CellReport:
     return CellReport("a", "playing", round_index, {"v1": 0.1})
 
 
-def test_only_losses_in_a_row_without_a_new_round_count(notes: Notes, tmp_path: Path) -> None:
-    book = ledger(notes, tmp_path)
+def test_only_losses_in_a_row_without_a_new_round_count(observer: RecordingObserver, tmp_path: Path) -> None:
+    ledger = make_ledger(observer, tmp_path)
     for round_index in range(10):  # every round is lost twice, and then continued
-        book.heard(played(round_index))
+        ledger.heard(played(round_index))
         for _ in range(PATIENCE - 1):
-            book.heard(lost())
-            book.heard(played(max(0, round_index - 1)))  # a round that was played before is not progress
-    assert not book.is_over_for_now("a")
-    assert book.failures == {}
-    assert len(notes.notes) == 10 * (PATIENCE - 1)
-    book.heard(lost())
-    assert book.is_over_for_now("a")
-    assert book.failures == {
+            ledger.heard(lost())
+            ledger.heard(played(max(0, round_index - 1)))  # a round that was played before is not progress
+    assert not ledger.is_over_for_now("a")
+    assert ledger.failures == {}
+    assert len(observer.notes) == 10 * (PATIENCE - 1)
+    ledger.heard(lost())
+    assert ledger.is_over_for_now("a")
+    assert ledger.failures == {
         "a": "lost 3 times in a row without a new round, the last time because "
         "the process of clients 0 to 3 is gone: why"
     }
-    assert notes.reports[-1].state == "failed"
+    assert observer.reports[-1].state == "failed"
     log = (tmp_path / "a" / "log.txt").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in log[-2:]] == [
         "the process of clients 0 to 3 is gone: why; all its clients go back to the last checkpoint",
-        f"failed: {book.failures['a']}",
+        f"failed: {ledger.failures['a']}",
     ]
 
 
-def test_cells_are_counted_separately(notes: Notes, tmp_path: Path) -> None:
-    book = ledger(notes, tmp_path)
+def test_cells_are_counted_separately(observer: RecordingObserver, tmp_path: Path) -> None:
+    ledger = make_ledger(observer, tmp_path)
     for _ in range(PATIENCE - 1):
-        book.heard(lost("a"))
-        book.heard(lost("b"))
-    assert book.failures == {}
-    assert not book.is_over_for_good("b")
+        ledger.heard(lost("a"))
+        ledger.heard(lost("b"))
+    assert ledger.failures == {}
+    assert not ledger.is_over_for_good("b")
 
 
 @pytest.mark.parametrize(("retry", "roomier"), [(False, ROOMIER), (True, None), (False, None)])
 def test_out_of_memory_is_a_failure_unless_it_can_be_tried_again(
-    notes: Notes, tmp_path: Path, retry: bool, roomier: CellPlacement | None
+    observer: RecordingObserver, tmp_path: Path, retry: bool, roomier: CellPlacement | None
 ) -> None:
-    book = ledger(notes, tmp_path, retry_out_of_memory=retry)
-    book.heard(CellReport("a", "out_of_memory", reason="client 3: CUDA out of memory", roomier=roomier))
-    assert book.is_over_for_good("a")
-    assert book.failures == {"a": "client 3: CUDA out of memory"}
-    assert [report.state for report in notes.reports] == ["failed"]
+    ledger = make_ledger(observer, tmp_path, retry_out_of_memory=retry)
+    ledger.heard(CellReport("a", "out_of_memory", reason="client 3: CUDA out of memory", roomier=roomier))
+    assert ledger.is_over_for_good("a")
+    assert ledger.failures == {"a": "client 3: CUDA out of memory"}
+    assert [report.state for report in observer.reports] == ["failed"]
 
 
-def test_out_of_memory_is_tried_again_in_a_roomier_place(notes: Notes, tmp_path: Path) -> None:
-    book = ledger(notes, tmp_path, retry_out_of_memory=True)
-    book.heard(CellReport("a", "out_of_memory", reason="full", roomier=ROOMIER))
-    assert book.is_over_for_now("a")
-    assert not book.is_over_for_good("a")
-    assert book.failures == {}
-    assert notes.notes == [f"a: full; to be tried again: {ROOMIER}"]
-    assert book.begin_again("a") == ROOMIER
-    assert not book.is_over_for_now("a")
-    assert book.begin_again("a") is None
+def test_out_of_memory_is_tried_again_in_a_roomier_place(observer: RecordingObserver, tmp_path: Path) -> None:
+    ledger = make_ledger(observer, tmp_path, retry_out_of_memory=True)
+    ledger.heard(CellReport("a", "out_of_memory", reason="full", roomier=ROOMIER))
+    assert ledger.is_over_for_now("a")
+    assert not ledger.is_over_for_good("a")
+    assert ledger.failures == {}
+    assert observer.notes == [f"a: full; to be tried again: {ROOMIER}"]
+    assert ledger.begin_again("a") == ROOMIER
+    assert not ledger.is_over_for_now("a")
+    assert ledger.begin_again("a") is None
 
 
-def test_a_log_that_cannot_be_written_does_not_end_other_cells(notes: Notes, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_does_not_end_other_cells(observer: RecordingObserver, tmp_path: Path) -> None:
     (tmp_path / "a").write_text("where the folder of its log would be")
-    book = ledger(notes, tmp_path)
+    ledger = make_ledger(observer, tmp_path)
     for _ in range(PATIENCE):
-        book.heard(lost())
-    assert set(book.failures) == {"a"}
-    assert len(notes.notes) == PATIENCE - 1
+        ledger.heard(lost())
+    assert set(ledger.failures) == {"a"}
+    assert len(observer.notes) == PATIENCE - 1

@@ -15,7 +15,7 @@ from flexifed.orchestra.lending import Gpu, Lending, has_broken_gpu, lending_on
 from flexifed.orchestra.wire import LentBuffer, PackedTensors
 
 CPU = torch.device("cpu")
-Two = tuple[Lending, Lending]
+Ends = tuple[Lending, Lending]
 
 
 def lent(packed: PackedTensors) -> LentBuffer:
@@ -24,7 +24,7 @@ def lent(packed: PackedTensors) -> LentBuffer:
 
 
 @pytest.fixture
-def two() -> Two:
+def ends() -> Ends:
     """The ends of two processes: a lender and a reader."""
     return Lending(CPU), Lending(CPU)
 
@@ -33,8 +33,8 @@ def sent(lender: Lending, *tensors: torch.Tensor, reader: str = "reader") -> Pac
     return lender.for_reader(lender.write(tensors), reader)
 
 
-def test_a_reader_opens_a_buffer_once_and_then_sees_each_new_round(two: Two) -> None:
-    lender, reader = two
+def test_a_reader_opens_a_buffer_once_and_then_sees_each_new_round(ends: Ends) -> None:
+    lender, reader = ends
     first = sent(lender, torch.ones(3), torch.tensor([True, False]))
     assert [tensor.tolist() for tensor in reader.read(first)] == [[1.0, 1.0, 1.0], [True, False]]
     second = sent(lender, torch.full((3,), 2.0), torch.tensor([False, True]))
@@ -43,26 +43,26 @@ def test_a_reader_opens_a_buffer_once_and_then_sees_each_new_round(two: Two) -> 
 
 
 def test_each_reader_gets_one_handle_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[bytes] = []
+    handles: list[bytes] = []
 
     class Pickler(ForkingPickler):
         @classmethod
         def dumps(cls, *arguments: Any) -> memoryview:
-            made.append(bytes(ForkingPickler.dumps(*arguments)))
-            return memoryview(made[-1])
+            handles.append(bytes(ForkingPickler.dumps(*arguments)))
+            return memoryview(handles[-1])
 
     monkeypatch.setattr("flexifed.orchestra.lending.ForkingPickler", Pickler)
     lender = Lending(CPU)
     written = lender.write([torch.ones(3)])
     packed = [lender.for_reader(written, reader) for reader in ("a", "b", "c", "a", "b")]
-    assert [lent(message).handle for message in packed] == [*made, None, None], "CUDA counts each of them"
-    assert len(made) == 3
+    assert [lent(message).handle for message in packed] == [*handles, None, None], "CUDA counts each of them"
+    assert len(handles) == 3
     assert len({lent(message).lender for message in packed}) == 1
     assert all(Lending(CPU).read(message)[0].tolist() == [1.0] * 3 for message in packed[:3])
 
 
-def test_a_larger_message_gets_a_new_buffer_that_replaces_the_first(two: Two) -> None:
-    lender, reader = two
+def test_a_larger_message_gets_a_new_buffer_that_replaces_the_first(ends: Ends) -> None:
+    lender, reader = ends
     reader.read(sent(lender, torch.ones(3)))
     larger = sent(lender, torch.zeros(50))
     assert lent(larger).handle is not None
@@ -74,8 +74,8 @@ def test_a_larger_message_gets_a_new_buffer_that_replaces_the_first(two: Two) ->
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_a_buffer_that_a_lost_reader_has_open_serves_the_next_one(two: Two, closed: bool) -> None:
-    lender, reader = two
+def test_a_buffer_that_a_lost_reader_has_open_serves_the_next_one(ends: Ends, closed: bool) -> None:
+    lender, reader = ends
     reader.read(sent(lender, torch.ones(3), reader="before"))
     buffer = lender._buffer
     reader.close()

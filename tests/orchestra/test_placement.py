@@ -135,9 +135,9 @@ def test_a_full_gpu_has_fewer_streams_before_it_has_fewer_actors() -> None:
     placement = place(config, nodes, streams=3, clients_per_actor=4)
     roomier = roomier_placement(placement, config, nodes)
     assert roomier == replace(placement, streams=1)
-    again = roomier_placement(roomier, config, nodes)
-    assert again is not None
-    assert shape(again) == ([8], 1.0, 1.0)
+    roomiest = roomier_placement(roomier, config, nodes)
+    assert roomiest is not None
+    assert shape(roomiest) == ([8], 1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -153,10 +153,10 @@ def test_the_advice_after_a_full_gpu_asks_for_what_a_retry_gets(options: dict[st
         return
     roomier = roomier_placement(placement, config, nodes)
     assert roomier is not None
-    assert place(config, nodes, **asked_for(memory_advice(placement, config, roomier))) == roomier
+    assert place(config, nodes, **advised_options(memory_advice(placement, config, roomier))) == roomier
 
 
-def asked_for(text: str) -> dict[str, Any]:
+def advised_options(text: str) -> dict[str, Any]:
     """The options that a piece of advice names."""
     options = re.findall(r"--(gpus-per-client|clients-per-actor|streams) ([\d.]+)", text)
     return {name.replace("-", "_"): float(value) if "gpus" in name else int(value) for name, value in options}
@@ -202,13 +202,13 @@ def test_cpu_clients_can_be_given_a_share_of_a_gpu() -> None:
         ({"streams": 4}, ([4, 4], 1.0, 0.5)),
     ],
 )
-def test_what_the_user_asks_for_comes_first(
+def test_the_users_options_override_the_defaults(
     options: dict[str, float], expected: tuple[list[int], float, float]
 ) -> None:
     assert shape(place(cell(device="cuda"), [{"CPU": 16, "GPU": 4}], **options)) == expected
 
 
-def test_actors_lie_on_several_nodes() -> None:
+def test_actors_are_spread_over_several_nodes() -> None:
     assert shape(place(cell(16), [{"CPU": 4}, {"CPU": 4}])) == ([2] * 8, 1.0, 0.0)
     assert shape(place(cell(16, device="cuda"), [{"CPU": 8, "GPU": 1}] * 2)) == ([1] * 16, 1.0, 0.125)
 
@@ -226,7 +226,7 @@ def test_actors_that_would_cut_a_block_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "nodes", "options", "words"),
+    ("config", "nodes", "options", "expected_parts"),
     [
         (
             cell(device="cuda"),
@@ -306,12 +306,12 @@ def test_actors_that_would_cut_a_block_are_refused() -> None:
         (cell(), [], {}, ["hold only 0", "no node has CPUs"]),
     ],
 )
-def test_what_no_node_could_ever_hold_is_refused_with_numbers_and_remedy(
-    config: CellConfig, nodes: Nodes, options: dict[str, float], words: list[str]
+def test_a_placement_that_could_never_fit_is_refused_with_numbers_and_remedy(
+    config: CellConfig, nodes: Nodes, options: dict[str, float], expected_parts: list[str]
 ) -> None:
     with pytest.raises(ResourceError) as caught:
         place(config, nodes, **options)
-    assert [word for word in words if word not in str(caught.value)] == []
+    assert [part for part in expected_parts if part not in str(caught.value)] == []
 
 
 @pytest.mark.parametrize(
@@ -387,19 +387,19 @@ def packed(placement: CellPlacement, nodes: Nodes) -> int:
     In ten-thousandths, as Ray counts.
     """
     cpu, gpu = (round(share * 10_000) for share in (placement.cpus_per_actor, placement.gpus_per_actor))
-    laid = 0
+    placed = 0
     for node in nodes:
         cpus, gpus = round(node["CPU"] * 10_000), [10_000] * int(node.get("GPU", 0))
-        for _ in range(len(placement.clients) - laid):
+        for _ in range(len(placement.clients) - placed):
             needed = gpu // 10_000 if gpu > 10_000 else 1
-            free = [index for index, left in enumerate(gpus) if left >= min(gpu, 10_000)][:needed]
+            free = [index for index, remaining in enumerate(gpus) if remaining >= min(gpu, 10_000)][:needed]
             if cpus < cpu or (gpu and len(free) < needed):
                 break
             cpus -= cpu
             for index in free:
                 gpus[index] -= min(gpu, 10_000)
-            laid += 1
-    return laid
+            placed += 1
+    return placed
 
 
 @pytest.mark.parametrize(
@@ -459,9 +459,9 @@ def test_halving_ends_at_one_actor_a_gpu_always_fits_and_leaves_no_gpu_idle(
 ) -> None:
     config = cell(num_clients, device="cuda", reduce_block=block)
     nodes = [{"CPU": 64.0, "GPU": float(gpus)}]
-    asked = {"gpus_per_client": share, "clients_per_actor": per_actor, "streams": streams}
+    options = {"gpus_per_client": share, "clients_per_actor": per_actor, "streams": streams}
     try:
-        placement: CellPlacement | None = place(config, nodes, **asked)
+        placement: CellPlacement | None = place(config, nodes, **options)
     except (ResourceError, ConfigError):
         event("refused")
         return
@@ -469,18 +469,18 @@ def test_halving_ends_at_one_actor_a_gpu_always_fits_and_leaves_no_gpu_idle(
     while placement is not None:
         assert holds(nodes, placement)
         assert sorted(client for actor in placement.clients for client in actor) == list(range(num_clients))
-        sharing = int(1 / placement.gpus_per_actor + 1e-6)
+        actors_per_gpu = int(1 / placement.gpus_per_actor + 1e-6)
         roomier = roomier_placement(placement, config, nodes)
-        assert (roomier is None) == (sharing < 2 and placement.streams == 1)
+        assert (roomier is None) == (actors_per_gpu < 2 and placement.streams == 1)
         if roomier is not None:
-            advised = asked_for(memory_advice(placement, config, roomier))
+            advised = advised_options(memory_advice(placement, config, roomier))
             assert place(config, nodes, **advised) == roomier
-            assert place(config, nodes, **asked | advised) == roomier  # also when added to the original options
+            assert place(config, nodes, **options | advised) == roomier  # also when added to the original options
             if placement.streams == 1:
-                assert int(1 / roomier.gpus_per_actor + 1e-6) == sharing // 2
+                assert int(1 / roomier.gpus_per_actor + 1e-6) == actors_per_gpu // 2
                 before, after = (max(map(len, actors)) for actors in (placement.clients, roomier.clients))
-                blocks_each = math.ceil(math.ceil(num_clients / block) / (gpus * (sharing // 2)))
-                assert after <= max(block * math.ceil(before / block), block * blocks_each)
+                blocks_per_actor = math.ceil(math.ceil(num_clients / block) / (gpus * (actors_per_gpu // 2)))
+                assert after <= max(block * math.ceil(before / block), block * blocks_per_actor)
         placement, steps = roomier, steps + 1
     assert steps <= 10
 
@@ -499,7 +499,7 @@ def test_a_request_for_too_much_of_the_gpus_is_refused_with_a_share_that_fits(
         place(config, nodes, gpus_per_client=share, clients_per_actor=per_actor)
     except ResourceError as error:
         remedy = re.search(r"lower it to ([\d.]+),", str(error))
-        event("told" if remedy else "refused")
+        event("refused with a share" if remedy else "refused")
         if remedy:
             lower = float(remedy.group(1))
             assert lower < share

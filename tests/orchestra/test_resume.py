@@ -1,4 +1,4 @@
-"""A cell that is stopped and begun again ends as if nothing had happened."""
+"""A cell that is stopped and resumed ends with the numbers of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def cell(results: Path, scheme: SchemeName = "max_common", *, rounds: int = ROUN
 
 
 def play(run: CellRun, rounds: int | None = None, clients_per_host: int = 4, stop: bool = False) -> None:
-    """Begin a cell or go on with it, and stop after some rounds, without a word if not asked to, or at its end."""
+    """Begin or resume a cell, for `rounds` rounds or to its end; only with `stop` is the session asked to stop."""
     shards = make_shards(run.config, run.info)
     with closing(open_log(run, "in process")) as log:
         session = CellSession(
@@ -106,19 +106,18 @@ def undisturbed(tmp_path: Path) -> Iterator[Callable[[SchemeName], CellRun]]:
 def test_a_stopped_cell_ends_with_the_same_numbers(
     tmp_path: Path, undisturbed: Callable[[SchemeName], CellRun], scheme: SchemeName, stop_after: int
 ) -> None:
-    whole, stopped = undisturbed(scheme), cell(tmp_path / "stopped", scheme)
+    reference, stopped = undisturbed(scheme), cell(tmp_path / "stopped", scheme)
     play(stopped, stop_after)
     before = rows(stopped)
     play(stopped, clients_per_host=2)
     after = rows(stopped)
     pd.testing.assert_frame_equal(
-        after.drop(columns=[*TIMINGS, "actor"]), rows(whole).drop(columns=[*TIMINGS, "actor"])
+        after.drop(columns=[*TIMINGS, "actor"]), rows(reference).drop(columns=[*TIMINGS, "actor"])
     )
-    assert digests(stopped) == digests(whole)
+    assert digests(stopped) == digests(reference)
     committed = ROUNDS if stop_after == ROUNDS else stop_after // 2 * 2
     assert (f"resuming with round {committed}" in log(stopped)) == (committed > 0)
-    kept = before["round"] < committed
-    pd.testing.assert_frame_equal(after[after["round"] < committed], before[kept])
+    pd.testing.assert_frame_equal(after[after["round"] < committed], before[before["round"] < committed])
     assert [folder.name for folder in checkpoints(stopped).iterdir()] == [f"round-{ROUNDS:06d}"]
 
 
@@ -127,7 +126,7 @@ def test_a_stopped_cell_ends_with_the_same_numbers(
 def test_more_rounds_go_on_from_where_a_finished_cell_ended(
     tmp_path: Path, undisturbed: Callable[[SchemeName], CellRun], scheme: SchemeName, stop_after: int | None
 ) -> None:
-    whole, short = undisturbed(scheme), cell(tmp_path / "raised", scheme, rounds=3)
+    reference, short = undisturbed(scheme), cell(tmp_path / "raised", scheme, rounds=3)
     play(short)
     before = rows(short)
     assert list(before["train_s"].isna()) == [False] * 12 + [True] * 4
@@ -137,9 +136,9 @@ def test_more_rounds_go_on_from_where_a_finished_cell_ended(
     play(raised, clients_per_host=2)
     after = rows(raised)
     pd.testing.assert_frame_equal(
-        after.drop(columns=[*TIMINGS, "actor"]), rows(whole).drop(columns=[*TIMINGS, "actor"])
+        after.drop(columns=[*TIMINGS, "actor"]), rows(reference).drop(columns=[*TIMINGS, "actor"])
     )
-    assert digests(raised) == digests(whole)
+    assert digests(raised) == digests(reference)
     pd.testing.assert_frame_equal(after[after["round"] < 3], before[before["round"] < 3])
     assert list(after["train_s"].isna()) == [False] * 20 + [True] * 4
     scores = ["client", "accuracy", "loss"]
@@ -169,7 +168,7 @@ def test_the_size_of_a_state_is_known_beforehand(tmp_path: Path, scheme: SchemeN
 
 
 class Clock:
-    """Stands in for the module `time` where sessions look at it; rounds and checkpoints take what a test says."""
+    """Replaces the module `time` in sessions; rounds and checkpoints take as long as a test says."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -178,11 +177,11 @@ class Clock:
         return self.now
 
     def takes(self, seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
-        def done(*args: object, **options: object) -> object:
+        def timed(*args: object, **options: object) -> object:
             self.now += seconds
             return work(*args, **options)
 
-        return done
+        return timed
 
 
 @pytest.mark.parametrize(
@@ -283,7 +282,9 @@ def test_a_run_that_goes_on_elsewhere_says_what_computed_which_rounds(
     assert "from round 2 on other hardware or under other versions" in log(run)
 
 
-def test_a_file_from_before_attempts_were_noted_counts_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_written_before_attempts_were_recorded_counts_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = cell(tmp_path)
     path = ResultsFolder(run.results).rounds_file(run.name)
     play(run, 3)
@@ -303,10 +304,10 @@ def test_an_estimate_is_of_the_rounds_that_are_left(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(estimate, "_seconds_per_sample", lambda *_: (0.25, 0.0))
     run, nodes = cell(tmp_path), [{"CPU": 1.0}]
     placement = place_cell(run.config, PlacementOptions(), nodes)
-    whole = estimate.grid_seconds([run], placement, nodes, at_once=1)
-    assert whole == ROUNDS * 4 * 25 * 0.25
+    all_rounds_s = estimate.grid_seconds([run], placement, nodes, at_once=1)
+    assert all_rounds_s == ROUNDS * 4 * 25 * 0.25
     play(run, 3)
-    assert estimate.grid_seconds([run], placement, nodes, at_once=1) == whole * 3 / 5, (
+    assert estimate.grid_seconds([run], placement, nodes, at_once=1) == all_rounds_s * 3 / 5, (
         "from the checkpoint before round 2"
     )
 
@@ -316,7 +317,7 @@ def test_a_run_that_is_trained_on_stays_in_the_tables_as_it_was(tmp_path: Path) 
     short, long = cell(results, rounds=2), cell(results)
     play(short)
     before = load_results(tmp_path)
-    for count in (2, 1):  # the second time its file is that of no run that has ended
+    for count in (2, 1):  # the second time, its file belongs to an unfinished run
         play(long, count)
         (study,) = load_results(tmp_path)
         assert len(rows(long)) > len(before[0].finished)
