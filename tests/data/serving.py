@@ -21,7 +21,7 @@ class Server(ThreadingHTTPServer):
         cut_after: number of bytes of a response after which the connection breaks.
         knows_ranges: whether it can serve a part of the file.
         range_of_answer: template of the Content-Range header; no header if empty.
-        asked: the requested ranges, None for the whole file.
+        requested_ranges: the ranges of all requests, None for the whole file.
     """
 
     content = CONTENT
@@ -31,7 +31,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[str | None] = []
+        self.requested_ranges: list[str | None] = []
         self.may_answer = threading.Event()
         self.may_answer.set()
 
@@ -46,14 +46,15 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        asked = self.headers["Range"]
-        self.server.asked.append(asked)
+        requested = self.headers["Range"]
+        self.server.requested_ranges.append(requested)
         self.server.may_answer.wait()
         if self.path != "/set.tar.gz":
             self.send_error(404)
             return
         total = len(self.server.content)
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.server.knows_ranges else 0  # type: ignore[index]
+        honoured = requested if requested and self.server.knows_ranges else "bytes=0-"
+        start = int(re.fullmatch(r"bytes=(\d+)-", honoured)[1])  # type: ignore[index]
         if start >= total:
             self.send_error(416)
             return

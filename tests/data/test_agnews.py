@@ -64,13 +64,13 @@ def decoded(text: torch.Tensor) -> str:
 
 def test_alphabet_is_the_papers_without_its_second_hyphen() -> None:
     letters, digits = "abcdefghijklmnopqrstuvwxyz", "0123456789"
-    others = "-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{}"
-    assert len(letters + digits + others) + 1 == 70, "the newline is the last one"
-    assert "".join(dict.fromkeys(letters + digits + others)) + "\n" == agnews.ALPHABET
+    punctuation = "-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{}"
+    assert len(letters + digits + punctuation) + 1 == 70, "the newline is the last one"
+    assert "".join(dict.fromkeys(letters + digits + punctuation)) + "\n" == agnews.ALPHABET
     assert len(agnews.ALPHABET) == 69
 
 
-def test_encoding_by_hand() -> None:
+def test_encoding_equals_one_computed_by_hand() -> None:
     encoded = agnews.encode('Zoë\'s "1-0"', "a\\nB \\$5\t}")
     assert len(encoded) == agnews.LENGTH == 1024
     z_o, s, quoted = [26, 15, 0, 44, 19], [0], [45, 28, 37, 27, 45]
@@ -127,14 +127,14 @@ def test_complete_set_is_real(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (ROWS[0], r"test\.csv holds 1 of 4 texts"),
     ],
 )
-def test_part_is_marked(content: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_set_is_marked(content: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(monkeypatch)
     (folder / "test.csv").write_text(content)
     with pytest.warns(FlexifedWarning, match=message):
         assert find_dataset("agnews", data="auto", data_dir=folder.parent).source == "real-partial"
 
 
-def test_nothing_there_is_none(tmp_path: Path) -> None:
+def test_a_folder_without_the_set_gives_none(tmp_path: Path) -> None:
     assert agnews.find(tmp_path) is None
     with pytest.raises(DataError, match=r"agnews: no real data .* --download \(31.3 MB\)"):
         find_dataset("agnews", data="real", data_dir=tmp_path)

@@ -109,12 +109,12 @@ def test_another_source_or_version_is_built_and_the_old_one_deleted(
 ) -> None:
     opened(data_dir, Builder())
     old = built(folder)
-    other = Builder({"samples": np.zeros(3)})
-    assert_holds(opened(data_dir, other, **change), other.arrays)
-    assert other.calls == 1
+    new_builder = Builder({"samples": np.zeros(3)})
+    assert_holds(opened(data_dir, new_builder, **change), new_builder.arrays)
+    assert new_builder.calls == 1
     assert not old.exists()
-    assert_holds(opened(data_dir, other, **change), other.arrays)
-    assert other.calls == 1
+    assert_holds(opened(data_dir, new_builder, **change), new_builder.arrays)
+    assert new_builder.calls == 1
 
 
 def test_names_share_a_data_folder(data_dir: Path) -> None:
@@ -149,7 +149,7 @@ def break_header(file: Path) -> None:
     file.write_bytes(content.replace(b")", b" ", 1))
 
 
-def misstate(file: Path) -> None:
+def change_a_fact(file: Path) -> None:
     file.write_text(file.read_text().replace('"num_classes": 50', '"num_classes": 51'))
 
 
@@ -161,7 +161,7 @@ def misstate(file: Path) -> None:
         ("samples.npy", break_header),
         ("labels.npy", Path.unlink),
         (MANIFEST, cut),
-        (MANIFEST, misstate),
+        (MANIFEST, change_a_fact),
         (MANIFEST, Path.unlink),
     ],
 )
@@ -333,7 +333,7 @@ def test_folder_that_cannot_be_written_can_be_read(
     assert not user_cache.exists()
 
 
-def test_folder_chosen_by_the_user(
+def test_a_folder_chosen_by_the_user_is_used(
     data_dir: Path, folder: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLEXIFED_CACHE_DIR", str(tmp_path / "chosen"))
@@ -342,7 +342,9 @@ def test_folder_chosen_by_the_user(
     assert list((tmp_path / "chosen").glob(f"*/set-*/{MANIFEST}"))
 
 
-def test_no_writable_folder(data_dir: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_writable_folder_nothing_is_built(
+    data_dir: Path, tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forbid(monkeypatch, tmp_path)
     with pytest.raises(
         DataError, match=r"set: no folder for decoded arrays .*cache/set can't.*user.* FLEXIFED_CACHE_DIR"

@@ -66,7 +66,7 @@ def test_images_are_in_order_of_split_class_and_name(folder: Path) -> None:
         assert labels.tolist() == [CLASSES.index(file.parent.name) for file in files] == split.labels.tolist()
 
 
-def test_part_is_marked_and_counted(folder: Path) -> None:
+def test_an_incomplete_set_is_marked_and_counted(folder: Path) -> None:
     with pytest.warns(FlexifedWarning) as caught:
         find_dataset("cinic10", data="auto", data_dir=folder.parent)
     (warning,) = caught
@@ -87,13 +87,13 @@ def test_folder_as_the_publisher_names_it(folder: Path) -> None:
     assert find_partial(folder.parent) == expected
 
 
-def test_nothing_there_is_none(tmp_path: Path) -> None:
+def test_a_folder_without_the_set_gives_none(tmp_path: Path) -> None:
     assert cinic10.find(tmp_path) is None
     with pytest.raises(DataError, match=r"cinic10: no real data .* --download \(687.5 MB\)"):
         find_dataset("cinic10", data="real", data_dir=tmp_path)
 
 
-def test_grey_and_hidden_files(folder: Path) -> None:
+def test_grey_images_are_decoded_and_hidden_files_skipped(folder: Path) -> None:
     grey = folder / "train" / "cat" / "image-0.png"
     Image.open(grey).convert("L").save(grey)
     (folder / "train" / "cat" / ".DS_Store").touch()
@@ -279,7 +279,7 @@ def test_two_processes_that_download_at_once_take_turns(
         process.join()
     assert infos[0] == infos[1]
     assert infos[0].source == "real"
-    assert server.asked == [None], "the second process downloads nothing"
+    assert server.requested_ranges == [None], "the second process downloads nothing"
     assert {path.name for path in data_dir.iterdir() if path.name[0] != "."} == {"set.tar.gz", "cinic10"}
 
 
@@ -347,12 +347,12 @@ def changes(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     return change
 
 
-@given(change=changes(), which=st.integers(0, 1000))
+@given(change=changes(), file_index=st.integers(0, 1000))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_changed_bytes_are_an_error_or_change_nothing(
-    change: Callable[[bytes], bytes], which: int, real_files: list[bytes], tmp_path: Path
+    change: Callable[[bytes], bytes], file_index: int, real_files: list[bytes], tmp_path: Path
 ) -> None:
-    content = real_files[which % len(real_files)]
+    content = real_files[file_index % len(real_files)]
     file = tmp_path / "image.png"
     file.write_bytes(content)
     expected = cinic10.decode_image(str(file))

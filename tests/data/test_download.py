@@ -23,7 +23,7 @@ def test_file_is_downloaded_once_and_its_size_shown(
 ) -> None:
     for _ in range(2):
         assert fetch(server.file(), tmp_path / "new").read_bytes() == CONTENT
-    assert server.asked == [None]
+    assert server.requested_ranges == [None]
     assert names(tmp_path / "new") == {"set.tar.gz"}
     assert "downloading set.tar.gz, 100.0 kB, into " in capsys.readouterr().err
 
@@ -31,18 +31,18 @@ def test_file_is_downloaded_once_and_its_size_shown(
 def test_interrupted_download_resumes(server: Server, tmp_path: Path) -> None:
     server.cut_after = 30_000
     assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
-    assert server.asked == [None, "bytes=30000-", "bytes=60000-", "bytes=90000-"]
+    assert server.requested_ranges == [None, "bytes=30000-", "bytes=60000-", "bytes=90000-"]
 
 
 def test_the_next_call_resumes_a_download(server: Server, tmp_path: Path) -> None:
     server.cut_after = 15_000
     with pytest.raises(DataError, match=r"set.tar.gz could not .* was lost.* 75.0 kB are downloaded; run the same com"):
         fetch(server.file(), tmp_path)
-    assert len(server.asked) == ATTEMPTS
+    assert len(server.requested_ranges) == ATTEMPTS
     assert names(tmp_path) == {"set.tar.gz.part"}
     server.cut_after = None
     assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
-    assert server.asked[-1] == "bytes=75000-"
+    assert server.requested_ranges[-1] == "bytes=75000-"
 
 
 def test_download_restarts_if_the_server_ignores_ranges(server: Server, tmp_path: Path) -> None:
@@ -58,10 +58,10 @@ def test_download_restarts_if_the_server_sends_another_range(
     (tmp_path / "set.tar.gz.part").write_bytes(CONTENT[:100])
     server.range_of_answer = content_range
     assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
-    assert server.asked == ["bytes=100-", None]
+    assert server.requested_ranges == ["bytes=100-", None]
 
 
-def test_complete_part_is_accepted(server: Server, tmp_path: Path) -> None:
+def test_a_part_with_all_bytes_is_accepted(server: Server, tmp_path: Path) -> None:
     (tmp_path / "set.tar.gz.part").write_bytes(CONTENT)
     assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
 
@@ -99,7 +99,7 @@ def test_another_file_of_that_name_is_renamed(
     assert "was renamed to set.tar.gz.old2" in capsys.readouterr().err
 
 
-def test_no_network(tmp_path: Path) -> None:
+def test_a_download_without_a_network_is_an_error(tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/set.tar.gz"

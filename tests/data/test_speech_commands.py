@@ -62,7 +62,7 @@ def write_set(folder: Path, version: Version) -> None:
 
 
 @pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def both_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written")
     for version in (V1, V2):
         write_set(folder / version.folder, version)
@@ -70,10 +70,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(written: Path, tmp_path: Path) -> Path:
+def folder(both_versions: Path, tmp_path: Path) -> Path:
     """A copy of the small v0.02 that a test may damage."""
     target = tmp_path / "data" / "SpeechCommands" / V2.folder
-    shutil.copytree(written / V2.folder, target)
+    shutil.copytree(both_versions / V2.folder, target)
     return target
 
 
@@ -95,14 +95,14 @@ def all_of(split: object) -> tuple[torch.Tensor, torch.Tensor]:
 # Finding, splitting, decoding
 
 
-def test_nothing_there_is_none(tmp_path: Path) -> None:
+def test_a_folder_without_the_set_gives_none(tmp_path: Path) -> None:
     assert speech_commands.find(tmp_path) is None
     assert speech_commands.find(tmp_path / "absent") is None
 
 
 @PARTIAL
-def test_training_is_all_but_the_testing_list(written: Path) -> None:
-    dataset = opened(written)
+def test_training_is_all_but_the_testing_list(both_versions: Path) -> None:
+    dataset = opened(both_versions)
     info = dataset.info
     assert (info.layout, info.num_classes, info.in_channels) == ("v0.01", 30, 1)
     assert (info.num_train, info.num_test) == (30 * 6, 30) == (len(dataset.train), len(dataset.test))
@@ -110,7 +110,7 @@ def test_training_is_all_but_the_testing_list(written: Path) -> None:
         samples, labels = all_of(split)
         assert (samples.dtype, labels.dtype) == (torch.int16, torch.int64)
         assert labels.tolist() == split.labels.tolist()
-        files = [(label, written / V1.folder / word / f"{clip}_nohash_0.wav")
+        files = [(label, both_versions / V1.folder / word / f"{clip}_nohash_0.wav")
                  for label, word in enumerate(V1.words) for clip in clips]  # fmt: skip
         for sample, label, (expected_label, file) in zip(samples.numpy(), labels.tolist(), files, strict=True):
             expected, rate = soundfile.read(file, dtype="int16")
@@ -121,18 +121,20 @@ def test_training_is_all_but_the_testing_list(written: Path) -> None:
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("version", [V1, V2], ids=["v0.01", "v0.02"])
-def test_either_version_is_found_in_either_place(version: Version, nested: bool, written: Path, tmp_path: Path) -> None:
+def test_either_version_is_found_in_either_place(
+    version: Version, nested: bool, both_versions: Path, tmp_path: Path
+) -> None:
     parent = tmp_path / "SpeechCommands" if nested else tmp_path
-    shutil.copytree(written / version.folder, parent / version.folder)
+    shutil.copytree(both_versions / version.folder, parent / version.folder)
     with pytest.warns(FlexifedWarning, match="210 of 64,721 clips, 30 of|245 of 105,829 clips, 35 of"):
         info = find(tmp_path)
     assert (info.source, info.layout, info.num_classes) == ("real-partial", version.name, len(version.words))
 
 
-def test_all_of_a_release_that_is_not_the_papers_is_another_task(
-    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_complete_set_of_another_release_than_the_papers_is_marked(
+    both_versions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(written / V2.folder, tmp_path / V2.folder)
+    shutil.copytree(both_versions / V2.folder, tmp_path / V2.folder)
     monkeypatch.setattr(speech_commands, "VERSIONS", (V1, replace(V2, num_clips=245, num_test=35)))
     info = find(tmp_path)
     assert (info.source, info.layout, info.num_classes) == ("real-other", "v0.02", 35)
@@ -140,10 +142,10 @@ def test_all_of_a_release_that_is_not_the_papers_is_another_task(
     assert twelve.source == "real", "both versions have the same twelve classes"
 
 
-def test_complete_set_is_real(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_set_is_real(both_versions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speech_commands, "VERSIONS", (replace(V1, num_clips=210, num_test=30), V2))
-    assert find(written).source == "real"
-    assert opened(written).info.source == "real"
+    assert find(both_versions).source == "real"
+    assert opened(both_versions).info.source == "real"
 
 
 @PARTIAL
@@ -174,10 +176,10 @@ def test_fingerprint_never_changes(name: str, prefix: str, tmp_path: Path) -> No
 
 
 @PARTIAL
-def test_it_opens_on_a_machine_that_has_not_decoded_it(
-    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_set_opens_on_a_machine_that_has_not_decoded_it(
+    both_versions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = find(written)
+    info = find(both_versions)
     expected = all_of(open_dataset(info).test)
     monkeypatch.setenv("FLEXIFED_CACHE_DIR", str(tmp_path / "another machine"))
     again = all_of(open_dataset(info).test)
@@ -186,7 +188,7 @@ def test_it_opens_on_a_machine_that_has_not_decoded_it(
 
 @PARTIAL
 def test_a_cell_ends_the_same_with_a_cold_a_warm_and_a_deleted_cache(
-    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    both_versions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = CellConfig(
         dataset=NAME,
@@ -198,7 +200,7 @@ def test_a_cell_ends_the_same_with_a_cold_a_warm_and_a_deleted_cache(
     )
 
     def digests() -> tuple[str, ...]:
-        info = find(written)
+        info = find(both_versions)
         federation = Federation(config, info, LocalHosts(config, info, make_shards(config, info)))
         federation.play_round()
         return federation.state_sha256()
@@ -209,8 +211,8 @@ def test_a_cell_ends_the_same_with_a_cold_a_warm_and_a_deleted_cache(
 
 
 @PARTIAL
-def test_normalisation_is_what_training_clips_have(written: Path) -> None:
-    dataset = opened(written)
+def test_normalisation_is_what_training_clips_have(both_versions: Path) -> None:
+    dataset = opened(both_versions)
     inputs = make_pipeline(dataset, "vgg", device=CPU, channels_last=False).prepare(all_of(dataset.train)[0])
     assert inputs.mean().item() == pytest.approx(0, abs=0.01)
     assert inputs.std().item() == pytest.approx(1, abs=0.01)
@@ -264,8 +266,8 @@ def test_sizes_in_a_header_that_were_changed_give_the_samples_or_an_error(tmp_pa
     write_wav(file, samples)
     content = file.read_bytes()
     assert content[36:40] == b"data"
-    whole = int.from_bytes(content[4:8], "little")
-    for size in (0, 4, 36, whole // 2, whole - 2, whole + 2, 2 * whole, 2**32 - 1):
+    total_size = int.from_bytes(content[4:8], "little")
+    for size in (0, 4, 36, total_size // 2, total_size - 2, total_size + 2, 2 * total_size, 2**32 - 1):
         file.write_bytes(content[:4] + size.to_bytes(4, "little") + content[8:])
         assert read_wav(file).tolist() == samples.tolist(), "the total size is ignored"
     for size in (0, 2, 1_000, 1_998, 2_002, 4_000, 2**32 - 1):
@@ -290,7 +292,7 @@ def test_hidden_and_other_files_are_skipped(folder: Path) -> None:
     assert find(folder.parent.parent) == before
 
 
-def test_list_may_name_missing_clips(tmp_path: Path) -> None:
+def test_a_list_may_name_missing_clips(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("bed/a.wav\r\n\nup/b.wav")
     assert read_list(tmp_path / "list.txt", V1.words) == {"bed/a.wav", "up/b.wav"}
 
@@ -300,11 +302,11 @@ def test_list_may_name_missing_clips(tmp_path: Path) -> None:
 def test_any_bytes_for_a_list_give_clips_or_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "list.txt").write_bytes(content)
     try:
-        named = read_list(tmp_path / "list.txt", V1.words)
+        clips = read_list(tmp_path / "list.txt", V1.words)
     except DataError as caught:
         error = str(caught)
     else:
-        assert all(clip.split("/")[0] in V1.words for clip in named)
+        assert all(clip.split("/")[0] in V1.words for clip in clips)
         return
     assert "list.txt" in error
 
@@ -314,8 +316,8 @@ def test_any_bytes_for_a_list_give_clips_or_an_error(tmp_path: Path, content: by
 
 @PARTIAL
 @pytest.mark.parametrize("version", [V1, V2], ids=["v0.01", "v0.02"])
-def test_twelve_classes_have_their_shares(version: Version, written: Path, tmp_path: Path) -> None:
-    (tmp_path / version.folder).symlink_to(written / version.folder)
+def test_twelve_classes_have_their_shares(version: Version, both_versions: Path, tmp_path: Path) -> None:
+    (tmp_path / version.folder).symlink_to(both_versions / version.folder)
     words, twelve = opened(tmp_path), opened(tmp_path, NAME_12)
     assert twelve.info.num_classes == 12
     assert twelve.info.fingerprint != words.info.fingerprint
@@ -339,11 +341,11 @@ def test_twelve_classes_have_their_shares(version: Version, written: Path, tmp_p
 
 
 @PARTIAL
-def test_twelve_classes_are_a_pure_function_of_each_index(written: Path) -> None:
-    train = opened(written, NAME_12).train
+def test_twelve_classes_are_a_pure_function_of_each_index(both_versions: Path) -> None:
+    train = opened(both_versions, NAME_12).train
     samples, labels = all_of(train)
     indices = np.array([71, 0, 66, 35, 70, 71])
-    again, again_labels = opened(written, NAME_12).train.take(indices)
+    again, again_labels = opened(both_versions, NAME_12).train.take(indices)
     assert torch.equal(again, samples[indices])
     assert torch.equal(again_labels, labels[indices])
     assert len({sample.numpy().tobytes() for sample in samples[labels == SILENCE]}) == 6
@@ -507,12 +509,12 @@ def test_stand_in_can_be_learned(tmp_path: Path) -> None:
 
 
 def test_download_unpacks_to_the_folder_that_torchaudio_uses(
-    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    both_versions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = tmp_path / speech_commands.V1_ARCHIVE.name
-    with tarfile.open(archive, "w:gz") as made:
-        for entry in sorted((written / V1.folder).iterdir()):
-            made.add(entry, f"./{entry.name}")
+    with tarfile.open(archive, "w:gz") as tar:
+        for entry in sorted((both_versions / V1.folder).iterdir()):
+            tar.add(entry, f"./{entry.name}")
     checksum = f"sha256:{hashlib.sha256(archive.read_bytes()).hexdigest()}"
     monkeypatch.setattr(speech_commands, "V1_ARCHIVE", replace(speech_commands.V1_ARCHIVE, checksum=checksum))
     monkeypatch.setattr(speech_commands, "VERSIONS", (replace(V1, num_clips=210, num_test=30), V2))
@@ -601,8 +603,8 @@ def real_wav(data_dir: Path) -> bytes:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_real_clip_with_changed_bytes_is_read_or_rejected(data_dir: Path, tmp_path: Path, data: st.DataObject) -> None:
     """Any file gives an error that names it, or the samples in it."""
-    whole = real_wav(data_dir)
-    content = bytearray(whole)
+    original = real_wav(data_dir)
+    content = bytearray(original)
     for _ in range(data.draw(st.integers(1, 4), "changes")):
         place = data.draw(st.one_of(st.integers(0, 43), st.integers(0, len(content) - 1)), "place")
         content[place] = data.draw(st.integers(0, 255), "byte")
@@ -618,8 +620,8 @@ def test_real_clip_with_changed_bytes_is_read_or_rejected(data_dir: Path, tmp_pa
         assert "Expected a complete wav file of 16-bit mono samples, 16,000 per second" in error
         return
     assert (clip.shape, clip.dtype) == ((16_000,), np.int16)
-    assert length == len(whole) or content[40:44] != whole[40:44], "a truncated file is rejected"
-    if bytes(content[:44]) == whole[:44]:
+    assert length == len(original) or content[40:44] != original[40:44], "a truncated file is rejected"
+    if bytes(content[:44]) == original[:44]:
         samples = np.frombuffer(bytes(content[44:]), "<i2")[:16_000]
         assert clip[: len(samples)].tolist() == samples.tolist()
         assert not clip[len(samples) :].any()
