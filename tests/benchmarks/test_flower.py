@@ -170,9 +170,9 @@ def test_flower_and_flexifed_get_the_same_numbers() -> None:
     if not python:
         pytest.skip("set FLEXIFED_FLOWER_PYTHON to the Python of an environment with flwr[simulation]")
     size = ["--rounds", "2", "--repeat", "1", "--max-train", "16", "--max-test", "8", "--width", "0.03125"]
-    line = [sys.executable, str(BENCHMARKS / "flower.py"), *size, "--cpus", "2", "--flower-python", python]
+    command = [sys.executable, str(BENCHMARKS / "flower.py"), *size, "--cpus", "2", "--flower-python", python]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    finished = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     measured = json.loads(finished.stdout)
     assert measured["same_numbers"] == {"equal": True, "largest_difference": {"accuracies": 0, "losses": 0}}

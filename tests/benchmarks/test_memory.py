@@ -16,9 +16,9 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "memory.py"
 @pytest.mark.slow
 @pytest.mark.ray
 def test_every_process_is_found_and_the_output_is_json() -> None:
-    line = [sys.executable, str(SCRIPT), "--rounds", "12", "--base-round", "4", "--limit", "1"]
+    command = [sys.executable, str(SCRIPT), "--rounds", "12", "--base-round", "4", "--limit", "1"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    finished = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     measured = json.loads(finished.stdout)
     kinds = [name.rstrip(" 0123456789") for name in measured["growth"]]

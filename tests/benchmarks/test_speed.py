@@ -55,9 +55,9 @@ def round_benchmark() -> Iterator[Any]:
 
 def run(script: str, *arguments: str, status: int = 0) -> dict[str, Any]:
     """Run a benchmark; returns the JSON that it prints."""
-    line = [sys.executable, str(FOLDER / script), *arguments]
+    command = [sys.executable, str(FOLDER / script), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    finished = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == status, finished.stderr
     return json.loads(finished.stdout)
 
