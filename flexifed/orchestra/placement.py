@@ -76,19 +76,15 @@ def place_cell(config: CellConfig, options: PlacementOptions, nodes: Sequence[Re
             f"an actor of {counted(most, 'client')} asks for {gpus_per_actor:g} GPUs, but a process computes on one: "
             f"lower --gpus-per-client to at most {largest_gpu_share(most):g}"
         )
-    shares = _cpu_shares(len(clients), config.numerics.threads, nodes)
-    placements = [
-        CellPlacement(
-            clients=tuple(clients),
-            cpus_per_actor=share,
-            gpus_per_actor=gpus_per_actor,
-            streams=min(options.streams, most),
-            cuda_ipc=options.cuda_ipc,
-        )
-        for share in shares
-    ]
-    fitting = next((placement for placement in placements if holds(nodes, placement)), None)
-    return fitting or _refuse(placements[-1], nodes)
+    placement = CellPlacement(
+        clients=tuple(clients),
+        cpus_per_actor=config.numerics.threads,
+        gpus_per_actor=gpus_per_actor,
+        streams=min(options.streams, most),
+        cuda_ipc=options.cuda_ipc,
+    )
+    placement = _with_cpus(placement, config.numerics.threads, nodes)
+    return placement if holds(nodes, placement) else _refuse(placement, nodes)
 
 
 def how_many_fit(needed: float, available: float = 1.0) -> int:
@@ -173,7 +169,7 @@ def roomier_placement(placement: CellPlacement, config: CellConfig, nodes: Seque
     num_clients, block = config.partition.num_clients, config.sharing.reduce_block
     wanted = max(max(map(len, placement.clients)), math.ceil(num_clients / max(1, _max_actors(roomier, nodes))))
     clients = assign_clients(config.client_versions, block * math.ceil(wanted / block), block)
-    return replace(roomier, clients=tuple(clients))
+    return _with_cpus(replace(roomier, clients=tuple(clients)), config.numerics.threads, nodes)
 
 
 def memory_advice(placement: CellPlacement, config: CellConfig, roomier: CellPlacement | None) -> str:
@@ -200,6 +196,13 @@ def memory_advice(placement: CellPlacement, config: CellConfig, roomier: CellPla
         f"{problem}; ask for --gpus-per-client {roomier.gpus_per_actor / most:g} --clients-per-actor {per_actor}"
         f"{streams}, or let --retry-out-of-memory do so"
     )
+
+
+def _with_cpus(placement: CellPlacement, threads: int, nodes: Sequence[Resources]) -> CellPlacement:
+    """The placement with as many CPUs for each actor as the nodes can hold; with the fewest, if they hold none."""
+    shares = _cpu_shares(len(placement.clients), threads, nodes)
+    placements = [replace(placement, cpus_per_actor=share) for share in shares]
+    return next((candidate for candidate in placements if holds(nodes, candidate)), placements[-1])
 
 
 def _cpu_shares(num_actors: int, threads: int, nodes: Sequence[Resources]) -> list[float]:

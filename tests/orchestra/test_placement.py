@@ -444,6 +444,7 @@ def test_half_as_many_actors_share_a_gpu(
 @example(num_clients=37, share=0.05, per_actor=2, gpus=2, block=2, streams=1)  # a short last block, in the first host
 @example(num_clients=16, share=0.05, per_actor=18, gpus=3, block=3, streams=2)
 @example(num_clients=97, share=0.1, per_actor=5, gpus=3, block=1, streams=1)
+@example(num_clients=65, share=0.05, per_actor=1, gpus=4, block=1, streams=1)  # more actors than CPUs, then fewer
 @example(num_clients=16, share=0.0625, per_actor=1, gpus=1, block=1, streams=2)  # no actor has clients to overlap
 @given(
     num_clients=st.integers(1, 100),

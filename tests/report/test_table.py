@@ -212,11 +212,11 @@ def test_no_number_of_the_papers_stands_beside_other_data_than_all_the_real(sour
 
 
 def test_no_number_of_the_papers_stands_beside_another_experiment() -> None:
-    table = " ".join(shown(summarise(grid([0]), 2, compare=False)).split())
+    table = " ".join(table_text(summarise(grid([0]), 2, compare=False)).split())
     assert "another experiment than the paper's Table 1" in table
     assert "(Table 1)" not in table
     assert "diff" not in table
-    assert "diff" in shown(summarise(grid([0]), 2))
+    assert "diff" in table_text(summarise(grid([0]), 2))
 
 
 @pytest.mark.parametrize(
