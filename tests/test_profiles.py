@@ -26,7 +26,7 @@ def test_authors_is_the_published_program() -> None:
         "dirichlet_alpha": None,
     }
     assert asdict(profile.training).items() >= {**PUBLISHED, "augment": True}.items()
-    assert asdict(profile.model) == {"width": 1.0, "init": "own"}
+    assert asdict(profile.model) == {"width": 1.0, "init": "own", "versions": None}
 
 
 def test_paper_differs_in_its_clients_only() -> None:
