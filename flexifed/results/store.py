@@ -256,11 +256,16 @@ def _metadata(table: pa.Table, path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read columns of a rounds file, and verify the checksum of each page. Column names lie outside of the pages."""
+    """Read columns of a rounds file, and verify the checksum of each page. Column names lie outside of the pages.
+
+    The file is opened once. Given a path, pyarrow opens it once for the footer and again for the pages, and a run may
+    replace the file in between.
+    """
     wanted = SCHEMA.names if columns is None else list(columns)
     schema = pa.schema([SCHEMA.field(name) for name in wanted])
     try:
-        table = pq.read_table(path, columns=wanted, partitioning=None, page_checksum_verification=True)
+        with pa.OSFile(os.fspath(path)) as file:
+            table = pq.read_table(file, columns=wanted, page_checksum_verification=True)
         if missing := [name for name in wanted if name not in table.column_names]:
             raise pa.ArrowInvalid(f"it has no column {', '.join(missing)}")
         return table.select(wanted).cast(schema).replace_schema_metadata(table.schema.metadata)

@@ -143,6 +143,30 @@ def test_rows_of_all_cells_are_read_with_one_call_while_other_files_are_being_wr
     assert len(folder.read(["two"])) == 4
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_was(
+    folder: ResultsFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder.rounds_file("cell")
+    written(folder, "cell", 3).flush()
+    before = path.read_bytes()
+    written(folder, "cell", 40).flush()
+    newer = path.with_suffix(".new")
+    os.replace(path, newer)
+    path.write_bytes(before)
+    open_file = pa.OSFile
+
+    def open_and_replace(name: str) -> pa.OSFile:
+        file = open_file(name)
+        os.replace(newer, path)
+        return file
+
+    monkeypatch.setattr(pa, "OSFile", open_and_replace)
+    assert folder.rows_before("cell", 100).num_rows == 2 * 3
+    monkeypatch.undo()
+    assert not newer.exists()
+    assert folder.rows_before("cell", 100).num_rows == 2 * 40
+
+
 def test_every_append_that_writes_leaves_all_rows_so_far(folder: ResultsFolder) -> None:
     writer = RoundsWriter(folder.rounds_file("one"), {})
     for index in range(3):
