@@ -110,13 +110,13 @@ class PartitionConfig:
     """How the data are divided among the clients."""
 
     num_clients: int = 8
-    """Number of clients; they have the versions in turn, so client k of all four has version k modulo 4."""
+    """Number of clients; they have the versions in turn: with all four, client k has version k modulo 4."""
     num_shards: int = 20
     """Number of equal shards into which training and test set are each split; a client gets one of each."""
     windows_per_shard: int = 10
     """Number of parts into which a training shard is split; a client trains on one part in each round, in turn."""
     dirichlet_alpha: float | None = None
-    """Skew labels: each client's class proportions come from a Dirichlet distribution with this concentration.
+    """Skew labels: a client's class proportions come from a Dirichlet distribution with this parameter per class.
     The smaller it is, the more skewed. Default: i.i.d. shards."""
     max_train: int | None = None
     """Maximum number of training samples that a client uses of its shard. Default: all."""
@@ -283,6 +283,11 @@ class CellConfig:
             raise ConfigError(
                 f"clients_per_round is {chosen}, but there are only {num_clients} clients; ask for at most "
                 f"{num_clients}, or for more clients"
+            )
+        if (versions := self.model.versions) and len(versions) > num_clients:
+            raise ConfigError(
+                f"versions is {' '.join(versions)}, but there are only {num_clients} clients, one version each; choose "
+                f"at most {num_clients} versions, or ask for more clients"
             )
         if chosen == num_clients:  # so that this gives the same config as the default
             object.__setattr__(self, "sharing", replace(self.sharing, clients_per_round=None))

@@ -60,6 +60,11 @@ def test_versions_that_are_none_unknown_unordered_or_repeated_are_refused(versio
         ModelConfig(versions=versions)  # type: ignore[arg-type]
 
 
+def test_more_versions_than_clients_are_refused() -> None:
+    with pytest.raises(ConfigError, match="versions is v1 v4, but there are only 1 clients"):
+        cell(num_clients=1, versions=("v1", "v4"))
+
+
 @pytest.mark.parametrize("alpha", [0, 1e-4, 1e6, -1.0, float("nan"), "0.5", True])
 def test_concentrations_that_are_no_numbers_or_out_of_bounds_are_refused(alpha: object) -> None:
     with pytest.raises(ConfigError, match=r"dirichlet_alpha is .*at least 0.001 and below 1e\+06"):

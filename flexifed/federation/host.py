@@ -111,8 +111,7 @@ class ClientHost:
             DeviceMemoryError: the GPU had too little memory for the algorithms that this round's bits depend on.
         """
         shortages = device_shortages(self._device)
-        all_clients = range(self._config.partition.num_clients)
-        chosen = participants(self._config, round_index) if train else frozenset(all_clients)
+        chosen = participants(self._config, round_index)
         with numeric_settings(self._config.numerics):
             measured, blocks = self._sum_blocks(self._play(round_index, self._complete(shared), train, chosen))
             if train:

@@ -272,9 +272,11 @@ def test_all_rounds_but_the_last_have_training_fields(run: Run) -> None:
         assert client.train_loss > 0 < client.train_s
 
 
-def test_a_short_run_is_the_head_of_a_longer_one(run: Run) -> None:
-    short, digests = run(cell(), 3)
-    longer, later_digests = reference(cell(), rounds=3)
+@pytest.mark.parametrize("clients_per_round", [None, 3])
+def test_a_short_run_is_the_head_of_a_longer_one(run: Run, clients_per_round: int | None) -> None:
+    config = cell(sharing=SharingConfig(clients_per_round=clients_per_round))
+    short, digests = run(config, 3)
+    longer, later_digests = reference(config, rounds=3)
     assert measured(short[:2]) == measured(longer[:2])
     scores = [
         [(client.accuracy, client.loss, client.bytes_down) for client in result.clients]
