@@ -771,6 +771,15 @@ def test_skewed_shards_follow_the_proportions_and_are_shuffled() -> None:
             np.testing.assert_allclose(half, expected, atol=0.05)
 
 
+def test_the_draws_of_skewed_shards_are_those_of_the_records() -> None:
+    """Other draws from the same seed would change results under unchanged run ids."""
+    generator, labels = np.random.default_rng(0), np.repeat([0, 1, 2], [30, 20, 10])
+    proportions = dirichlet_proportions(np.bincount(labels), 2, 0.5, generator)
+    np.testing.assert_allclose(proportions, [[0.615, 0.0014, 0.3836], [0.4169, 0.1875, 0.3957]], atol=5e-5)
+    shards = skewed_shards(labels, proportions, 10, generator, split="test")
+    assert [shard.tolist() for shard in shards] == [[22, 56, 4, 50, 21, 20], [52, 54, 55, 13, 2, 53]]
+
+
 def test_a_class_that_runs_out_is_replaced_by_the_clients_other_classes() -> None:
     labels = np.array([0] * 3 + [1] * 20 + [2] * 20)
     shards = skewed_shards(labels, np.array([[0.9, 0.1, 0.0]]), 2, np.random.default_rng(0), split="test")
