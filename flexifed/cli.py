@@ -67,7 +67,7 @@ class Plan:
     num_clients: int = PartitionConfig().num_clients
     """Number of clients; they have the versions in turn."""
     versions: tuple[VersionName, ...] | None = None
-    """Versions that take part, such as `v1 v4`. Default: all four."""
+    """Versions of the clients' models, such as `v1 v4`. Default: all four."""
     num_classes: int | None = None
     """Size of the models' output. Default: 10 for images, 4 for texts."""
     width: float = ModelConfig().width

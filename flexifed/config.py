@@ -91,7 +91,7 @@ class ModelConfig:
     init: Literal["own", "shared"] = "own"
     """`own`: each client draws its own weights, as the authors do. `shared`: common layers start with equal weights."""
     versions: tuple[VersionName, ...] | None = None
-    """Versions that take part, such as `v1 v4`; clients have them in turn. Default: all four."""
+    """Versions of the clients' models, such as `v1 v4`; clients have them in turn. Default: all four."""
 
     def __post_init__(self) -> None:
         _check_number(self, "width", above=0, below=WIDEST)
@@ -183,7 +183,7 @@ class SharingConfig:
     classifier: ClassifierSharing = "prefix"
     """Whether classifier layers are shared where the common prefix reaches them, never, or always (across versions)."""
     clients_per_round: int | None = None
-    """Number of clients that train in a round, drawn anew for each round; all are scored. Default: all clients."""
+    """Number of clients that take part in a round, drawn anew for each; all are scored. Default: all clients."""
     reduce_block: int = 1
     """Number of consecutive clients that are summed in their own process before the driver adds up the blocks."""
 
@@ -278,10 +278,10 @@ class CellConfig:
             )
         _check_literal(self, "device", get_args(Device))
         _check_integer(self, "seed", 0)
-        num_clients, chosen = self.partition.num_clients, self.sharing.clients_per_round
-        if chosen is not None and chosen > num_clients:
+        num_clients, participants = self.partition.num_clients, self.sharing.clients_per_round
+        if participants is not None and participants > num_clients:
             raise ConfigError(
-                f"clients_per_round is {chosen}, but there are only {num_clients} clients; ask for at most "
+                f"clients_per_round is {participants}, but there are only {num_clients} clients; ask for at most "
                 f"{num_clients}, or for more clients"
             )
         if (versions := self.model.versions) and len(versions) > num_clients:
@@ -289,7 +289,7 @@ class CellConfig:
                 f"versions is {' '.join(versions)}, but there are only {num_clients} clients, one version each; choose "
                 f"at most {num_clients} versions, or ask for more clients"
             )
-        if chosen == num_clients:  # so that this gives the same config as the default
+        if participants == num_clients:  # so that this gives the same config as the default
             object.__setattr__(self, "sharing", replace(self.sharing, clients_per_round=None))
         if self.numerics.precision == "tf32" and self.device == "cpu":
             raise ConfigError(

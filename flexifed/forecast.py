@@ -40,10 +40,10 @@ def show_forecast(request: GridRequest, nodes: Sequence[Resources], where: str, 
     most = max(1, len(unfinished))
     at_once = min(estimate.concurrent_cells(placement, nodes), options.max_concurrent or most, most)
     console.print(f"resources: a cell is {placement}, on {device}; {at_once} at a time on {where}", soft_wrap=True)
-    kept = decimal(sum(state_bytes(run.config, run.info) for run in runs))
+    kept = decimal(sum(state_bytes(run.config, run.info, run.rounds) for run in runs))
     disk = [f"{kept} of final states stay (none with --no-keep-final)"] if options.keep_final else []
     if unfinished:
-        checkpoint = max(state_bytes(run.config, run.info) for run in unfinished)
+        checkpoint = max(state_bytes(run.config, run.info, next_round=1) for run in unfinished)  # the largest
         disk.append(f"up to {decimal(CHECKPOINTS_AT_ONCE * at_once * checkpoint)} of checkpoints while cells run")
     console.print(f"disk: {'; '.join(disk) or 'no checkpoints'}", highlight=False, soft_wrap=True)
     if device == "cuda" and not estimate.this_machine()["GPU"]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from flexifed.cells.run import CellRun
 from flexifed.config import CellName, DatasetName, Device
 from flexifed.data import DatasetInfo
 from flexifed.data.partition import window
 from flexifed.errors import ConfigError
 from flexifed.federation.assignment import assign_clients
-from flexifed.federation.cell import make_shards
+from flexifed.federation.cell import shard_sizes
 from flexifed.grid import GridOptions
 from flexifed.orchestra.cluster import has_gpus
 from flexifed.orchestra.placement import CellPlacement, Resources, place_cell
@@ -49,8 +51,8 @@ class GridRequest:
             config = options.cell_config(cell, options.seeds[0], device)
             if (per_actor := options.placement.clients_per_actor) is not None:
                 assign_clients(config.client_versions, per_actor, options.sharing.reduce_block)
-            shards = make_shards(config, self.infos[cell.dataset])
-            window(shards[0].train, 0, options.partition.windows_per_shard)
+            num_train, _ = shard_sizes(config, self.infos[cell.dataset])
+            window(np.arange(num_train), 0, options.partition.windows_per_shard)
 
     def runs_for(self, device: Device) -> list[CellRun]:
         """The runs of all cells and seeds."""

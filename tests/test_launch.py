@@ -24,6 +24,7 @@ from flexifed.federation.cell import make_shards
 from flexifed.federation.rounds import LocalHosts
 from flexifed.grid import make_cells, parse_options
 from flexifed.launch import run_experiment
+from flexifed.orchestra.estimate import CellTimes
 from flexifed.orchestra.trial import PlacedRun
 from flexifed.request import GridRequest
 from flexifed.results.store import ResultsFolder
@@ -229,7 +230,7 @@ def test_auto_does_not_begin_anew_because_the_machine_has_another_device(
     gpu_here = [{"CPU": 2.0, "GPU": 1.0}]
     monkeypatch.setattr("flexifed.orchestra.cluster.nodes", lambda: gpu_here)
     monkeypatch.setattr("flexifed.orchestra.estimate.this_machine", lambda: gpu_here[0])
-    monkeypatch.setattr("flexifed.orchestra.estimate.cell_work_s", lambda *_: 1.0)
+    monkeypatch.setattr("flexifed.orchestra.estimate.cell_times", lambda *_: CellTimes(1.0, 1.0))
     connected: list[str | None] = []
     monkeypatch.setattr(
         "flexifed.orchestra.cluster.connected", lambda address: connected.append(address) or nullcontext()

@@ -13,6 +13,21 @@ from numpy.typing import NDArray
 from flexifed.errors import ConfigError, DataError
 
 
+def shard_length(num_samples: int, num_shards: int, num_clients: int, *, split: str) -> int:
+    """Number of samples of each shard; arguments and errors are those of `iid_shards`."""
+    if num_shards < num_clients:
+        raise ConfigError(
+            f"num_shards is {num_shards}, fewer than the {num_clients} clients that need one each; "
+            f"ask for at least {num_clients} shards or for fewer clients"
+        )
+    if num_samples < num_shards:
+        raise DataError(
+            f"num_shards is {num_shards}, but there are only {num_samples} {split} samples; "
+            f"ask for at most {num_samples} shards or use a larger data set"
+        )
+    return num_samples // num_shards
+
+
 def iid_shards(
     num_samples: int, num_shards: int, num_clients: int, generator: np.random.Generator, *, split: str
 ) -> tuple[NDArray[np.int64], ...]:
@@ -36,7 +51,7 @@ def iid_shards(
     >>> [shard.size for shard in iid_shards(11, 5, 2, np.random.default_rng(0), split="test")]
     [2, 2]
     """
-    length = _shard_length(num_samples, num_shards, num_clients, split)
+    length = shard_length(num_samples, num_shards, num_clients, split=split)
     permutation = generator.permutation(num_samples).astype(np.int64, copy=False)
     # Copies, so that keeping one shard does not keep the whole permutation alive.
     return tuple(permutation[client * length : (client + 1) * length].copy() for client in range(num_clients))
@@ -103,7 +118,7 @@ def skewed_shards(
     [[0, 1, 2], [3, 4, 5]]
     """
     num_clients, num_classes = proportions.shape
-    length = _shard_length(len(labels), num_shards, num_clients, split)
+    length = shard_length(len(labels), num_shards, num_clients, split=split)
     unused = [generator.permutation(np.flatnonzero(labels == label)) for label in range(num_classes)]
     shards: dict[int, NDArray[np.int64]] = {}
     for client in generator.permutation(num_clients).tolist():
@@ -130,20 +145,6 @@ def _draw_counts(
             weights = left.astype(np.float64)
         counts += np.minimum(generator.multinomial(missing, weights / weights.sum()), left)
     return counts
-
-
-def _shard_length(num_samples: int, num_shards: int, num_clients: int, split: str) -> int:
-    if num_shards < num_clients:
-        raise ConfigError(
-            f"num_shards is {num_shards}, fewer than the {num_clients} clients that need one each; "
-            f"ask for at least {num_clients} shards or for fewer clients"
-        )
-    if num_samples < num_shards:
-        raise DataError(
-            f"num_shards is {num_shards}, but there are only {num_samples} {split} samples; "
-            f"ask for at most {num_samples} shards or use a larger data set"
-        )
-    return num_samples // num_shards
 
 
 def window(shard: NDArray[np.int64], round_index: int, windows_per_shard: int) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from flexifed.config import CellConfig
 from flexifed.core.schemes import SharingPlan, sharing_plan
 from flexifed.core.signature import signature
 from flexifed.data import DatasetInfo, open_dataset
-from flexifed.data.partition import dirichlet_proportions, iid_shards, skewed_shards
+from flexifed.data.partition import dirichlet_proportions, iid_shards, shard_length, skewed_shards
 from flexifed.models import build_model
 from flexifed.seeding import numpy_generator
 from flexifed.training.workspace import Workspace
@@ -46,31 +46,50 @@ def make_shards(config: CellConfig, info: DatasetInfo) -> list[ClientShards]:
         labels = data.train.labels
         proportions = dirichlet_proportions(_class_counts(labels, info), num_clients, alpha, generator)
         train_shards = skewed_shards(labels, proportions, num_shards, generator, split="training")
-        drawn = np.stack([_class_counts(labels[shard], info) / len(shard) for shard in train_shards])
-        test_shards = skewed_shards(data.test.labels, drawn, num_shards, generator, split="test")
+        train_proportions = np.stack([_class_counts(labels[shard], info) / len(shard) for shard in train_shards])
+        test_shards = skewed_shards(data.test.labels, train_proportions, num_shards, generator, split="test")
     return [
         ClientShards(train[: partition.max_train], test[: partition.max_test])
         for train, test in zip(train_shards, test_shards, strict=True)
     ]
 
 
+def shard_sizes(config: CellConfig, info: DatasetInfo) -> tuple[int, int]:
+    """Number of training and of test samples of each client: those of `make_shards`, without opening the data.
+
+    Raises:
+        DataError: there are fewer samples than shards.
+    """
+    partition = config.partition
+    num_train, num_test = (
+        shard_length(count, partition.num_shards, partition.num_clients, split=split)
+        for count, split in ((info.num_train, "training"), (info.num_test, "test"))
+    )
+    return min(num_train, partition.max_train or num_train), min(num_test, partition.max_test or num_test)
+
+
 def participants(config: CellConfig, round_index: int) -> frozenset[int]:
-    """Draw the clients that train in a round: all, or `clients_per_round` of them, without replacement."""
-    num_clients, chosen = config.partition.num_clients, config.sharing.clients_per_round
-    if chosen is None:
+    """Draw the clients that take part in a round: all, or `clients_per_round` of them, without replacement."""
+    num_clients, count = config.partition.num_clients, config.sharing.clients_per_round
+    if count is None:
         return frozenset(range(num_clients))
     generator = numpy_generator(config.seed, "participants", round_index)
-    return frozenset(generator.choice(num_clients, chosen, replace=False).tolist())
+    return frozenset(generator.choice(num_clients, count, replace=False).tolist())
 
 
-def aggregated_groups(config: CellConfig, plan: SharingPlan, next_round: int) -> frozenset[int]:
-    """The groups that have been averaged before a round: those with a client that has trained in a round before it."""
+def trained_clients(config: CellConfig, next_round: int) -> frozenset[int]:
+    """The clients that have taken part in a round before `next_round`."""
     trained: frozenset[int] = frozenset()
     for round_index in range(next_round):
         trained |= participants(config, round_index)
-        if len(trained) == plan.num_clients:
+        if len(trained) == config.partition.num_clients:
             break
-    return frozenset(group.index for group in plan.groups_with(trained))
+    return trained
+
+
+def averaged_groups(config: CellConfig, plan: SharingPlan, next_round: int) -> frozenset[int]:
+    """The indices of the groups that have been averaged before `next_round`."""
+    return frozenset(group.index for group in plan.groups_with(trained_clients(config, next_round)))
 
 
 def _class_counts(labels: NDArray[np.int64], info: DatasetInfo) -> NDArray[np.int64]:
@@ -119,18 +138,19 @@ def cell_plan(config: CellConfig, info: DatasetInfo) -> SharingPlan:
     )
 
 
-def state_bytes(config: CellConfig, info: DatasetInfo) -> int:
-    """Size in bytes of a cell's state in a checkpoint: each group's tensors once, and all personal tensors.
+def state_bytes(config: CellConfig, info: DatasetInfo, next_round: int) -> int:
+    """Size in bytes of a cell's state before `next_round`: each averaged group once, and what each client keeps.
 
-    Clients that have not trained yet keep their whole models; with `clients_per_round` all are counted so.
+    A client keeps its whole model until it has trained for the first time, then its personal tensors. So the state
+    never grows after the first round.
     """
-    plan = cell_plan(config, info)
-    kept = 0
+    plan, trained = cell_plan(config, info), trained_clients(config, next_round)
+    size = sum(group.num_bytes for group in plan.groups_with(trained))
     for client, architecture in enumerate(plan.architecture_of):
-        kept += sum(spec.num_bytes for layer in plan.signatures[client].layers for spec in layer.tensors)
-        if config.sharing.clients_per_round is None:
-            kept -= sum(group.num_bytes for group in plan.groups_of(architecture))
-    return kept + sum(group.num_bytes for group in plan.groups)
+        size += sum(spec.num_bytes for layer in plan.signatures[client].layers for spec in layer.tensors)
+        if client in trained:
+            size -= sum(group.num_bytes for group in plan.groups_of(architecture))
+    return size
 
 
 def client_weight(config: CellConfig, num_train: int) -> float:

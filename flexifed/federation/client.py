@@ -38,7 +38,7 @@ class ClientRound:
         loss: mean cross-entropy on the test shard, in nats.
         train_loss: mean cross-entropy in training, in nats; None if the client did not train.
         bytes_up: bytes that the scheme makes the client send; 0 if it did not train.
-        bytes_down: bytes that the scheme makes the client receive; 0 if it was not drawn for the round.
+        bytes_down: bytes that the scheme makes the client receive; 0 if it did not take part in the round.
         eval_s: wall time of scoring, in seconds. If clients overlap, the steps of other clients in between count too.
         train_s: wall time of training and copying the trained tensors, in seconds, as `eval_s`; None without training.
         train_started: Unix time at which training started; None without training.
@@ -104,7 +104,7 @@ class Client:
         self._kept: dict[str, torch.Tensor] = initial.state_dict()
 
     def play_round(
-        self, round_index: int, shared: GroupState | None, *, train: bool, is_chosen: bool = True
+        self, round_index: int, shared: GroupState | None, *, train: bool, participates: bool = True
     ) -> Steps[tuple[ClientRound, GroupState | None]]:
         """Score the client's model as it is at the start of the round, then train it.
 
@@ -115,7 +115,7 @@ class Client:
             round_index: from 0.
             shared: the global state, from which the client takes its groups; None before the first aggregation.
             train: False for the round after the last aggregation, which is only scored.
-            is_chosen: False for a client that is not drawn for this round, and is only scored.
+            participates: False for a client that does not take part in this round, and is only scored.
 
         Returns:
             The client's measurements, and copies of the tensors that it shares (None if it did not train).
@@ -133,10 +133,10 @@ class Client:
             client=self.index,
             accuracy=score.accuracy,
             loss=score.loss,
-            bytes_down=self._bytes_of(shared or {}) if is_chosen else 0,
+            bytes_down=self._bytes_of(shared or {}) if participates else 0,
             eval_s=eval_s,
         )
-        if not (train and is_chosen):
+        if not (train and participates):
             return scored, None
         with self._stage(round_index, "training"):
             train_started, started = time.time(), time.perf_counter()

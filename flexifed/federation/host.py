@@ -16,7 +16,7 @@ from flexifed.errors import DeviceMemoryError
 from flexifed.federation.assignment import name_clients
 from flexifed.federation.cell import (
     ClientShards,
-    aggregated_groups,
+    averaged_groups,
     cell_plan,
     client_weight,
     make_workspace,
@@ -75,7 +75,7 @@ class ClientHost:
         architectures = {self._plan.architecture_of[client] for client in clients}
         groups = {group for architecture in architectures for group in self._plan.group_of[architecture]}
         self._groups = sorted(group for group in groups if group is not None)
-        self._own_groups = {group.index for group in self._plan.groups_within(clients)}
+        self._own_indices = {group.index for group in self._plan.groups_within(clients)}
         self._own_means: GroupState = {}
         data = open_dataset(info)
         pipeline = make_pipeline(data, config.family, device=device, channels_last=config.numerics.channels_last)
@@ -111,11 +111,11 @@ class ClientHost:
             DeviceMemoryError: the GPU had too little memory for the algorithms that this round's bits depend on.
         """
         shortages = device_shortages(self._device)
-        chosen = participants(self._config, round_index)
+        taking_part = participants(self._config, round_index)
         with numeric_settings(self._config.numerics):
-            measured, blocks = self._sum_blocks(self._play(round_index, self._complete(shared), train, chosen))
+            measured, blocks = self._sum_blocks(self._play(round_index, self._complete(shared), train, taking_part))
             if train:
-                groups = [group for group in self._plan.groups_with(chosen) if group.index in self._own_groups]
+                groups = [group for group in self._plan.groups_with(taking_part) if group.index in self._own_indices]
                 self._own_means |= combine_blocks(self._plan, blocks.values(), groups)
         if self._device.type == "cuda":
             torch.cuda.synchronize()  # so that a round ends, or fails, with its work on the GPU
@@ -131,11 +131,11 @@ class ClientHost:
         }
         return HostRound(measured, sent if train else {})
 
-    def _play(self, round_index: int, shared: GroupState | None, train: bool, chosen: Set[int]) -> Iterator[Play]:
+    def _play(self, round_index: int, shared: GroupState | None, train: bool, taking_part: Set[int]) -> Iterator[Play]:
         """Let the clients play, as many at a time as there are streams."""
         for clients in blocks_of(self._clients, len(self._streams)):
             rounds = [
-                client.play_round(round_index, shared, train=train, is_chosen=client.index in chosen)
+                client.play_round(round_index, shared, train=train, participates=client.index in taking_part)
                 for client in clients
             ]
             for client, (client_round, contribution) in zip(clients, overlap(rounds, self._streams), strict=True):
@@ -180,7 +180,7 @@ class ClientHost:
                     kept[int(index)][name] = tensor
         for client in self._clients:
             client.restore(kept[client.index])
-        aggregated = self._own_groups & aggregated_groups(self._config, self._plan, checkpoint.next_round)
+        aggregated = self._own_indices & averaged_groups(self._config, self._plan, checkpoint.next_round)
         own_groups = [self._plan.groups[index] for index in sorted(aggregated)]
         self._own_means = self._on_device(read_groups(checkpoint, own_groups))
 

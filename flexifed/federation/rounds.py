@@ -3,9 +3,9 @@
 Round r scores each client's model as it is at the start of the round, then trains it. After the last round of training,
 one more round scores the result of the last aggregation. A run of R rounds therefore has R + 1 scores.
 
-With `clients_per_round`, only the clients that are drawn for a round train in it, and only they send and receive. All
-are scored in every round, with what they would receive. A group is averaged over those of its clients that trained; if
-none of them did, it keeps its values.
+With `clients_per_round`, only the participants that are drawn for a round train in it, and only they send and receive.
+All clients are scored in every round, with what they would receive. A group is averaged over those of its clients that
+take part; if none of them does, it keeps its values.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flexifed.core.aggregate import GroupState, combine_blocks
 from flexifed.data import DatasetInfo
 from flexifed.errors import ConfigError
 from flexifed.federation.assignment import assign_clients
-from flexifed.federation.cell import ClientShards, aggregated_groups, cell_plan, participants
+from flexifed.federation.cell import ClientShards, averaged_groups, cell_plan, participants
 from flexifed.federation.checkpoint import SHARED, Checkpoint, read_groups, write_groups
 from flexifed.federation.client import ClientRound
 from flexifed.federation.host import ClientHost, HostRound
@@ -147,7 +147,7 @@ class Federation:
     def __init__(self, config: CellConfig, info: DatasetInfo, hosts: Hosts) -> None:
         self._config = config
         self.plan = cell_plan(config, info)
-        self._across = {group.index for group in self.plan.groups_across(hosts.clients)}
+        self._indices_across = {group.index for group in self.plan.groups_across(hosts.clients)}
         self.shared: GroupState | None = None
         self.next_round = 0
         self._hosts = hosts
@@ -160,7 +160,7 @@ class Federation:
         if train:
             blocks = {index: block for host in played for index, block in host.blocks.items()}
             trained = self.plan.groups_with(participants(self._config, self.next_round))
-            groups = [group for group in trained if group.index in self._across]
+            groups = [group for group in trained if group.index in self._indices_across]
             with numeric_settings(self._config.numerics):
                 means = combine_blocks(self.plan, (blocks[index] for index in sorted(blocks)), groups)
             self.shared = {**(self.shared or {}), **means}
@@ -192,7 +192,7 @@ class Federation:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Resume from a checkpoint of this cell."""
-        aggregated = self._across & aggregated_groups(self._config, self.plan, checkpoint.next_round)
+        aggregated = self._indices_across & averaged_groups(self._config, self.plan, checkpoint.next_round)
         self.shared = read_groups(checkpoint, [self.plan.groups[index] for index in sorted(aggregated)])
         self.next_round = checkpoint.next_round
         self._hosts.restore(checkpoint)

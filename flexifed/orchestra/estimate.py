@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 
 from flexifed.cells.run import CellRun
-from flexifed.config import CellConfig
+from flexifed.config import CellConfig, ModelConfig
 from flexifed.data import DatasetInfo, make_pipeline, open_dataset
-from flexifed.federation.cell import make_shards, make_workspace
+from flexifed.federation.cell import make_workspace, participants, shard_sizes
 from flexifed.orchestra.cluster import usable_cpus, usable_gpus
 from flexifed.orchestra.placement import CellPlacement, Resources, how_many_fit
 from flexifed.seeding import torch_generator
@@ -53,34 +54,70 @@ def grid_seconds(runs: Sequence[CellRun], placement: CellPlacement, nodes: Seque
     if not runs:
         return 0.0
     config = runs[0].config
-    if config.device == "cuda":
-        workers = _total(nodes, "GPU")
-    else:
-        workers = min(_total(nodes, "CPU") / config.numerics.threads, len(placement.clients) * at_once)
-    return sum(map(cell_work_s, runs)) / max(1.0, workers)
+    workers = _total(nodes, "GPU") if config.device == "cuda" else _total(nodes, "CPU") / config.numerics.threads
+    times = [cell_times(run, placement.clients) for run in runs]
+    # Neither bound can be beaten: a round lasts as long as its busiest process, and devices do one thing at a time.
+    return max(sum(cell.busiest_s for cell in times) / at_once, sum(cell.work_s for cell in times) / max(1.0, workers))
 
 
-def cell_work_s(run: CellRun) -> float:
-    """Estimate how long the remaining rounds of a cell take in one process that has the device to itself."""
-    config = run.config
-    shards = make_shards(config, run.info)[0]
-    num_train, num_test = len(shards.train) // config.partition.windows_per_shard, len(shards.test)
-    share = (config.sharing.clients_per_round or config.partition.num_clients) / config.partition.num_clients
-    round_s = 0.0
-    timed = replace(  # the settings that a step's time depends on, so that cells equal in them are timed once
-        config,
-        scheme="standalone",
-        seed=0,
-        training=replace(config.training, local_epochs=1, batch_size=min(config.training.batch_size, num_train)),
-    )
-    for client in range(config.partition.num_clients):
-        train_s, eval_s = _seconds_per_sample(config.model_name(client), timed, run.info)
-        round_s += share * num_train * config.training.local_epochs * train_s + num_test * eval_s
-    return (run.rounds - run.checkpoints().newest_round()) * round_s
+@dataclass(frozen=True)
+class CellTimes:
+    """How long the remaining rounds of a cell take.
+
+    Attributes:
+        busiest_s: seconds if each process has a device to itself; in each round, those of the busiest.
+        work_s: seconds if all processes take turns on one device.
+    """
+
+    busiest_s: float
+    work_s: float
+
+
+def cell_times(run: CellRun, hosts: Sequence[Sequence[int]]) -> CellTimes:
+    """Estimate how long the remaining rounds of a cell take.
+
+    Args:
+        run: the cell.
+        hosts: the clients of each process; those of one process take turns.
+    """
+    num_clients = run.config.partition.num_clients
+    seconds = {name: _client_seconds(run, name) for name in run.config.model_names}
+    train_s, eval_s = np.array([seconds[run.config.model_name(client)] for client in range(num_clients)]).T
+    host_of = np.empty(num_clients, dtype=np.int64)
+    for host, clients in enumerate(hosts):
+        host_of[list(clients)] = host
+    rounds = range(run.checkpoints().newest_round(), run.rounds)
+    counts = Counter(participants(run.config, round_index) for round_index in rounds)
+    counts[frozenset()] += 1  # the last round is only scored
+    busiest_s = work_s = 0.0
+    for taking_part, count in counts.items():
+        trains = np.isin(np.arange(num_clients), list(taking_part))
+        host_s = np.bincount(host_of, weights=eval_s + trains * train_s)
+        busiest_s += count * host_s.max()
+        work_s += count * host_s.sum()
+    return CellTimes(busiest_s, work_s)
 
 
 def _total(nodes: Sequence[Resources], kind: str) -> float:
     return sum(node.get(kind, 0) for node in nodes)
+
+
+def _client_seconds(run: CellRun, model: str) -> tuple[float, float]:
+    """Seconds in which a client with this model trains for a round, and in which it is scored."""
+    config, training = run.config, run.config.training
+    num_train, num_test = shard_sizes(config, run.info)
+    num_train //= config.partition.windows_per_shard
+    timed = CellConfig(  # only what a step's time depends on, so that cells equal in it are timed once
+        dataset=config.dataset,
+        family=config.family,
+        scheme="standalone",
+        device=config.device,
+        model=ModelConfig(width=config.model.width),
+        training=replace(training, local_epochs=1, batch_size=min(training.batch_size, num_train)),
+        numerics=config.numerics,
+    )
+    train_s, eval_s = _seconds_per_sample(model, timed, run.info)
+    return num_train * training.local_epochs * train_s, num_test * eval_s
 
 
 @lru_cache(maxsize=64)

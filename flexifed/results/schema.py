@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
 
 The row of round r has the score of the client's model at the start of the round, and the training that follows. The
 last round of a run is only scored, so its `train_loss`, `train_s` and `train_started` are null; so are those of clients
-that are not drawn for a round (`clients_per_round`). `accuracy` is from 0 to 1; `loss` and `train_loss` are mean
+that do not take part in a round (`clients_per_round`). `accuracy` is from 0 to 1; `loss` and `train_loss` are mean
 cross-entropies in nats; `num_train` and `num_test` are the sizes of the client's shards; `bytes_up` and `bytes_down`
 are the bytes that the scheme makes the client send and receive in this round, wherever it runs. Columns that end in
 `_s` are wall time in seconds, which clients that overlap on a GPU share; `train_started` is a Unix time; `actor` is the

@@ -22,6 +22,7 @@ from flexifed.config import (
     PartitionConfig,
     PlacementOptions,
     SchemeName,
+    SharingConfig,
     TrainingConfig,
 )
 from flexifed.data import find_dataset
@@ -29,7 +30,7 @@ from flexifed.federation.cell import make_shards, state_bytes
 from flexifed.federation.checkpoint import MANIFEST, SHARED, Checkpoints, read_tensors
 from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.orchestra import estimate
-from flexifed.orchestra.placement import place_cell
+from flexifed.orchestra.placement import CellPlacement, place_cell
 from flexifed.report.study import load_results
 from flexifed.results.store import ResultsFolder, read_metadata, write_table
 
@@ -37,7 +38,14 @@ ROUNDS = 5
 TIMINGS = ["train_s", "train_started", "eval_s", "round_s"]
 
 
-def cell(results: Path, scheme: SchemeName = "max_common", *, rounds: int = ROUNDS, keep_final: bool = True) -> CellRun:
+def cell(
+    results: Path,
+    scheme: SchemeName = "max_common",
+    *,
+    rounds: int = ROUNDS,
+    keep_final: bool = True,
+    clients_per_round: int | None = None,
+) -> CellRun:
     config = CellConfig(
         dataset="cifar10",
         family="vgg",
@@ -45,6 +53,7 @@ def cell(results: Path, scheme: SchemeName = "max_common", *, rounds: int = ROUN
         model=ModelConfig(width=0.02),
         partition=PartitionConfig(num_clients=4, num_shards=2000, windows_per_shard=1),
         training=TrainingConfig(local_epochs=1),
+        sharing=SharingConfig(clients_per_round=clients_per_round),
     )
     info = find_dataset("cifar10", data="synthetic", data_dir=Path("nowhere"))
     ResultsFolder(results).prepare()
@@ -157,14 +166,19 @@ def test_without_a_final_state_more_rounds_begin_anew_and_say_so(tmp_path: Path)
     assert sorted(rows(raised)["round"].unique()) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("clients_per_round", [None, 1])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_size_of_a_state_is_known_beforehand(tmp_path: Path, scheme: SchemeName) -> None:
-    run = cell(tmp_path, scheme, rounds=1)
-    play(run)
-    size = 0
-    for path in checkpoints(run).rglob("*.safetensors"):
-        size += sum(tensor.nbytes for tensor in read_tensors(path).values())
-    assert state_bytes(run.config, run.info) == size
+def test_the_size_of_a_state_is_known_beforehand(
+    tmp_path: Path, scheme: SchemeName, clients_per_round: int | None
+) -> None:
+    run = replace(cell(tmp_path, scheme, clients_per_round=clients_per_round), checkpoint_every=1)
+    stored = []
+    for _ in range(ROUNDS):
+        play(run, 1)
+        newest = max(checkpoints(run).iterdir())
+        stored.append(sum(tensor.nbytes for path in newest.glob("*.s*") for tensor in read_tensors(path).values()))
+    assert stored == [state_bytes(run.config, run.info, next_round) for next_round in range(1, ROUNDS + 1)]
+    assert stored == sorted(stored, reverse=True), "the first state is the largest"
 
 
 class Clock:
@@ -310,6 +324,26 @@ def test_an_estimate_is_of_the_rounds_that_are_left(tmp_path: Path, monkeypatch:
     assert estimate.grid_seconds([run], placement, nodes, at_once=1) == all_rounds_s * 3 / 5, (
         "from the checkpoint before round 2"
     )
+
+
+@pytest.mark.parametrize(
+    ("hosts", "cpus", "expected"),
+    [
+        # In each of four rounds one client trains and four are scored; in the fifth, they are only scored.
+        ([(0, 1, 2, 3)], 4, 4 * 14 + 4),
+        ([(0, 1), (2, 3)], 4, 4 * 12 + 2),
+        ([(0,), (1,), (2,), (3,)], 4, 4 * 11 + 1),
+        ([(0,), (1,), (2,), (3,)], 1, 4 * 14 + 4),
+    ],
+)
+def test_a_round_lasts_as_long_as_its_busiest_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hosts: list[tuple[int, ...]], cpus: float, expected: float
+) -> None:
+    monkeypatch.setattr(estimate, "_client_seconds", lambda *_: (10.0, 1.0))
+    run = cell(tmp_path, rounds=4, clients_per_round=1)
+    placement = CellPlacement(clients=tuple(hosts), cpus_per_actor=1, gpus_per_actor=0)
+    assert estimate.grid_seconds([run], placement, [{"CPU": cpus}], at_once=1) == expected
+    assert estimate.grid_seconds([run, run], placement, [{"CPU": 2 * cpus}], at_once=2) == expected
 
 
 def test_a_run_that_is_trained_on_stays_in_the_tables_as_it_was(tmp_path: Path) -> None:
