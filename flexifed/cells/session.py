@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from flexifed.federation.cell import ClientShards
 from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.rounds import Federation, Hosts, RoundResult
 from flexifed.results.runlog import RunLog
-from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, write_table
+from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, read_table, write_table
 
 CHECKPOINT_EVERY_S = 60.0
 CHECKPOINT_SHARE = 0.03  # the largest part of the time that checkpoints may take
@@ -65,10 +64,11 @@ class CellSession:
         self._checkpoints = run.checkpoints()
         self._checkpoint_due = time.monotonic() + CHECKPOINT_EVERY_S
         self._committed_round = 0
-        _write_shards(self._folder.run_folder(run.name) / "shards.parquet", shards)
+        self._shards_file = self._folder.run_folder(run.name) / "shards.parquet"
         log.write(hosts.exchange)
         self._federation = Federation(run.config, run.info, hosts)
         before = self._restore()
+        write_table(self._shards_file, _shards_table(shards))
         self._writer = self._open_writer(provenance(run, placement, hosts.exchange, hosts.device_names()), before)
 
     def play_round(self) -> RoundResult:
@@ -130,9 +130,28 @@ class CellSession:
             if self._folder.last_round(self.run.name) is not None:
                 self._log.write("there are rows but no checkpoint: starting with round 0")
             return None
+        self._check_shards()
         self._federation.restore(checkpoint)
         self._log.write(f"resuming with round {checkpoint.next_round}, from {checkpoint.folder.name}")
         return rows_before(checkpoint)
+
+    def _check_shards(self) -> None:
+        """Check that the clients still have the samples that they had in the rounds before the checkpoint.
+
+        Raises:
+            ResultsError: they do not, since another NumPy may draw other numbers from the same seed.
+        """
+        try:
+            stored = read_table(self._shards_file)
+        except ResultsError as error:  # it is not needed to resume
+            self._log.write(f"{error}; it is written again")
+            return
+        if not stored.equals(_shards_table(self._shards)):
+            raise ResultsError(
+                f"by {self._shards_file}, the clients of this run had other samples than they would have under numpy "
+                f"{np.__version__}; resume with the version that the metadata of "
+                f"{self._folder.rounds_file(self.run.name)} name, or start over with --fresh"
+            )
 
     def _is_checkpoint_due(self, next_round: int) -> bool:
         if next_round == self.run.rounds and self.run.keep_final:
@@ -201,8 +220,8 @@ def _rows(run: CellRun, shards: Sequence[ClientShards], result: RoundResult) -> 
     ]
 
 
-def _write_shards(path: Path, shards: Sequence[ClientShards]) -> None:
-    """Write the samples of each client, as columns client, split and index."""
+def _shards_table(shards: Sequence[ClientShards]) -> pa.Table:
+    """The samples of each client, as columns client, split and index."""
     parts = [
         pa.table(
             {
@@ -214,4 +233,4 @@ def _write_shards(path: Path, shards: Sequence[ClientShards]) -> None:
         for client, client_shards in enumerate(shards)
         for split, indices in (("train", client_shards.train), ("test", client_shards.test))
     ]
-    write_table(path, pa.concat_tables(parts, promote_options="default").unify_dictionaries())
+    return pa.concat_tables(parts, promote_options="default").unify_dictionaries().combine_chunks()

@@ -134,7 +134,7 @@ def versions_over_rounds(study: Study, scheme: str = "max_common") -> Drawing:
 
 
 def accuracy_over_bytes(study: Study) -> Drawing:
-    """Draw mean accuracy of all versions against the bytes that a client has sent.
+    """Draw mean accuracy of all versions against the bytes that a client has sent in the mean.
 
     A scheme that sends nothing is a horizontal line at its last score.
     """
@@ -165,7 +165,7 @@ def accuracy_over_bytes(study: Study) -> Drawing:
         curves,
         draw,
         _curve_captions(
-            study, curves, "Accuracy against bytes sent", "sent by one client so far", _MEAN_OF_VERSIONS, *dashed
+            study, curves, "Accuracy against bytes sent", "sent per client so far", _MEAN_OF_VERSIONS, *dashed
         ),
     )
     return Drawing("accuracy-over-bytes", figure)

@@ -205,6 +205,18 @@ def write_table(path: Path, table: pa.Table) -> None:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
+def read_table(path: Path) -> pa.Table:
+    """Read a table that `write_table` wrote, and verify the checksum of each page.
+
+    Raises:
+        ResultsError: the file can't be read.
+    """
+    try:
+        return _read_at_once(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ResultsError(f"can't read {path}: {error}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileSummary:
     """A summary of a rounds file: the values that all its rows share, its last round, and its metadata.
@@ -256,21 +268,25 @@ def _metadata(table: pa.Table, path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read columns of a rounds file, and verify the checksum of each page. Column names lie outside of the pages.
-
-    The file is opened once. Given a path, pyarrow opens it once for the footer and again for the pages, and a run may
-    replace the file in between.
-    """
+    """Read columns of a rounds file, and verify the checksum of each page. Column names lie outside of the pages."""
     wanted = SCHEMA.names if columns is None else list(columns)
     schema = pa.schema([SCHEMA.field(name) for name in wanted])
     try:
-        with pa.OSFile(os.fspath(path)) as file:
-            table = pq.read_table(file, columns=wanted, page_checksum_verification=True)
+        table = _read_at_once(path, wanted)
         if missing := [name for name in wanted if name not in table.column_names]:
             raise pa.ArrowInvalid(f"it has no column {', '.join(missing)}")
         return table.select(wanted).cast(schema).replace_schema_metadata(table.schema.metadata)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _unreadable(path, str(error)) from error
+
+
+def _read_at_once(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a file that is opened only once.
+
+    Given a path, pyarrow opens it once for the footer and again for the pages, and a run may replace it in between.
+    """
+    with pa.OSFile(os.fspath(path)) as file:
+        return pq.read_table(file, columns=columns, page_checksum_verification=True)
 
 
 def _unreadable(path: Path, reason: str) -> ResultsError:

@@ -15,7 +15,14 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from flexifed.cells.run import CellRun
-from flexifed.config import CellConfig, ModelConfig, PartitionConfig, PlacementOptions, TrainingConfig
+from flexifed.config import (
+    CellConfig,
+    ModelConfig,
+    PartitionConfig,
+    PlacementOptions,
+    SharingConfig,
+    TrainingConfig,
+)
 from flexifed.data import synthetic
 from flexifed.errors import ResourceError, ResultsError
 from flexifed.federation.cell import make_shards
@@ -82,10 +89,15 @@ def play(run: CellRun) -> list[RoundResult]:
     return results
 
 
-def test_rows_are_what_was_measured_of_whom_and_on_how_many_samples(run: CellRun) -> None:
+@pytest.mark.parametrize("clients_per_round", [None, 3])
+def test_rows_are_what_was_measured_of_whom_and_on_how_many_samples(
+    run: CellRun, clients_per_round: int | None
+) -> None:
+    run = replace(run, config=replace(run.config, sharing=SharingConfig(clients_per_round=clients_per_round)))
     results, shards = play(run), make_shards(run.config, run.info)
     rows = pd.read_parquet(ResultsFolder(run.results).rounds_file(run.name))
     assert len(rows) == len(results) * len(shards)
+    assert rows["train_s"].notna().sum() == (clients_per_round or 8)
     for row in rows.to_dict("records"):
         result = results[row["round"]]
         measured = result.clients[row["client"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from flexifed.config import (
     TrainingConfig,
 )
 from flexifed.data import find_dataset
+from flexifed.errors import ResultsError
 from flexifed.federation.cell import make_shards, state_bytes
 from flexifed.federation.checkpoint import MANIFEST, SHARED, Checkpoints, read_tensors
 from flexifed.federation.rounds import Federation, LocalHosts
@@ -100,22 +101,17 @@ def checkpoints(run: CellRun) -> Path:
     return ResultsFolder(run.results).run_folder(run.name) / "checkpoints"
 
 
-@pytest.fixture
-def undisturbed(tmp_path: Path) -> Iterator[Callable[[SchemeName], CellRun]]:
-    def make(scheme: SchemeName) -> CellRun:
-        run = cell(tmp_path / "undisturbed", scheme)
-        play(run)
-        return run
-
-    return make
-
-
-@pytest.mark.parametrize("scheme", ["standalone", "basic_common", "max_common"])
+@pytest.mark.parametrize(
+    ("scheme", "clients_per_round"),
+    [("standalone", None), ("basic_common", None), ("max_common", None), ("standalone", 2), ("max_common", 1)],
+)
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
 def test_a_stopped_cell_ends_with_the_same_numbers(
-    tmp_path: Path, undisturbed: Callable[[SchemeName], CellRun], scheme: SchemeName, stop_after: int
+    tmp_path: Path, scheme: SchemeName, clients_per_round: int | None, stop_after: int
 ) -> None:
-    reference, stopped = undisturbed(scheme), cell(tmp_path / "stopped", scheme)
+    reference = cell(tmp_path / "undisturbed", scheme, clients_per_round=clients_per_round)
+    stopped = cell(tmp_path / "stopped", scheme, clients_per_round=clients_per_round)
+    play(reference)
     play(stopped, stop_after)
     before = rows(stopped)
     play(stopped, clients_per_host=2)
@@ -130,16 +126,21 @@ def test_a_stopped_cell_ends_with_the_same_numbers(
     assert [folder.name for folder in checkpoints(stopped).iterdir()] == [f"round-{ROUNDS:06d}"]
 
 
-@pytest.mark.parametrize("scheme", ["standalone", "max_common"])
+@pytest.mark.parametrize(
+    ("scheme", "clients_per_round"), [("standalone", None), ("max_common", None), ("max_common", 1)]
+)
 @pytest.mark.parametrize("stop_after", [None, 1])
 def test_more_rounds_go_on_from_where_a_finished_cell_ended(
-    tmp_path: Path, undisturbed: Callable[[SchemeName], CellRun], scheme: SchemeName, stop_after: int | None
+    tmp_path: Path, scheme: SchemeName, clients_per_round: int | None, stop_after: int | None
 ) -> None:
-    reference, short = undisturbed(scheme), cell(tmp_path / "raised", scheme, rounds=3)
+    reference = cell(tmp_path / "undisturbed", scheme, clients_per_round=clients_per_round)
+    short = cell(tmp_path / "raised", scheme, rounds=3, clients_per_round=clients_per_round)
+    raised = cell(tmp_path / "raised", scheme, clients_per_round=clients_per_round)
+    play(reference)
     play(short)
     before = rows(short)
-    assert list(before["train_s"].isna()) == [False] * 12 + [True] * 4
-    raised = cell(tmp_path / "raised", scheme)
+    trained = before["train_s"].notna().groupby(before["round"]).sum()
+    assert trained.tolist() == [clients_per_round or 4] * 3 + [0]
     if stop_after is not None:
         play(raised, stop_after)
     play(raised, clients_per_host=2)
@@ -149,7 +150,8 @@ def test_more_rounds_go_on_from_where_a_finished_cell_ended(
     )
     assert digests(raised) == digests(reference)
     pd.testing.assert_frame_equal(after[after["round"] < 3], before[before["round"] < 3])
-    assert list(after["train_s"].isna()) == [False] * 20 + [True] * 4
+    trained = after["train_s"].notna().groupby(after["round"]).sum()
+    assert trained.tolist() == [clients_per_round or 4] * ROUNDS + [0]
     scores = ["client", "accuracy", "loss"]
     assert after[after["round"] == 3][scores].equals(before[before["round"] == 3][scores])
     assert f"resuming with round {3 if stop_after is None else 4}, " in log(raised)
@@ -271,6 +273,27 @@ def test_a_checkpoint_whose_rows_are_lost_is_not_used(tmp_path: Path) -> None:
     play(run)
     assert "rows of the rounds before it are missing" in log(run)
     assert sorted(rows(run)["round"].unique()) == list(range(ROUNDS + 1))
+
+
+def test_a_run_whose_clients_would_get_other_samples_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = cell(tmp_path)
+    path = ResultsFolder(run.results).run_folder(run.name) / "shards.parquet"
+    play(run, 3)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        shards = make_shards(run.config, run.info)
+        others = [shards[1], shards[0], *shards[2:]]
+        patch.setattr(f"{__name__}.make_shards", lambda *_: others)
+        with pytest.raises(ResultsError, match=r"had other samples .* resume with the version .* --fresh"):
+            play(run)
+    assert path.read_bytes() == before, "nothing is lost"
+    path.write_bytes(before[:-40])
+    play(run)
+    assert "shards.parquet: " in log(run)
+    assert "it is written again" in log(run)
+    assert path.read_bytes() == before
 
 
 def test_a_run_that_goes_on_elsewhere_says_what_computed_which_rounds(
