@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from flexifed.errors import ConfigError, invalid_choice
+from flexifed.checks import check_bool, check_integer, check_literal, check_number
+from flexifed.errors import ConfigError
 
 DatasetName = Literal["cifar10", "cinic10", "agnews", "speech_commands", "speech_commands_12"]
 FamilyName = Literal["vgg", "vgg_plain", "resnet", "charcnn", "vdcnn"]
@@ -29,8 +28,6 @@ BatchNormBuffers = Literal["average", "local"]
 ClassifierSharing = Literal["prefix", "never", "always"]
 Precision = Literal["tf32", "bf16"]
 
-_LARGEST_FLOAT = sys.float_info.max
-_LARGEST_INTEGER = 2**63 - 1  # the largest in a Parquet column
 WIDEST = 64.0
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-3, 1e6  # beyond them, shards of one class, and i.i.d. shards
 _MOST_THREADS = 1024
@@ -94,8 +91,8 @@ class ModelConfig:
     """Versions of the clients' models, such as `v1 v4`; clients have them in turn. Default: all four."""
 
     def __post_init__(self) -> None:
-        _check_number(self, "width", above=0, below=WIDEST)
-        _check_literal(self, "init", ("own", "shared"))
+        check_number(self, "width", above=0, below=WIDEST)
+        check_literal(self, "init", ("own", "shared"))
         if self.versions is not None:
             _check_versions(self)
 
@@ -126,12 +123,12 @@ class PartitionConfig:
     def __post_init__(self) -> None:
         for name in ("max_train", "max_test"):
             if getattr(self, name) is not None:
-                _check_integer(self, name, 1)
-        _check_integer(self, "num_clients", 1)
-        _check_integer(self, "num_shards", 1)
-        _check_integer(self, "windows_per_shard", 1)
+                check_integer(self, name, 1)
+        check_integer(self, "num_clients", 1)
+        check_integer(self, "num_shards", 1)
+        check_integer(self, "windows_per_shard", 1)
         if self.dirichlet_alpha is not None:
-            _check_number(self, "dirichlet_alpha", minimum=SMALLEST_ALPHA, below=LARGEST_ALPHA)
+            check_number(self, "dirichlet_alpha", minimum=SMALLEST_ALPHA, below=LARGEST_ALPHA)
         if self.num_shards < self.num_clients:
             raise ConfigError(
                 f"num_shards is {self.num_shards}, fewer than the {self.num_clients} clients that need one each; "
@@ -161,14 +158,14 @@ class TrainingConfig:
     """Number of samples in a batch when scoring; with `scoring=train` it changes the scores."""
 
     def __post_init__(self) -> None:
-        _check_integer(self, "local_epochs", 1)
-        _check_integer(self, "batch_size", 1)
-        _check_integer(self, "eval_batch_size", 1)
-        _check_number(self, "learning_rate", above=0)
-        _check_number(self, "momentum", minimum=0, below=1)
-        _check_number(self, "weight_decay", minimum=0)
-        _check_bool(self, "augment")
-        _check_literal(self, "scoring", ("eval", "train"))
+        check_integer(self, "local_epochs", 1)
+        check_integer(self, "batch_size", 1)
+        check_integer(self, "eval_batch_size", 1)
+        check_number(self, "learning_rate", above=0)
+        check_number(self, "momentum", minimum=0, below=1)
+        check_number(self, "weight_decay", minimum=0)
+        check_bool(self, "augment")
+        check_literal(self, "scoring", ("eval", "train"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,12 +185,12 @@ class SharingConfig:
     """Number of consecutive clients that are summed in their own process before the driver adds up the blocks."""
 
     def __post_init__(self) -> None:
-        _check_literal(self, "weighting", get_args(Weighting))
-        _check_literal(self, "batch_norm_buffers", get_args(BatchNormBuffers))
-        _check_literal(self, "classifier", get_args(ClassifierSharing))
+        check_literal(self, "weighting", get_args(Weighting))
+        check_literal(self, "batch_norm_buffers", get_args(BatchNormBuffers))
+        check_literal(self, "classifier", get_args(ClassifierSharing))
         if self.clients_per_round is not None:
-            _check_integer(self, "clients_per_round", 1)
-        _check_integer(self, "reduce_block", 1)
+            check_integer(self, "clients_per_round", 1)
+        check_integer(self, "reduce_block", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,14 +211,14 @@ class NumericsConfig:
     """On CPUs in float32, use Winograd's algorithm for 3x3 convolutions of 128 channels or more, not PyTorch's own."""
 
     def __post_init__(self) -> None:
-        _check_integer(self, "threads", 1, _MOST_THREADS)
-        _check_bool(self, "channels_last")
-        _check_bool(self, "winograd")
-        _check_bool(self, "cuda_graph")
+        check_integer(self, "threads", 1, _MOST_THREADS)
+        check_bool(self, "channels_last")
+        check_bool(self, "winograd")
+        check_bool(self, "cuda_graph")
         if self.fused is not None:
-            _check_bool(self, "fused")
+            check_bool(self, "fused")
         if self.precision is not None:
-            _check_literal(self, "precision", get_args(Precision))
+            check_literal(self, "precision", get_args(Precision))
 
     def uses_winograd(self, device: str) -> bool:
         """Whether wide convolutions on this type of device use Winograd's algorithm."""
@@ -244,11 +241,11 @@ class PlacementOptions:
 
     def __post_init__(self) -> None:
         if self.gpus_per_client is not None:
-            _check_number(self, "gpus_per_client", minimum=0)
+            check_number(self, "gpus_per_client", minimum=0)
         if self.clients_per_actor is not None:
-            _check_integer(self, "clients_per_actor", 1, _LARGEST_INT32)
-        _check_integer(self, "streams", 1, _LARGEST_INT32)
-        _check_bool(self, "cuda_ipc")
+            check_integer(self, "clients_per_actor", 1, _LARGEST_INT32)
+        check_integer(self, "streams", 1, _LARGEST_INT32)
+        check_bool(self, "cuda_ipc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,17 +264,17 @@ class CellConfig:
     numerics: NumericsConfig = field(default_factory=NumericsConfig)
 
     def __post_init__(self) -> None:
-        _check_literal(self, "dataset", DATASETS)
-        _check_literal(self, "family", FAMILIES)
-        _check_literal(self, "scheme", SCHEMES)
+        check_literal(self, "dataset", DATASETS)
+        check_literal(self, "family", FAMILIES)
+        check_literal(self, "scheme", SCHEMES)
         if (samples := DATASET_INPUTS[self.dataset]) != FAMILY_INPUTS[self.family]:
             fitting = (family for family, kind in FAMILY_INPUTS.items() if kind == samples)
             raise ConfigError(
                 f"family {self.family} takes {FAMILY_INPUTS[self.family]}s, but {self.dataset} holds {samples}s; "
                 f"choose one of: {', '.join(fitting)}"
             )
-        _check_literal(self, "device", get_args(Device))
-        _check_integer(self, "seed", 0)
+        check_literal(self, "device", get_args(Device))
+        check_integer(self, "seed", 0)
         num_clients, participants = self.partition.num_clients, self.sharing.clients_per_round
         if participants is not None and participants > num_clients:
             raise ConfigError(
@@ -354,34 +351,3 @@ def _check_versions(config: ModelConfig) -> None:
             f"versions is {chosen!r}; give at least one of {', '.join(VERSIONS)}, each once and in this order"
         )
     object.__setattr__(config, "versions", None if len(chosen) == len(VERSIONS) else tuple(chosen))
-
-
-def _check_integer(config: object, name: str, minimum: int, maximum: int = _LARGEST_INTEGER) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-        upper_bound = "below 2**63" if maximum == _LARGEST_INTEGER else f"at most {maximum}"
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {minimum} and {upper_bound}")
-
-
-def _check_number(
-    config: object, name: str, *, minimum: float = -math.inf, above: float = -math.inf, below: float = _LARGEST_FLOAT
-) -> None:
-    """Check a real number and store it as a float, so that 1 and 1.0 give the same config."""
-    value = getattr(config, name)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and minimum <= value and above < value < below):
-        limits = {"at least": minimum, "above": above, "below": below}
-        bounds = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if abs(limit) < _LARGEST_FLOAT)
-        raise ConfigError(f"{name} is {value!r}; it must be a finite number {bounds}")
-    object.__setattr__(config, name, float(value))
-
-
-def _check_bool(config: object, name: str) -> None:
-    if not isinstance(value := getattr(config, name), bool):
-        raise ConfigError(invalid_choice(name, value, (True, False)))
-
-
-def _check_literal(config: object, name: str, choices: Iterable[str]) -> None:
-    valid = tuple(choices)
-    if (value := getattr(config, name)) not in valid:
-        raise ConfigError(invalid_choice(name, value, valid))
