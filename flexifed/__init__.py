@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flexifed.cells.trained import TrainedClients, load_clients
     from flexifed.core.aggregate import aggregate
     from flexifed.core.schemes import SharingPlan, sharing_plan
     from flexifed.core.signature import DeclaredLayer, signature
@@ -19,14 +20,26 @@ if TYPE_CHECKING:
     from flexifed.models import build_model
 
 __version__ = "0.1.0"
-__all__ = ["DeclaredLayer", "FlexifedError", "SharingPlan", "aggregate", "build_model", "sharing_plan", "signature"]
+__all__ = [
+    "DeclaredLayer",
+    "FlexifedError",
+    "SharingPlan",
+    "TrainedClients",
+    "aggregate",
+    "build_model",
+    "load_clients",
+    "sharing_plan",
+    "signature",
+]
 
 _MODULE_OF = {
     "DeclaredLayer": "flexifed.core.signature",
     "FlexifedError": "flexifed.errors",
     "SharingPlan": "flexifed.core.schemes",
+    "TrainedClients": "flexifed.cells.trained",
     "aggregate": "flexifed.core.aggregate",
     "build_model": "flexifed.models",
+    "load_clients": "flexifed.cells.trained",
     "sharing_plan": "flexifed.core.schemes",
     "signature": "flexifed.core.signature",
 }

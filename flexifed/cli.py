@@ -38,6 +38,7 @@ from flexifed.config import (
 )
 from flexifed.errors import ConfigError, DataError, FlexifedWarning
 from flexifed.launch import guarded
+from flexifed.wording import counted
 
 if TYPE_CHECKING:
     from flexifed.report.plan import PlanSummary
@@ -301,6 +302,42 @@ class Report:
                         print(path, file=sys.stderr)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the trained models of runs: a safetensors file for each client, and a description."""
+
+    runs: Annotated[tuple[Path, ...], _POSITIONAL]
+    """Folders of runs, such as results/table1/runs/*max_common-seed0*."""
+    to: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("models")
+    """Folder in which each run gets a folder of its own."""
+
+    def run(self, console: Console) -> None:
+        """Write the files.
+
+        Raises:
+            ConfigError: a run has settings that this version does not know.
+            ResultsError: a folder is not a run's, or has no checkpoint; or the files can't be written.
+        """
+        if not self.runs:
+            raise ConfigError("no run is given; name folders of runs, such as results/table1/runs/*")
+        from flexifed.cells.trained import load_clients
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", FlexifedWarning)
+            found = [load_clients(folder) for folder in self.runs]
+        for warning in caught:
+            console.print(f"warning: {warning.message}", highlight=False, markup=False, soft_wrap=True)
+        for clients in found:
+            target = clients.export(self.to.expanduser())
+            state = "" if clients.is_final else ", which is not the run's last"
+            console.print(
+                f"{target}: {counted(len(clients), 'model')} after {counted(clients.rounds, 'round')}{state}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -313,8 +350,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: the line can't be parsed (status 2), or asks for `--help` (status 0).
     """
-    command: Plan | Shares | Models | Data | Report = tyro.cli(
-        Plan | Shares | Models | Data | Report,
+    command: Plan | Shares | Models | Data | Report | Export = tyro.cli(
+        Plan | Shares | Models | Data | Report | Export,
         prog="flexifed",
         description="Inspect FlexiFed's sharing plans, models, data and results. Scripts in experiments/ run them.",
         args=argv,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -294,6 +294,19 @@ class CellConfig:
             )
         if self.numerics.cuda_graph and self.device == "cpu":
             raise ConfigError("cuda_graph is True, which CPUs do not have; leave it out, or choose --device cuda")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> CellConfig:
+        """The config that `dataclasses.asdict` turned into `settings`; settings that are missing have their defaults.
+
+        Raises:
+            ConfigError: a setting that does not exist here, or an invalid value.
+        """
+        groups = {part.name: part.default_factory for part in fields(cls) if part.default_factory is not MISSING}
+        try:
+            return cls(**{name: groups[name](**value) if name in groups else value for name, value in settings.items()})
+        except TypeError as error:
+            raise ConfigError(f"not the settings of a cell: {error}; use the version that wrote them") from error
 
     @property
     def client_versions(self) -> tuple[int, ...]:

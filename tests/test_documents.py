@@ -7,7 +7,7 @@ import runpy
 import shlex
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,22 @@ import yaml
 
 import flexifed
 from flexifed import cli
+from flexifed.cells.run import CellRun
+from flexifed.cells.session import CellSession, open_log
+from flexifed.config import CellConfig
+from flexifed.data import find_dataset
+from flexifed.federation.cell import make_shards
+from flexifed.federation.rounds import LocalHosts
 from flexifed.grid import make_cells, parse_options, select_cells
+from flexifed.profiles import PROFILES
 from flexifed.results.schema import SCHEMA
+from flexifed.results.store import ResultsFolder
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, *DOCS]
+MODELS = ROOT / "docs" / "models.md"
 RECORDS = ROOT / "records" / "README.md"
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
@@ -77,6 +86,30 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the `results/` of a smoke run, played in this process, and its `models/`."""
+    folder = tmp_path_factory.mktemp("models")
+    root = folder / "results" / "table1"
+    profile = PROFILES["smoke"]
+    config = CellConfig(
+        dataset="cifar10",
+        family="vgg",
+        scheme="max_common",
+        model=profile.model,
+        partition=profile.partition,
+        training=profile.training,
+    )
+    info = find_dataset("cifar10", data="synthetic", data_dir=Path("nowhere"))
+    run, shards = CellRun(config=config, info=info, profile="smoke", rounds=1, results=root), make_shards(config, info)
+    with closing(open_log(run, "in process")) as log:
+        session = CellSession(run, "in process", LocalHosts(config, info, shards), shards, log)
+        while session.play_round().round_index < run.rounds:
+            pass
+    flexifed.load_clients(ResultsFolder(root).run_folder(run.name)).export(folder / "models")
+    return folder
+
+
 def run(code: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -86,10 +119,21 @@ def run(code: str) -> dict[str, Any]:
 # Python
 
 
-@pytest.mark.parametrize("code", [block for page in PAGES for block in python_blocks(page)])
+@pytest.mark.parametrize("code", [block for page in PAGES if page != MODELS for block in python_blocks(page)])
 def test_python_of_the_pages_runs(code: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(results)
     run(code)
+
+
+@pytest.mark.parametrize("code", python_blocks(MODELS))
+def test_python_of_the_page_on_trained_models_runs(
+    code: str, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    run(code)
+    if "accuracies" in code:
+        _, measured, written = capsys.readouterr().out.splitlines()[-1].split()
+        assert float(measured) == pytest.approx(float(written)), "as the page says"
 
 
 def test_the_readmes_means_are_of_one_cell_and_version_each(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

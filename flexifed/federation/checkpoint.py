@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from flexifed.core.aggregate import GroupState
+from flexifed.core.aggregate import GroupState, State
 from flexifed.core.schemes import Group
 from flexifed.errors import ResultsError
 from flexifed.files import atomic_write, writing
@@ -33,6 +33,7 @@ from flexifed.files import atomic_write, writing
 KEPT = 2  # valid checkpoints of a cell that is running
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
+CLIENTS = "clients-"  # prefix of the names of all files with tensors that clients keep
 _GROUPS = "shared"  # prefix of the names of all files with groups
 _DIGITS = re.compile("[0-9]+")
 
@@ -212,6 +213,29 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
         raise ResultsError(
             f"can't read {path}: {error}; remove its folder to resume from an earlier checkpoint"
         ) from error
+
+
+def write_clients(path: Path, kept: Mapping[int, State]) -> str:
+    """Write the tensors that clients keep; see `write_tensors`."""
+    return write_tensors(
+        path, {f"{client}/{name}": tensor for client, state in kept.items() for name, tensor in state.items()}
+    )
+
+
+def read_clients(checkpoint: Checkpoint, clients: Iterable[int]) -> dict[int, dict[str, torch.Tensor]]:
+    """Read the tensors that clients keep, from the files of all processes, onto the CPU.
+
+    Raises:
+        ResultsError: a file can't be read.
+    """
+    kept: dict[int, dict[str, torch.Tensor]] = {client: {} for client in clients}
+    for file in checkpoint.files:
+        if file.startswith(CLIENTS):
+            tensors = read_tensors(checkpoint.folder / file, lambda key: int(key.split("/")[0]) in kept)
+            for key, tensor in tensors.items():
+                client, name = key.split("/", 1)
+                kept[int(client)][name] = tensor
+    return kept
 
 
 def write_groups(path: Path, state: GroupState) -> str:

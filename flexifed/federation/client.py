@@ -55,6 +55,16 @@ class ClientRound:
     train_started: float | None = None
 
 
+def state_sha256(state: State) -> str:
+    """SHA-256 over names, types, shapes and bytes of a state, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Client:
     """A client of a federation.
 
@@ -172,13 +182,8 @@ class Client:
         self._kept = {name: tensor.to(self._device) for name, tensor in kept.items()}
 
     def state_sha256(self, shared: GroupState | None) -> str:
-        """SHA-256 over names, types, shapes and bytes of the client's whole state, in the order of names."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state(shared).items()):
-            values = tensor.detach().cpu().contiguous()
-            digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-            digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """The digest of the client's whole state; see `state_sha256`."""
+        return state_sha256(self.state(shared))
 
     def _load(self, state: State) -> None:
         tensors = self._workspace.model.state_dict()

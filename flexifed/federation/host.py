@@ -22,13 +22,12 @@ from flexifed.federation.cell import (
     make_workspace,
     participants,
 )
-from flexifed.federation.checkpoint import Checkpoint, read_groups, read_tensors, write_groups, write_tensors
+from flexifed.federation.checkpoint import CLIENTS, Checkpoint, read_clients, read_groups, write_clients, write_groups
 from flexifed.federation.client import Client, ClientRound
 from flexifed.training.memory import device_shortages
 from flexifed.training.numerics import device_name, numeric_settings
 from flexifed.training.streams import Stream, overlap
 
-_CLIENTS = "clients-"  # prefix of the names of files with personal tensors
 Play = tuple[Client, ClientRound, GroupState | None]
 """A client, its measurements in a round, and the tensors that it shares (None if it did not train)."""
 
@@ -162,22 +161,15 @@ class ClientHost:
     def save(self, folder: Path) -> dict[str, str]:
         """Write the tensors that clients keep, and this host's own groups; returns the files' SHA-256 by name."""
         first = self._clients[0].index
-        clients, groups = f"{_CLIENTS}{first:06d}.safetensors", f"shared-{first:06d}.safetensors"
-        kept = {f"{client.index}/{name}": tensor for client in self._clients for name, tensor in client.kept.items()}
-        written = {clients: write_tensors(folder / clients, kept)}
+        clients, groups = f"{CLIENTS}{first:06d}.safetensors", f"shared-{first:06d}.safetensors"
+        written = {clients: write_clients(folder / clients, {client.index: client.kept for client in self._clients})}
         if self._own_means:
             written[groups] = write_groups(folder / groups, self._own_means)
         return written
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Let the clients resume from a checkpoint, whichever processes they lived in when it was written."""
-        kept: dict[int, dict[str, torch.Tensor]] = {client.index: {} for client in self._clients}
-        for file in checkpoint.files:
-            if file.startswith(_CLIENTS):
-                tensors = read_tensors(checkpoint.folder / file, lambda key: int(key.split("/")[0]) in kept)
-                for key, tensor in tensors.items():
-                    index, name = key.split("/", 1)
-                    kept[int(index)][name] = tensor
+        kept = read_clients(checkpoint, [client.index for client in self._clients])
         for client in self._clients:
             client.restore(kept[client.index])
         aggregated = self._own_indices & averaged_groups(self._config, self._plan, checkpoint.next_round)

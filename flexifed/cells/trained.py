@@ -1,0 +1,202 @@
+"""The models of a run's clients, as trained so far, from its last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from torch import nn
+
+from flexifed.config import CellConfig
+from flexifed.core.aggregate import apply_group_state
+from flexifed.core.schemes import SharingPlan
+from flexifed.data import DatasetInfo
+from flexifed.errors import ConfigError, FlexifedWarning, ResultsError
+from flexifed.federation.cell import ClientShards, averaged_groups, cell_model, cell_plan
+from flexifed.federation.checkpoint import Checkpoint, Checkpoints, read_clients, read_groups, write_tensors
+from flexifed.federation.client import state_sha256
+from flexifed.files import atomic_write, writing
+from flexifed.results.store import ResultsFolder, read_metadata, read_table
+
+INDEX = "clients.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedClients:
+    """The clients of a run, after as many rounds of training as its last checkpoint has.
+
+    Attributes:
+        folder: the run's folder, `<results_dir>/<experiment>/runs/<cell>`.
+        config: the run's settings.
+        info: its data set. The location is that on the machine of the run.
+        metadata: what its Parquet file says of it; see docs/report.md.
+        checkpoint: what the models are read from.
+    """
+
+    folder: Path
+    config: CellConfig
+    info: DatasetInfo
+    metadata: Mapping[str, Any]
+    checkpoint: Checkpoint
+
+    def __len__(self) -> int:
+        """The number of clients."""
+        return self.config.partition.num_clients
+
+    @property
+    def rounds(self) -> int:
+        """The number of rounds of training, of which clients have had all or, with `clients_per_round`, some."""
+        return self.checkpoint.next_round
+
+    @property
+    def is_final(self) -> bool:
+        """Whether these are the models after the run's last round."""
+        return "state_sha256" in self.metadata and self.rounds == self.metadata["rounds"]
+
+    def state(self, client: int) -> dict[str, torch.Tensor]:
+        """The state dict of a client's model, on the CPU: its personal tensors, and the means of its groups.
+
+        Raises:
+            ConfigError: there is no such client.
+            ResultsError: the checkpoint can't be read, or these are not the values with which the run ended.
+        """
+        if not 0 <= client < len(self):
+            raise ConfigError(f"client is {client}; this run has clients 0 to {len(self) - 1}")
+        groups = self._plan.groups_of(self._plan.architecture_of[client])
+        shared = read_groups(self.checkpoint, [group for group in groups if group.index in self._averaged])
+        state = apply_group_state(self._plan, client, read_clients(self.checkpoint, [client])[client], shared)
+        if self.is_final and state_sha256(state) != self.metadata["state_sha256"][client]:
+            raise ResultsError(
+                f"client {client} in {self.checkpoint.folder} does not have the values with which the run ended; run "
+                "the same command with --fresh to make them again"
+            )
+        return state
+
+    def model(self, client: int) -> nn.Module:
+        """A client's model in evaluation mode, on the CPU; its input is what the run's `Pipeline` makes of samples.
+
+        Raises:
+            ConfigError: there is no such client.
+            ResultsError: see `state`.
+        """
+        state = self.state(client)
+        model = cell_model(self.config, self.info, self.config.model_name(client))
+        model.load_state_dict(state)
+        return model.eval()
+
+    def shards(self, client: int) -> ClientShards:
+        """The samples of a client, as indices into the training set and the test set.
+
+        Raises:
+            ResultsError: the file of the samples can't be read.
+        """
+        rows = read_table(self.folder / "shards.parquet").filter(pc.field("client") == client)
+        train, test = (rows.filter(pc.field("split") == split)["index"].to_numpy() for split in ("train", "test"))
+        return ClientShards(train, test)
+
+    def export(self, folder: Path) -> Path:
+        """Write each client's state dict as a safetensors file, and `clients.json`, which says what each of them is.
+
+        Args:
+            folder: where a folder with the run's name is made.
+
+        Returns:
+            The folder with the files.
+
+        Raises:
+            ResultsError: they can't be written, or see `state`.
+        """
+        target = folder / self.folder.name
+        with writing(target):
+            target.mkdir(parents=True, exist_ok=True)
+        accuracies = self.accuracies()
+        clients = []
+        for client in range(len(self)):
+            file = f"client-{client:06d}.safetensors"
+            sha256 = write_tensors(target / file, self.state(client))
+            build = {"name": self.config.model_name(client), **self._build_options}
+            clients.append({"file": file, "sha256": sha256, "build_model": build, "accuracy": accuracies.get(client)})
+        description = {"run": self.folder.name, "rounds": self.rounds, "is_final": self.is_final, "clients": clients}
+        with atomic_write(target / INDEX) as stream:
+            stream.write(json.dumps(description | {"metadata": dict(self.metadata)}, indent=1).encode())
+        return target
+
+    def accuracies(self) -> dict[int, float]:
+        """The accuracy of each client's model on its own test shard, 0 to 1; empty if it has not been scored yet.
+
+        Raises:
+            ResultsError: the run's rows can't be read.
+        """
+        rows = _results(self.folder).read([self.folder.name], ["round", "client", "accuracy"])
+        scored = rows[rows["round"] == self.rounds]
+        return {int(client): float(score) for client, score in zip(scored["client"], scored["accuracy"], strict=True)}
+
+    @cached_property
+    def _plan(self) -> SharingPlan:
+        return cell_plan(self.config, self.info)
+
+    @cached_property
+    def _averaged(self) -> frozenset[int]:
+        return averaged_groups(self.config, self._plan, self.rounds)
+
+    @property
+    def _build_options(self) -> dict[str, object]:
+        """What `build_model` takes besides a model's name."""
+        channels = {} if self.info.in_channels is None else {"in_channels": self.info.in_channels}
+        return {"num_classes": self.info.num_classes, "width": self.config.model.width, **channels}
+
+
+def load_clients(run_folder: str | Path) -> TrainedClients:
+    """Find the models of a run's clients: those after its last round or, of an unfinished run, in its last checkpoint.
+
+    A run that is under way may replace its checkpoint while it is read; then reading fails, and can be tried again.
+
+    Args:
+        run_folder: the run's folder, `<results_dir>/<experiment>/runs/<cell>`.
+
+    Raises:
+        ResultsError: there is no such run, or no checkpoint that can be read.
+        ConfigError: the run has settings that this version does not know.
+
+    Warns:
+        FlexifedWarning: the newest checkpoint is damaged, and an older one is used.
+    """
+    folder = Path(run_folder).expanduser().absolute()
+    path = _results(folder).rounds_file(folder.name)
+    if not path.is_file():
+        raise ResultsError(
+            f"{folder} is not the folder of a run with results: there is no {path}. Give one of the folders in "
+            "<results_dir>/<experiment>/runs"
+        )
+    metadata = read_metadata(path)
+    try:
+        run_id, settings, data = str(metadata["run_id"]), metadata["config"], metadata["data"]
+        info = DatasetInfo(**data | {name: tuple(data[name]) for name in ("mean", "std")})
+    except (KeyError, TypeError) as error:
+        raise ResultsError(f"the metadata of {path} are not those of a run ({error}); run the cell again") from error
+    notes: list[str] = []
+    checkpoint = Checkpoints(folder / "checkpoints", run_id).latest(notes.append)
+    if checkpoint is None:
+        why = "; ".join(notes) or "the run was started with --no-keep-final, or has not got that far"
+        raise ResultsError(f"{folder} has no checkpoint to read models from ({why}); run the same command again")
+    for note in notes:
+        warnings.warn(f"{folder.name}: {note}", FlexifedWarning, stacklevel=2)
+    return TrainedClients(
+        folder=folder,
+        config=CellConfig.from_dict(settings),
+        info=info,
+        metadata=metadata,
+        checkpoint=checkpoint,
+    )
+
+
+def _results(run_folder: Path) -> ResultsFolder:
+    """The experiment's results that a run's folder belongs to."""
+    return ResultsFolder(run_folder.parent.parent)

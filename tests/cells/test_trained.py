@@ -1,0 +1,254 @@
+"""The trained models of a run: they are those that the run scored last, whichever processes its clients lived in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import flexifed
+from flexifed.cells.run import CellRun
+from flexifed.cells.session import CellSession, open_log
+from flexifed.cells.trained import INDEX, TrainedClients, load_clients
+from flexifed.cli import main
+from flexifed.config import (
+    SCHEMES,
+    CellConfig,
+    DatasetName,
+    FamilyName,
+    ModelConfig,
+    PartitionConfig,
+    SchemeName,
+    SharingConfig,
+    TrainingConfig,
+)
+from flexifed.data import find_dataset, make_pipeline, open_dataset
+from flexifed.errors import ConfigError, FlexifedWarning, ResultsError
+from flexifed.federation.cell import make_shards
+from flexifed.federation.checkpoint import MANIFEST
+from flexifed.federation.rounds import LocalHosts
+from flexifed.profiles import PROFILES
+from flexifed.results.store import ResultsFolder
+
+ROUNDS = 3
+
+
+def cell(
+    results: Path,
+    scheme: SchemeName = "max_common",
+    *,
+    dataset: DatasetName = "cifar10",
+    family: FamilyName = "vgg",
+    clients_per_round: int | None = None,
+    keep_final: bool = True,
+) -> CellRun:
+    config = CellConfig(
+        dataset=dataset,
+        family=family,
+        scheme=scheme,
+        model=ModelConfig(width=0.03),
+        partition=PartitionConfig(num_clients=4, num_shards=200, windows_per_shard=1, max_train=16, max_test=12),
+        training=TrainingConfig(local_epochs=1, batch_size=8),
+        sharing=SharingConfig(clients_per_round=clients_per_round),
+    )
+    info = find_dataset(dataset, data="synthetic", data_dir=Path("nowhere"))
+    ResultsFolder(results).prepare()
+    return CellRun(config=config, info=info, profile="test", rounds=ROUNDS, results=results, keep_final=keep_final)
+
+
+def play(run: CellRun, rounds: int | None = None, *, clients_per_host: int = 4) -> Path:
+    """Begin or resume a cell, and stop it after `rounds` rounds, or at its end; returns its folder."""
+    shards = make_shards(run.config, run.info)
+    hosts = LocalHosts(run.config, run.info, shards, clients_per_host)
+    with closing(open_log(run, "in process")) as log:
+        session = CellSession(run, "in process", hosts, shards, log)
+        for _ in range(rounds or ROUNDS + 1):
+            if session.play_round().round_index == run.rounds:
+                break
+        else:
+            session.stop()
+    return ResultsFolder(run.results).run_folder(run.name)
+
+
+def scored(run: CellRun, round_index: int) -> list[float]:
+    """The clients' accuracies in a round, as the run wrote them."""
+    rows = ResultsFolder(run.results).read([run.name])
+    return rows[rows["round"] == round_index].sort_values("client")["accuracy"].tolist()
+
+
+def accuracy(clients: TrainedClients, client: int, model: torch.nn.Module) -> float:
+    """The accuracy on a client's test shard, in plain PyTorch."""
+    data = open_dataset(clients.info)
+    pipeline = make_pipeline(data, clients.config.family, device=torch.device("cpu"), channels_last=True)
+    samples, labels = data.test.take(clients.shards(client).test)
+    with torch.no_grad():
+        return (model(pipeline.prepare(samples)).argmax(1) == labels).double().mean().item()
+
+
+@pytest.mark.parametrize("clients_per_round", [None, 1])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_models_are_those_that_the_run_scored_last(
+    tmp_path: Path, scheme: SchemeName, clients_per_round: int | None
+) -> None:
+    run = cell(tmp_path, scheme, clients_per_round=clients_per_round)
+    clients = load_clients(play(run, clients_per_host=2))
+    assert (len(clients), clients.rounds, clients.is_final) == (4, ROUNDS, True)
+    assert clients.config == run.config
+    assert clients.info == run.info
+    assert not clients.model(0).training
+    expected = scored(run, ROUNDS)
+    assert [accuracy(clients, client, clients.model(client)) for client in range(4)] == pytest.approx(expected)
+    assert clients.accuracies() == dict(enumerate(expected))
+    for client, shards in enumerate(make_shards(run.config, run.info)):
+        np.testing.assert_array_equal(clients.shards(client).train, shards.train)
+        np.testing.assert_array_equal(clients.shards(client).test, shards.test)
+
+
+@pytest.mark.parametrize("clients_per_round", [None, 1])
+def test_a_stopped_run_has_the_models_of_its_last_checkpoint(tmp_path: Path, clients_per_round: int | None) -> None:
+    run = cell(tmp_path, clients_per_round=clients_per_round)
+    clients = load_clients(play(run, 2))
+    assert (clients.rounds, clients.is_final, clients.accuracies()) == (2, False, {})
+    found = [accuracy(clients, client, clients.model(client)) for client in range(4)]
+    play(run)
+    assert found == pytest.approx(scored(run, 2))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "family"), [("cifar10", "vgg"), ("agnews", "charcnn"), ("speech_commands", "resnet")]
+)
+def test_exported_files_need_only_build_model(tmp_path: Path, dataset: DatasetName, family: FamilyName) -> None:
+    run = cell(tmp_path / "results", dataset=dataset, family=family)
+    folder = play(run)
+    clients = load_clients(folder)
+    target = clients.export(tmp_path / "models")
+    assert target == tmp_path / "models" / run.name
+    description = json.loads((target / INDEX).read_text())
+    assert (description["run"], description["rounds"], description["is_final"]) == (run.name, ROUNDS, True)
+    assert CellConfig.from_dict(description["metadata"]["config"]) == run.config
+    assert len(description["clients"]) == 4
+    for client, entry in enumerate(description["clients"]):
+        assert hashlib.sha256((target / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+        model = flexifed.build_model(**entry["build_model"])
+        model.load_state_dict(load_file(target / entry["file"]))
+        assert accuracy(clients, client, model.eval()) == pytest.approx(entry["accuracy"])
+    assert sorted(path.name for path in target.iterdir()) == sorted(
+        [INDEX, *(entry["file"] for entry in description["clients"])]
+    )
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+    run = replace(cell(tmp_path), checkpoint_every=1)
+    folder = play(run, 2)
+    (folder / "checkpoints" / "round-000002" / MANIFEST).write_bytes(b"{}")
+    with pytest.warns(FlexifedWarning, match=r"max_common.*checkpoint round-000002 is skipped"):
+        assert load_clients(folder).rounds == 1
+
+
+def lose_the_checkpoints(folder: Path) -> None:
+    for path in (folder / "checkpoints").rglob(MANIFEST):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: folder.with_name("another"), "another is not the folder of a run with results: there is no"),
+        (lambda folder: folder.parent, "runs is not the folder of a run"),
+        (lambda folder: Path("/"), "is not the folder of a run"),
+        (
+            lambda folder: lose_the_checkpoints(folder) or folder,
+            r"has no checkpoint .*round-000003 is skipped",
+        ),
+    ],
+)
+def test_what_is_no_run_or_has_no_checkpoint_is_refused(
+    tmp_path: Path, prepare: Callable[[Path], Path], message: str
+) -> None:
+    with pytest.raises(ResultsError, match=message):
+        load_clients(prepare(play(cell(tmp_path))))
+
+
+def test_a_run_without_a_final_state_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match=r"no checkpoint to read models from \(the run was started with --no-keep-f"):
+        load_clients(play(cell(tmp_path, keep_final=False)))
+
+
+def test_other_values_than_the_run_ended_with_are_refused(tmp_path: Path) -> None:
+    clients = load_clients(play(cell(tmp_path)))
+    others = replace(clients, metadata={**clients.metadata, "state_sha256": ["0" * 64] * 4})
+    with pytest.raises(ResultsError, match=r"client 2 in .* does not have the values with which the run ended"):
+        others.state(2)
+
+
+@pytest.mark.parametrize("client", [-1, 4])
+def test_a_client_that_the_run_does_not_have_is_refused(tmp_path: Path, client: int) -> None:
+    clients = load_clients(play(cell(tmp_path)))
+    with pytest.raises(ConfigError, match=f"client is {client}; this run has clients 0 to 3"):
+        clients.model(client)
+
+
+# Settings
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+def test_a_config_comes_back_from_json(profile: Any) -> None:
+    config = CellConfig(
+        dataset="agnews",
+        family="vdcnn",
+        scheme="standalone",
+        model=replace(profile.model, versions=("v1", "v4")),
+        partition=profile.partition,
+        training=profile.training,
+    )
+    assert CellConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
+
+
+@pytest.mark.parametrize("change", [{"temperature": 1}, {"training": {"temperature": 1}}, {"training": 1}])
+def test_settings_of_another_version_are_refused(change: dict[str, Any]) -> None:
+    settings = {"dataset": "cifar10", "family": "vgg", "scheme": "standalone"}
+    assert CellConfig.from_dict(settings).seed == 0, "missing settings have their defaults"
+    with pytest.raises(ConfigError, match=r"not the settings of a cell: .*; use the version that wrote them"):
+        CellConfig.from_dict(settings | change)
+
+
+# Command line
+
+
+def test_the_command_exports_each_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished, stopped = cell(tmp_path / "results"), cell(tmp_path / "results", "standalone")
+    folders = [str(play(finished)), str(play(stopped, 2))]
+    assert main(["export", *folders, "--to", str(tmp_path / "models")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'models' / finished.name}: 4 models after 3 rounds",
+        f"{tmp_path / 'models' / stopped.name}: 4 models after 2 rounds, which is not the run's last",
+    ]
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {finished.name, stopped.name}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "no run is given; name folders of runs"), (["nowhere/runs/none"], "is not the folder of a run")],
+)
+def test_bad_runs_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["export", *arguments, "--to", str(tmp_path / "models")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
+def test_models_that_can_not_be_written_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = play(cell(tmp_path / "results"))
+    (tmp_path / "models").write_text("a file in the way")
+    assert main(["export", str(folder), "--to", str(tmp_path / "models")]) == 2
+    assert f"can't write {tmp_path / 'models' / folder.name}" in capsys.readouterr().err
