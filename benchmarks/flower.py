@@ -186,14 +186,14 @@ def _play_cell(job: Job) -> Rounds:
 
 
 class RoundClock(RoundObserver):
-    """Records the time at which every round was reported."""
+    """Records the time at which every round had been played."""
 
     def __init__(self) -> None:
         self.ended: list[float] = []
 
     def reported(self, report: Any) -> None:
         """Record the time."""
-        self.ended.append(time.perf_counter())
+        self.ended.append(report.at)
 
 
 def rounds_of_rows(rows: Sequence[Mapping[Any, Any]], ended: Sequence[float]) -> Rounds:
@@ -204,7 +204,7 @@ def rounds_of_rows(rows: Sequence[Mapping[Any, Any]], ended: Sequence[float]) ->
 
     Args:
         rows: the rows of flexifed's results.
-        ended: when each of flexifed's rounds was reported; the last round only scores.
+        ended: when each of flexifed's rounds had been played; the last round only scores.
     """
     by_round: dict[int, list[Mapping[Any, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["client"]):

@@ -15,7 +15,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -44,11 +43,11 @@ class Sampler(RoundObserver):
     def __init__(self, rounds: int, base_round: int) -> None:
         self.sampled_rounds = {base_round, rounds, *range(base_round, rounds, max(1, rounds // 20))}
         self.samples: list[dict[str, Any]] = []
-        self.reported_at: list[float] = []
+        self.played_at: list[float] = []
 
     def reported(self, report: CellReport) -> None:
         """Record the time, and take a sample if one is due."""
-        self.reported_at.append(time.perf_counter())
+        self.played_at.append(report.at)
         if report.round_index in self.sampled_rounds:
             self.samples.append({"round": report.round_index, "uss_mib": uss_by_process(), **object_store()})
 
@@ -107,7 +106,7 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
     base = next(sample for sample in sampler.samples if sample["round"] == options.base_round)
     last = sampler.samples[-1]
     growth = {name: last["uss_mib"][name] / before - 1 for name, before in base["uss_mib"].items()}
-    between = [later - earlier for earlier, later in zip(sampler.reported_at, sampler.reported_at[1:], strict=False)]
+    between = [later - earlier for earlier, later in zip(sampler.played_at, sampler.played_at[1:], strict=False)]
     window = max(1, options.rounds // 10)
     rows = ResultsFolder(results).read([run.name])
     round_s = rows[rows["client"] == 0].sort_values("round")["round_s"].tolist()[:-1]

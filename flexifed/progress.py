@@ -29,7 +29,8 @@ class GridProgress:
         self._rounds = rounds
         self._labels = cells
         self._left = dict.fromkeys(cells, rounds + 1)  # rounds to play
-        self._first_round: float | None = None
+        self._first_round: float | None = None  # when it was played
+        self._last_round = 0.0
         self._reported = 0  # rounds
         self._ended = 0
         self._last_line: dict[str, float] = {}
@@ -69,7 +70,8 @@ class GridProgress:
         self._reported += report.round_index is not None
         self._ended += report.state in ("finished", "failed")
         if self._first_round is None:
-            self._first_round = time.monotonic()
+            self._first_round = report.at
+        self._last_round = report.at
         note = accuracy_text(report.accuracies or {})
         whole = len(self._left) * (self._rounds + 1) - sum(self._left.values())
         self._live.update(bar, completed=self._rounds + 1 - self._left[report.name], note=note)
@@ -103,5 +105,5 @@ class GridProgress:
         """Estimate the remaining time from all rounds but the first, most of which is the start of processes."""
         if self._first_round is None or self._reported < 2:
             return "?"
-        seconds_per_round = (time.monotonic() - self._first_round) / (self._reported - 1)
+        seconds_per_round = (self._last_round - self._first_round) / (self._reported - 1)
         return duration(seconds_per_round * sum(self._left.values()))

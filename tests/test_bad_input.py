@@ -45,6 +45,7 @@ BAD_INTEGERS = st.one_of(
     st.sampled_from(["", "0.5", "1e3", "0x10", "nan", "inf", "None", "True", "1,2", "--"]),
     WORDS,
 )
+COMMANDS = {"plan", "shares", "models", "data", "report", "export"}
 NOT_NUMBERS = {"nan", "inf", "infinity", "n", "y"}
 BAD_FLOATS = st.one_of(
     st.floats(max_value=-1e-9).map(str),
@@ -184,7 +185,9 @@ def flexifed_lines() -> st.SearchStrategy[Line]:
         (plan | no_value(PLAN)).map(lambda line: ([*complete, *line[0]], line[1])),
         (bad_option(REPORT) | unknown_option()).map(lambda line: (["report", *line[0]], line[1])),
         WORDS.map(lambda word: (["report", f"nowhere/{word}"], {"nowhere"})),
-        WORDS.filter(lambda word: word not in ("plan", "models", "data", "report")).map(lambda word: ([word], {word})),
+        WORDS.filter(lambda word: word not in ("plan", "models", "shares", "data", "report", "export")).map(
+            lambda word: ([word], {word})
+        ),
         st.sampled_from([([], {"plan"}), (["plan"], {"--family"}), (["plan", "--family", "vgg"], {"--scheme"})]),
     )
 

@@ -26,7 +26,7 @@ def report(monkeypatch: pytest.MonkeyPatch) -> Report:
         seconds: float, name: str, round_index: int | None, state: CellState = "playing", reason: str = ""
     ) -> str:
         now[0] += seconds
-        progress.reported(CellReport(name, state, round_index, reason=reason))
+        progress.reported(CellReport(name, state, round_index, reason=reason, at=now[0]))
         return (printed.getvalue().splitlines() or [""])[-1]
 
     return report_after

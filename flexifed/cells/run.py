@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from flexifed.config import CellConfig
@@ -33,7 +34,7 @@ class CellRun:
     checkpoint_every: int | None = None
     keep_final: bool = True
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """See `CellConfig.run_id`."""
         return self.config.run_id(self.info.fingerprint)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Literal, Protocol
@@ -32,6 +33,7 @@ class CellReport:
         accuracies: the accuracy of each version in that round.
         reason: why the cell is lost or has failed.
         roomier: a placement in which the cell can be tried again, if it is out of memory.
+        at: the Unix time of what is reported, by the clock of the cell's driver.
     """
 
     name: str
@@ -40,6 +42,7 @@ class CellReport:
     accuracies: Mapping[str, float] | None = None
     reason: str = ""
     roomier: CellPlacement | None = None
+    at: float = field(default_factory=time.time)
 
     @property
     def is_over_for_now(self) -> bool:
@@ -55,7 +58,7 @@ class Observer(Protocol):
         ...
 
     def reported(self, report: CellReport) -> None:
-        """A cell has played a round, has finished, failed or stopped."""
+        """A cell has played a round, has finished, failed or stopped. Reports may come up to a second late."""
         ...
 
     def noted(self, message: str, name: str | None = None) -> None:

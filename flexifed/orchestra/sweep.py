@@ -66,9 +66,10 @@ class _Reports(_NotKept, tune.Stopper):
         self._ledger = ledger
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        report: CellReport = result["report"]
-        self._ledger.heard(report)
-        return self._ledger.is_over_for_now(report.name)
+        reports: Sequence[CellReport] = result["reports"]
+        for report in reports:
+            self._ledger.heard(report)
+        return self._ledger.is_over_for_now(reports[-1].name)
 
     def stop_all(self) -> bool:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from flexifed.orchestra.placement import CellPlacement, memory_advice, roomier_p
 from flexifed.results.runlog import RunLog
 from flexifed.results.store import ResultsFolder
 
+STEP_S = 1.0  # how long a step goes on playing rounds
+
 
 @dataclass(frozen=True)
 class PlacedRun:
@@ -34,7 +37,8 @@ class PlacedRun:
 class CellTrial(tune.Trainable):
     """The driver of one cell after another: Tune sets it up once, and resets it to each next cell.
 
-    One step is one round. An error in a cell ends only that cell, and is reported as a result.
+    One step is a second of rounds, or one round if that takes longer, because Tune takes some milliseconds from one step
+    to the next. An error in a cell ends only that cell, and is reported as a result.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -51,23 +55,12 @@ class CellTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Play a round. A cell that is lost begins again in the next step."""
-        try:
-            report = self._play_round()
-        except GroupLostError:
-            self.cleanup()
-            raise  # only Tune can get another group
-        except Exception as error:
-            message, (state, reason) = first_line(error), _outcome(error)
-        else:
-            return {"report": report, "done": report.is_over_for_now}
-        # After the handler, so that tensors in the error's frames are gone when this process and its actors clean up.
-        if has_broken_gpu():
-            self.cleanup()
-            # Another process may be able to use it.
-            raise GroupLostError(f"the driver's process can't use its GPU any more: {message}")
-        report = self._interrupted(state, reason)
-        return {"report": report, "done": report.is_over_for_now}
+        """Play rounds; returns what happened. A cell that is lost begins again in the next step."""
+        ends = time.monotonic() + STEP_S
+        reports = [self._next_report()]
+        while reports[-1].state == "playing" and time.monotonic() < ends:
+            reports.append(self._next_report())
+        return {"reports": reports, "done": reports[-1].is_over_for_now}
 
     def cleanup(self) -> None:
         """Close the session, and end the actors."""
@@ -75,6 +68,22 @@ class CellTrial(tune.Trainable):
         hosts, self._hosts = self._hosts, None
         if hosts:
             hosts.shut_down()
+
+    def _next_report(self) -> CellReport:
+        """Play a round, and report it or the error that prevented it."""
+        try:
+            return self._play_round()
+        except GroupLostError:
+            self.cleanup()
+            raise  # only Tune can get another group
+        except Exception as error:
+            message, (state, reason) = first_line(error), _outcome(error)
+        # After the handler, so that tensors in the error's frames are gone when this process and its actors clean up.
+        if has_broken_gpu():
+            self.cleanup()
+            # Another process may be able to use it.
+            raise GroupLostError(f"the driver's process can't use its GPU any more: {message}")
+        return self._interrupted(state, reason)
 
     def _play_round(self) -> CellReport:
         run = self._placed.run

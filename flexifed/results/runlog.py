@@ -1,4 +1,4 @@
-"""The log of a cell, with a line per round that is flushed to disk, and its TensorBoard events."""
+"""The log of a cell, with a line per round, and its TensorBoard events. Both are flushed to disk once a second."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from tensorboardX.summary import scalar
 from flexifed.files import writing
 
 LOG = "log.txt"
+SYNC_EVERY_S = 1.0
+"""Seconds between flushes to disk, which take milliseconds, or tens of them on a network file system."""
 
 
 class RunLog:
@@ -38,10 +40,11 @@ class RunLog:
         self._path = folder / LOG
         self._events: EventsWriter | None = None
         self._file = _opened(folder)
+        self._sync_lines, self._sync_events = _Due(), _Due()
 
     def write(self, message: str) -> None:
-        """Add a line with the time (UTC), and flush it to disk."""
-        _write(self._file, self._path, message)
+        """Add a line with the time (UTC)."""
+        _write(self._file, self._path, message, sync=self._sync_lines())
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add values, by tag, to the event file of a round."""
@@ -49,19 +52,37 @@ class RunLog:
             events = self._events or self._begin_events(step)
             for tag, value in values.items():
                 events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
-            events.flush()
+            if self._sync_events():
+                events.flush()
 
     def close(self) -> None:
-        """Close both files."""
+        """Flush both files to disk, and close them."""
         if self._events:
             with suppress(OSError):
                 self._events.close()
+        with suppress(OSError, ValueError):  # it may be closed already
+            os.fsync(self._file.fileno())
         self._file.close()
 
     def _begin_events(self, step: int) -> EventsWriter:
         self._events = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
         self._events.write_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
         return self._events
+
+
+class _Due:
+    """Says when something is due that is done at most every `SYNC_EVERY_S` seconds."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self) -> bool:
+        """Whether it is due now; if so, it is done."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + SYNC_EVERY_S
+        return True
 
 
 def add_line(folder: Path, message: str) -> None:
@@ -71,7 +92,7 @@ def add_line(folder: Path, message: str) -> None:
         ResultsError: the log can't be written.
     """
     with _opened(folder) as file:
-        _write(file, folder / LOG, message)
+        _write(file, folder / LOG, message, sync=True)
 
 
 def _opened(folder: Path) -> FileIO:
@@ -80,15 +101,16 @@ def _opened(folder: Path) -> FileIO:
         return FileIO(folder / LOG, "ab")
 
 
-def _write(file: FileIO, path: Path, message: str) -> None:
-    """Add a line, whole or not at all."""
+def _write(file: FileIO, path: Path, message: str, *, sync: bool) -> None:
+    """Add a line, whole or not at all, and with `sync` flush the file to disk."""
     line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n".encode()
     with writing(path):
         length = os.fstat(file.fileno()).st_size
         try:
             if file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         except OSError:
             file.truncate(length)
             raise

@@ -31,7 +31,7 @@ from flexifed.results.schema import SCHEMA
 _METADATA_KEY = b"flexifed"
 _SAME_IN_ALL_ROWS = ["dataset", "family", "scheme", "seed", "profile", "data_source"]
 _CHUNKS = 32  # rounds kept as separate tables; each costs kilobytes, however few rows it has
-_WRITE_SHARE = 0.05  # the largest part of the time that may go into rewriting a file that grows with every round
+_WRITE_SHARE = 0.01  # the largest part of the time that may go into rewriting a file that grows with every round
 
 Row = Mapping[str, object]
 

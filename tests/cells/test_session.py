@@ -222,7 +222,8 @@ def test_a_failure_of_hosts_to_begin_is_in_the_log(run: CellRun) -> None:
     failing = trial(run, Hosts(ResourceError("their process sees none")))
     result = failing.step()
     assert result["done"]
-    assert (result["report"].state, result["report"].reason) == ("failed", "their process sees none")
+    [report] = result["reports"]
+    assert (report.state, report.reason) == ("failed", "their process sees none")
     assert [line.split()[0] for line in logged(run)] == ["begin", "failed:"]
     assert logged(run)[-1] == "failed: their process sees none"
     assert failing._log is None, "it is closed"

@@ -152,7 +152,7 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[CellRun], CellTrial]:
 def step_to_end(trial: CellTrial) -> list[CellReport]:
     reports: list[CellReport] = []
     while not reports or not reports[-1].is_over_for_now:
-        reports.append(trial.step()["report"])
+        reports += trial.step()["reports"]
     trial.cleanup()
     assert BrittleHosts.alive == 0
     return reports
@@ -186,6 +186,29 @@ def test_a_cell_that_is_lost_begins_again_from_its_last_checkpoint(
     assert (f"resuming with round {resumed_round}" in log(run)) == (resumed_round > 0)
     assert reports[-1].state == "finished"
     assert_equal(run, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("step_s", "expected"),
+    [(0.0, [[0], [1], [2], [None], [2], [3], [4], [5]]), (600.0, [[0, 1, 2, None], [2, 3, 4, 5]])],
+)
+def test_a_step_plays_rounds_for_its_time_and_ends_with_a_loss(
+    tmp_path: Path,
+    trial: Callable[[CellRun], CellTrial],
+    monkeypatch: pytest.MonkeyPatch,
+    step_s: float,
+    expected: list[list[int | None]],
+) -> None:
+    monkeypatch.setattr("flexifed.orchestra.trial.STEP_S", step_s)
+    BrittleHosts.failing = [("play_round", 4, LostError("a process is gone: why"))]
+    run = cell(tmp_path / "lost")
+    steps, playing = [], trial(run)
+    while not steps or not steps[-1][-1].is_over_for_now:
+        steps.append(playing.step()["reports"])
+    playing.cleanup()
+    assert [[report.round_index for report in reports] for reports in steps] == expected
+    reports = [report for reports in steps for report in reports]
+    assert [report.at for report in reports] == sorted(report.at for report in reports)
 
 
 def test_a_cell_that_lost_its_placement_group_is_left_to_tune(
@@ -222,11 +245,14 @@ def test_files_of_killed_commands_in_tmp_are_removed(tmp_path: Path, monkeypatch
 
 
 def test_a_cell_stops_after_its_round_and_none_begins(
-    tmp_path: Path, trial: Callable[[CellRun], CellTrial], undisturbed: CellRun
+    tmp_path: Path, trial: Callable[[CellRun], CellTrial], undisturbed: CellRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = cell(tmp_path / "stopped")
     stopped = trial(run)
-    assert stopped.step()["report"].state == "playing"
+    with monkeypatch.context() as patch:
+        patch.setattr("flexifed.orchestra.trial.STEP_S", 0.0)
+        [report] = stopped.step()["reports"]
+    assert report.state == "playing"
     ResultsFolder(run.results).stop_file.touch()
     [report] = step_to_end(stopped)
     assert (report.state, report.round_index) == ("stopped", 1)
@@ -270,7 +296,6 @@ def test_a_driver_whose_gpu_is_broken_leaves_the_cell_to_another_process(
     monkeypatch.setattr("flexifed.orchestra.trial.has_broken_gpu", lambda: True)
     run = cell(tmp_path / "broken")
     broken = trial(run)
-    broken.step()
     with pytest.raises(
         GroupLostError, match=r"can't use its GPU any more: CUDA error: unc[a-z]+ ECC error encountered$"
     ):

@@ -195,13 +195,13 @@ def test_slow_writes_become_rarer_and_the_last_flush_writes_all_rows(
     monkeypatch.setattr("flexifed.results.store.write_table", slow)
     writer = RoundsWriter(folder.rounds_file("one"), {})
     seen = []
-    for index in range(40):
+    for index in range(200):
         writer.append([row(index)])
         clock.now += 1
         seen.append(folder.last_round("one"))
-    assert seen == [0] * 20 + [20] * 20, "a second of writing, then twenty seconds of other work"
+    assert seen == [0] * 100 + [100] * 100, "a second of writing, then a hundred seconds of other work"
     writer.flush()
-    assert len(folder.read(["one"])) == 40
+    assert len(folder.read(["one"])) == 200
 
 
 def test_a_round_takes_no_more_memory_than_its_rows(folder: ResultsFolder) -> None:
