@@ -37,8 +37,8 @@ class PlacedRun:
 class CellTrial(tune.Trainable):
     """The driver of one cell after another: Tune sets it up once, and resets it to each next cell.
 
-    One step is a second of rounds, or one round if that takes longer, because Tune takes some milliseconds from one step
-    to the next. An error in a cell ends only that cell, and is reported as a result.
+    One step is a second of rounds, or one round if that takes longer, because Tune takes milliseconds from one step to
+    the next. An error in a cell ends only that cell, and is reported as a result.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
