@@ -1,4 +1,4 @@
-"""The `flexifed` command: inspect sharing plans, models, data and results without running anything.
+"""The `flexifed` command: inspect sharing plans, models, data and results, and export models, without running anything.
 
 torch, Ray and pandas are imported only by the commands that need them, so that help is quick.
 """
@@ -353,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Plan | Shares | Models | Data | Report | Export = tyro.cli(
         Plan | Shares | Models | Data | Report | Export,
         prog="flexifed",
-        description="Inspect FlexiFed's sharing plans, models, data and results. Scripts in experiments/ run them.",
+        description="Inspect sharing plans, models, data and results, and export trained models. Scripts in experiments/ run them.",
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff,),
     )

@@ -533,7 +533,7 @@ def test_data_of_selected_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_the_package_runs_as_the_command() -> None:
     command = [sys.executable, "-m", "flexifed", "--help"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "{plan,shares,models,data,report}" in output
+    assert "{plan,shares,models,data,report,export}" in output
 
 
 def test_a_pipe_that_its_reader_closes_is_no_error(tmp_path: Path) -> None:

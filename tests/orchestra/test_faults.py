@@ -294,6 +294,7 @@ def test_a_driver_whose_gpu_is_broken_leaves_the_cell_to_another_process(
     error = RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA`\n")
     BrittleHosts.failing = [("play_round", 2, error)]
     monkeypatch.setattr("flexifed.orchestra.trial.has_broken_gpu", lambda: True)
+    monkeypatch.setattr("flexifed.orchestra.trial.STEP_S", 600.0)  # so that both rounds are in one step
     run = cell(tmp_path / "broken")
     broken = trial(run)
     with pytest.raises(
