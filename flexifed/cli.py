@@ -353,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Plan | Shares | Models | Data | Report | Export = tyro.cli(
         Plan | Shares | Models | Data | Report | Export,
         prog="flexifed",
-        description="Inspect sharing plans, models, data and results, and export trained models. Scripts in experiments/ run them.",
+        description="Inspect sharing plans, models, data and results; export trained models. Scripts in experiments/ train.",
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
