@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,7 +37,7 @@ from flexifed.config import (
     VersionName,
     Weighting,
 )
-from flexifed.errors import ConfigError, DataError, FlexifedWarning
+from flexifed.errors import ConfigError, DataError, FlexifedWarning, ResultsError
 from flexifed.launch import guarded
 from flexifed.wording import counted
 
@@ -306,25 +307,37 @@ class Report:
 class Export:
     """Write the trained models of runs: a safetensors file for each client, and a description."""
 
-    runs: Annotated[tuple[Path, ...], _POSITIONAL]
+    runs: Annotated[tuple[Path, ...], _POSITIONAL, tyro.conf.arg(metavar="RUN ...", help_behavior_hint="(required)")]
     """Folders of runs, such as results/table1/runs/*max_common-seed0*."""
     to: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("models")
-    """Folder in which each run gets a folder of its own."""
+    """Folder in which each run gets a folder of its own, named after it. Models that are there are replaced."""
 
     def run(self, console: Console) -> None:
         """Write the files.
 
         Raises:
-            ConfigError: a run has settings that this version does not know.
-            ResultsError: a folder is not a run's, or has no checkpoint; or the files can't be written.
+            ConfigError: two of the runs have the same name.
+            ResultsError: folders that are not a run's, or have no checkpoint, all of them named, before anything is
+                written; or the files can't be written.
         """
         if not self.runs:
             raise ConfigError("no run is given; name folders of runs, such as results/table1/runs/*")
         from flexifed.cells.trained import load_clients
 
+        found, problems = [], []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", FlexifedWarning)
-            found = [load_clients(folder) for folder in self.runs]
+            for folder in self.runs:
+                try:
+                    found.append(load_clients(folder))
+                except (ConfigError, ResultsError) as error:
+                    problems.append(str(error))
+        if problems:
+            count = f"{len(problems)} of {counted(len(self.runs), 'run')} can't be exported, so nothing was written:"
+            raise ResultsError("\n  ".join([count, *problems]))
+        names = Counter(clients.folder.name for clients in found)
+        if same := [name for name, count in names.items() if count > 1]:
+            raise ConfigError(f"several of the runs are called {same[0]}; export them one by one, each to another --to")
         for warning in caught:
             console.print(f"warning: {warning.message}", highlight=False, markup=False, soft_wrap=True)
         for clients in found:
@@ -353,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Plan | Shares | Models | Data | Report | Export = tyro.cli(
         Plan | Shares | Models | Data | Report | Export,
         prog="flexifed",
-        description="Inspect sharing plans, models, data and results; export trained models. Scripts in experiments/ train.",
+        description="Inspect sharing plans, models, data and results; export models. Scripts in experiments/ train.",
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff,),
     )

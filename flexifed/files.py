@@ -57,5 +57,5 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ResultsError(
             f"can't write {path}: {error.strerror or error}; make room or fix the folder, "
-            "then run the same command again to resume"
+            "then run the same command again"
         ) from error

@@ -32,7 +32,8 @@ def show_forecast(request: GridRequest, nodes: Sequence[Resources], where: str, 
     placement = request.place(runs[0], nodes)
     unfinished = [run for run in runs if not run.is_finished]
     for run in runs:
-        state = "to run" if run in unfinished else "finished"
+        played = run.checkpoints().newest_round()
+        state = "finished" if run not in unfinished else f"to resume after round {played}" if played else "to run"
         console.print(
             f"  {run.label:<44} {state}, {run.rounds} rounds, run {run.run_id}", highlight=False, soft_wrap=True
         )
@@ -44,7 +45,8 @@ def show_forecast(request: GridRequest, nodes: Sequence[Resources], where: str, 
     disk = [f"{kept} of final states stay (none with --no-keep-final)"] if options.keep_final else []
     if unfinished:
         checkpoint = max(state_bytes(run.config, run.info, next_round=1) for run in unfinished)  # the largest
-        disk.append(f"up to {decimal(CHECKPOINTS_AT_ONCE * at_once * checkpoint)} of checkpoints while cells run")
+        most_at_once = decimal(CHECKPOINTS_AT_ONCE * at_once * checkpoint)
+        disk.append(f"while cells run, up to {most_at_once} of checkpoints{' beside them' if disk else ''}")
     console.print(f"disk: {'; '.join(disk) or 'no checkpoints'}", highlight=False, soft_wrap=True)
     if device == "cuda" and not estimate.this_machine()["GPU"]:
         console.print("time: not estimated, because steps are timed in this process and it sees no GPU", soft_wrap=True)

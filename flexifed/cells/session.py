@@ -146,12 +146,19 @@ class CellSession:
         except ResultsError as error:  # it is not needed to resume
             self._log.write(f"{error}; it is written again")
             return
-        if not stored.equals(_shards_table(self._shards)):
+        if stored.equals(_shards_table(self._shards)):
+            return
+        versions = read_metadata(self._folder.rounds_file(self.run.name)).get("versions", {})
+        then, now = versions.get("numpy", np.__version__), np.__version__
+        if then == now:
             raise ResultsError(
-                f"by {self._shards_file}, the clients of this run had other samples than they would have under numpy "
-                f"{np.__version__}; resume with the version that the metadata of "
-                f"{self._folder.rounds_file(self.run.name)} name, or start over with --fresh"
+                f"{self._shards_file} does not have the samples that the settings give the clients, so it has been "
+                "changed; delete it, and run the same command again"
             )
+        raise ResultsError(
+            f"the clients of this run had other samples under numpy {then} (in {self._shards_file}) than they would "
+            f"have under numpy {now}; resume under numpy {then}, or start over with --fresh"
+        )
 
     def _is_checkpoint_due(self, next_round: int) -> bool:
         if next_round == self.run.rounds and self.run.keep_final:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class TrainedClients:
     @property
     def is_final(self) -> bool:
         """Whether these are the models after the run's last round."""
-        return "state_sha256" in self.metadata and self.rounds == self.metadata["rounds"]
+        return "state_sha256" in self.metadata and self.rounds == self.metadata.get("rounds")
 
     def state(self, client: int) -> dict[str, torch.Tensor]:
         """The state dict of a client's model, on the CPU: its personal tensors, and the means of its groups.
@@ -67,12 +68,11 @@ class TrainedClients:
             ConfigError: there is no such client.
             ResultsError: the checkpoint can't be read, or these are not the values with which the run ended.
         """
-        if not 0 <= client < len(self):
-            raise ConfigError(f"client is {client}; this run has clients 0 to {len(self) - 1}")
+        self._check(client)
         groups = self._plan.groups_of(self._plan.architecture_of[client])
         shared = read_groups(self.checkpoint, [group for group in groups if group.index in self._averaged])
         state = apply_group_state(self._plan, client, read_clients(self.checkpoint, [client])[client], shared)
-        if self.is_final and state_sha256(state) != self.metadata["state_sha256"][client]:
+        if self.is_final and [state_sha256(state)] != self.metadata["state_sha256"][client : client + 1]:
             raise ResultsError(
                 f"client {client} in {self.checkpoint.folder} does not have the values with which the run ended; run "
                 "the same command with --fresh to make them again"
@@ -92,20 +92,22 @@ class TrainedClients:
         return model.eval()
 
     def shards(self, client: int) -> ClientShards:
-        """The samples of a client, as indices into the training set and the test set.
+        """The samples of a client, as indices into the training set and the test set, from the run's `shards.parquet`.
 
         Raises:
-            ResultsError: the file of the samples can't be read.
+            ConfigError: there is no such client.
+            ResultsError: the file can't be read.
         """
+        self._check(client)
         rows = read_table(self.folder / "shards.parquet").filter(pc.field("client") == client)
         train, test = (rows.filter(pc.field("split") == split)["index"].to_numpy() for split in ("train", "test"))
         return ClientShards(train, test)
 
     def export(self, folder: Path) -> Path:
-        """Write each client's state dict as a safetensors file, and `clients.json`, which says what each of them is.
+        """Write a safetensors file with the state dict of each client, and last `clients.json`, which describes them.
 
         Args:
-            folder: where a folder with the run's name is made.
+            folder: where a folder with the run's name is made; models that it has already are replaced.
 
         Returns:
             The folder with the files.
@@ -116,6 +118,7 @@ class TrainedClients:
         target = folder / self.folder.name
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
+            (target / INDEX).unlink(missing_ok=True)
         accuracies = self.accuracies()
         clients = []
         for client in range(len(self)):
@@ -123,13 +126,16 @@ class TrainedClients:
             sha256 = write_tensors(target / file, self.state(client))
             build = {"name": self.config.model_name(client), **self._build_options}
             clients.append({"file": file, "sha256": sha256, "build_model": build, "accuracy": accuracies.get(client)})
-        description = {"run": self.folder.name, "rounds": self.rounds, "is_final": self.is_final, "clients": clients}
+        description = {"run": self.folder.name, "rounds": self.rounds, "is_final": self.is_final}
+        description |= {"scoring": self.config.training.scoring, "clients": clients}
         with atomic_write(target / INDEX) as stream:
             stream.write(json.dumps(description | {"metadata": dict(self.metadata)}, indent=1).encode())
         return target
 
     def accuracies(self) -> dict[int, float]:
-        """The accuracy of each client's model on its own test shard, 0 to 1; empty if it has not been scored yet.
+        """The accuracy of each client's model on its own test shard, 0 to 1, as the run scored it (`training.scoring`).
+
+        Empty if the run has not scored these models yet, as after a stop.
 
         Raises:
             ResultsError: the run's rows can't be read.
@@ -137,6 +143,10 @@ class TrainedClients:
         rows = _results(self.folder).read([self.folder.name], ["round", "client", "accuracy"])
         scored = rows[rows["round"] == self.rounds]
         return {int(client): float(score) for client, score in zip(scored["client"], scored["accuracy"], strict=True)}
+
+    def _check(self, client: int) -> None:
+        if isinstance(client, bool) or client not in range(len(self)):
+            raise ConfigError(f"client is {client!r}; this run has clients 0 to {len(self) - 1}")
 
     @cached_property
     def _plan(self) -> SharingPlan:
@@ -168,13 +178,15 @@ def load_clients(run_folder: str | Path) -> TrainedClients:
     Warns:
         FlexifedWarning: the newest checkpoint is damaged, and an older one is used.
     """
-    folder = Path(run_folder).expanduser().absolute()
+    folder = Path(run_folder).expanduser().resolve()
     path = _results(folder).rounds_file(folder.name)
-    if not path.is_file():
-        raise ResultsError(
-            f"{folder} is not the folder of a run with results: there is no {path}. Give one of the folders in "
-            "<results_dir>/<experiment>/runs"
-        )
+    if folder.parent.name != "runs" or not os.path.isdir(folder):
+        candidates = [folder.parent, folder, folder / "runs", *folder.glob("*/runs")]
+        found = [str(runs) for runs in candidates if runs.name == "runs" and os.path.isdir(runs)]
+        where = " or ".join(found) or "<results_dir>/<experiment>/runs"
+        raise ResultsError(f"{folder} is not the folder of a run; give one of the folders in {where}")
+    if not os.path.exists(path):
+        raise ResultsError(f"{folder} has no results yet, or has lost them: there is no {path}")
     metadata = read_metadata(path)
     try:
         run_id, settings, data = str(metadata["run_id"]), metadata["config"], metadata["data"]
@@ -184,8 +196,10 @@ def load_clients(run_folder: str | Path) -> TrainedClients:
     notes: list[str] = []
     checkpoint = Checkpoints(folder / "checkpoints", run_id).latest(notes.append)
     if checkpoint is None:
-        why = "; ".join(notes) or "the run was started with --no-keep-final, or has not got that far"
-        raise ResultsError(f"{folder} has no checkpoint to read models from ({why}); run the same command again")
+        ended = "state_sha256" in metadata
+        why = "; ".join(notes) or ("it was run with --no-keep-final" if ended else "it has not got that far")
+        remedy = "with --fresh, or with more --rounds, to train them again" if ended else "to train them"
+        raise ResultsError(f"{folder} has no checkpoint to read models from ({why}); run the same command {remedy}")
     for note in notes:
         warnings.warn(f"{folder.name}: {note}", FlexifedWarning, stacklevel=2)
     return TrainedClients(

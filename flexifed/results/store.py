@@ -276,6 +276,8 @@ def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         if missing := [name for name in wanted if name not in table.column_names]:
             raise pa.ArrowInvalid(f"it has no column {', '.join(missing)}")
         return table.select(wanted).cast(schema).replace_schema_metadata(table.schema.metadata)
+    except PermissionError as error:
+        raise ResultsError(f"can't read {path}: {error.strerror or error}; change its permissions") from error
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _unreadable(path, str(error)) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -154,6 +155,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
         assert load_clients(folder).rounds == 1
 
 
+def without_rows(folder: Path) -> Path:
+    shutil.rmtree(folder.parent.parent / "rounds")
+    return folder
+
+
 def lose_the_checkpoints(folder: Path) -> None:
     for path in (folder / "checkpoints").rglob(MANIFEST):
         path.unlink()
@@ -162,12 +168,15 @@ def lose_the_checkpoints(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda folder: folder.with_name("another"), "another is not the folder of a run with results: there is no"),
-        (lambda folder: folder.parent, "runs is not the folder of a run"),
+        (lambda folder: folder.with_name("another"), "another is not the folder of a run; give one of .*/runs$"),
+        (lambda folder: folder.parent, "is not the folder of a run; give one of the folders in .*/runs$"),
+        (lambda folder: folder.parent.parent, "is not the folder of a run; give one of the folders in .*/runs$"),
+        (lambda folder: folder.parent.parent.parent, r"give one of the folders in .*/results/runs$"),
         (lambda folder: Path("/"), "is not the folder of a run"),
+        (lambda folder: without_rows(folder), "has no results yet, or has lost them: there is no .*parquet"),
         (
             lambda folder: lose_the_checkpoints(folder) or folder,
-            r"has no checkpoint .*round-000003 is skipped",
+            r"no checkpoint .*round-000003 is skipped: .*; run the same command with --fresh, or with more --rounds",
         ),
     ],
 )
@@ -175,12 +184,28 @@ def test_what_is_no_run_or_has_no_checkpoint_is_refused(
     tmp_path: Path, prepare: Callable[[Path], Path], message: str
 ) -> None:
     with pytest.raises(ResultsError, match=message):
-        load_clients(prepare(play(cell(tmp_path))))
+        load_clients(prepare(play(cell(tmp_path / "results"))))
 
 
-def test_a_run_without_a_final_state_says_why(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match=r"no checkpoint to read models from \(the run was started with --no-keep-f"):
-        load_clients(play(cell(tmp_path, keep_final=False)))
+def test_a_run_without_a_state_says_why_and_what_makes_one(tmp_path: Path) -> None:
+    run = cell(tmp_path, keep_final=False)
+    folder = play(run, 2)
+    lose_the_checkpoints(folder)
+    with pytest.raises(ResultsError, match=r"is unfinished.*; run the same command to train them"):
+        load_clients(folder)
+    play(run)
+    with pytest.raises(
+        ResultsError, match=r"\(it was run with --no-keep-final\); .* --fresh, or with more"
+    ):
+        load_clients(folder)
+    play(replace(run, rounds=ROUNDS + 1, keep_final=True))
+    assert load_clients(folder).rounds == ROUNDS + 1, "as the message says"
+
+
+def test_a_link_to_a_run_is_followed(tmp_path: Path) -> None:
+    folder = play(cell(tmp_path / "results"))
+    (tmp_path / "link").symlink_to(folder)
+    assert load_clients(tmp_path / "link").folder == folder.resolve()
 
 
 def test_other_values_than_the_run_ended_with_are_refused(tmp_path: Path) -> None:
@@ -190,11 +215,12 @@ def test_other_values_than_the_run_ended_with_are_refused(tmp_path: Path) -> Non
         others.state(2)
 
 
-@pytest.mark.parametrize("client", [-1, 4])
-def test_a_client_that_the_run_does_not_have_is_refused(tmp_path: Path, client: int) -> None:
+@pytest.mark.parametrize("client", [-1, 4, True, None, "1"])
+def test_a_client_that_the_run_does_not_have_is_refused(tmp_path: Path, client: Any) -> None:
     clients = load_clients(play(cell(tmp_path)))
-    with pytest.raises(ConfigError, match=f"client is {client}; this run has clients 0 to 3"):
-        clients.model(client)
+    for method in (clients.state, clients.model, clients.shards):
+        with pytest.raises(ConfigError, match=f"client is {client!r}; this run has clients 0 to 3"):
+            method(client)
 
 
 # Settings
@@ -235,16 +261,32 @@ def test_the_command_exports_each_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert {path.name for path in (tmp_path / "models").iterdir()} == {finished.name, stopped.name}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [([], "no run is given; name folders of runs"), (["nowhere/runs/none"], "is not the folder of a run")],
-)
-def test_bad_runs_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    assert main(["export", *arguments, "--to", str(tmp_path / "models")]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "models").exists()
+def test_bad_runs_are_all_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = str(play(cell(tmp_path / "results")))
+    again = str(play(cell(tmp_path / "again")))
+    for arguments, messages in [
+        ([], ["no run is given; name folders of runs"]),
+        (
+            ["nowhere/runs/none", good, str(tmp_path)],
+            ["2 of 3 runs can't be exported, so nothing was written:", "none is not", f"{tmp_path} is not"],
+        ),
+        ([good, again], [f"several of the runs are called {Path(good).name}; export them one by one"]),
+    ]:
+        assert main(["export", *arguments, "--to", str(tmp_path / "models")]) == 2
+        told = capsys.readouterr().err
+        assert all(message in told for message in messages), told
+        assert not (tmp_path / "models").exists()
+
+
+def test_an_export_that_fails_half_way_leaves_no_description(tmp_path: Path) -> None:
+    clients = load_clients(play(cell(tmp_path / "results")))
+    target = clients.export(tmp_path / "models")
+    assert clients.export(tmp_path / "models") == target, "again"
+    (target / "client-000002.safetensors").unlink()
+    (target / "client-000002.safetensors").mkdir()
+    with pytest.raises(ResultsError, match=r"can't write .*client-000002.safetensors"):
+        clients.export(tmp_path / "models")
+    assert not (target / INDEX).exists(), "which would describe a mixture"
 
 
 def test_models_that_can_not_be_written_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,7 +177,8 @@ def test_a_dry_run_prints_cells_resources_and_time_and_starts_nothing(
     assert "clustered_fl" not in output
     assert "nothing was started" in " ".join(output.split())
     disk = re.search(
-        r"disk: ([\d.]+) MB of final states stay .*; up to ([\d.]+) MB of checkpoints while cells run", output
+        r"disk: ([\d.]+) MB of final states stay .*; while cells run, up to ([\d.]+) MB of checkpoints beside them",
+        output,
     )
     assert disk
     kept, meanwhile = map(float, disk.groups())
@@ -202,7 +203,7 @@ def test_a_dry_run_from_a_head_without_a_gpu_estimates_no_gpu_time(
     assert main(line) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "a cell is 8 actors of 1 client, each 1 CPU and 0.125 GPU, on cuda" in output
-    assert "of checkpoints while cells run" in output, "which needs no GPU"
+    assert "of checkpoints beside them" in output, "which needs no GPU"
     assert output.endswith("time: not estimated, because steps are timed in this process and it sees no GPU")
 
 

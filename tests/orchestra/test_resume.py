@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -282,11 +283,14 @@ def test_a_run_whose_clients_would_get_other_samples_is_not_resumed(
     path = ResultsFolder(run.results).run_folder(run.name) / "shards.parquet"
     play(run, 3)
     before = path.read_bytes()
+    shards = make_shards(run.config, run.info)
     with monkeypatch.context() as patch:
-        shards = make_shards(run.config, run.info)
-        others = [shards[1], shards[0], *shards[2:]]
-        patch.setattr(f"{__name__}.make_shards", lambda *_: others)
-        with pytest.raises(ResultsError, match=r"had other samples .* resume with the version .* --fresh"):
+        patch.setattr(f"{__name__}.make_shards", lambda *_: [shards[1], shards[0], *shards[2:]])
+        with pytest.raises(ResultsError, match=r"not have the samples that the settings give .* changed; delete it"):
+            play(run)
+        version = np.__version__
+        patch.setattr(np, "__version__", "99.0")
+        with pytest.raises(ResultsError, match=rf"had other samples under numpy {version} .* 99.0; resume under numpy"):
             play(run)
     assert path.read_bytes() == before, "nothing is lost"
     path.write_bytes(before[:-40])

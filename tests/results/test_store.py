@@ -248,7 +248,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(
             writer.flush()
     assert str(caught.value) == (
         f"can't write {folder.rounds_file('one')}: No space left on device; make room or fix the folder, "
-        "then run the same command again to resume"
+        "then run the same command again"
     )
     assert folder.rounds_file("one").read_bytes() == before
     assert [path.name for path in folder.rounds.iterdir()] == ["one.parquet"]
