@@ -194,9 +194,7 @@ def test_a_run_without_a_state_says_why_and_what_makes_one(tmp_path: Path) -> No
     with pytest.raises(ResultsError, match=r"is unfinished.*; run the same command to train them"):
         load_clients(folder)
     play(run)
-    with pytest.raises(
-        ResultsError, match=r"\(it was run with --no-keep-final\); .* --fresh, or with more"
-    ):
+    with pytest.raises(ResultsError, match=r"\(it was run with --no-keep-final\); .* --fresh, or with more"):
         load_clients(folder)
     play(replace(run, rounds=ROUNDS + 1, keep_final=True))
     assert load_clients(folder).rounds == ROUNDS + 1, "as the message says"
