@@ -342,9 +342,11 @@ class Export:
             console.print(f"warning: {warning.message}", highlight=False, markup=False, soft_wrap=True)
         for clients in found:
             target = clients.export(self.to.expanduser())
-            state = "" if clients.is_final else ", which is not the run's last"
+            rounds = counted(clients.rounds, "round")
+            if not clients.is_final:
+                rounds = f"{clients.rounds} of {counted(clients.metadata['rounds'], 'round')}"
             console.print(
-                f"{target}: {counted(len(clients), 'model')} after {counted(clients.rounds, 'round')}{state}",
+                f"{target}: {counted(len(clients), 'model')} after {rounds}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,

@@ -304,6 +304,7 @@ class CellConfig:
         """
         groups = {part.name: part.default_factory for part in fields(cls) if part.default_factory is not MISSING}
         try:
+            settings = dict(**settings)
             return cls(**{name: groups[name](**value) if name in groups else value for name, value in settings.items()})
         except TypeError as error:
             raise ConfigError(f"not the settings of a cell: {error}; use the version that wrote them") from error

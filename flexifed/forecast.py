@@ -32,8 +32,9 @@ def show_forecast(request: GridRequest, nodes: Sequence[Resources], where: str, 
     placement = request.place(runs[0], nodes)
     unfinished = [run for run in runs if not run.is_finished]
     for run in runs:
-        played = run.checkpoints().newest_round()
-        state = "finished" if run not in unfinished else f"to resume after round {played}" if played else "to run"
+        next_round = run.checkpoints().newest_round()
+        resumes = f"to resume with round {next_round}" if next_round else "to run"
+        state = resumes if run in unfinished else "finished"
         console.print(
             f"  {run.label:<44} {state}, {run.rounds} rounds, run {run.run_id}", highlight=False, soft_wrap=True
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,8 +30,7 @@ class GridProgress:
         self._rounds = rounds
         self._labels = cells
         self._left = dict.fromkeys(cells, rounds + 1)  # rounds to play
-        self._first_round: float | None = None  # when it was played
-        self._last_round = 0.0
+        self._first_round, self._last_round = math.inf, -math.inf  # when they were played
         self._reported = 0  # rounds
         self._ended = 0
         self._last_line: dict[str, float] = {}
@@ -69,9 +69,8 @@ class GridProgress:
         self._left[report.name] = 0 if report.state == "failed" else self._rounds + 1 - played
         self._reported += report.round_index is not None
         self._ended += report.state in ("finished", "failed")
-        if self._first_round is None:
-            self._first_round = report.at
-        self._last_round = report.at
+        self._first_round = min(self._first_round, report.at)  # a cell's reports may come after later ones of another
+        self._last_round = max(self._last_round, report.at)
         note = accuracy_text(report.accuracies or {})
         whole = len(self._left) * (self._rounds + 1) - sum(self._left.values())
         self._live.update(bar, completed=self._rounds + 1 - self._left[report.name], note=note)
@@ -103,7 +102,7 @@ class GridProgress:
 
     def _time_left(self) -> str:
         """Estimate the remaining time from all rounds but the first, most of which is the start of processes."""
-        if self._first_round is None or self._reported < 2:
+        if self._reported < 2:
             return "?"
         seconds_per_round = (self._last_round - self._first_round) / (self._reported - 1)
         return duration(seconds_per_round * sum(self._left.values()))

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from flexifed.cells.run import CellRun
 from flexifed.config import CellName, DatasetName, Device
 from flexifed.data import DatasetInfo
-from flexifed.data.partition import window
+from flexifed.data.partition import window_length
 from flexifed.errors import ConfigError
 from flexifed.federation.assignment import assign_clients
 from flexifed.federation.cell import shard_sizes
@@ -52,7 +50,7 @@ class GridRequest:
             if (per_actor := options.placement.clients_per_actor) is not None:
                 assign_clients(config.client_versions, per_actor, options.sharing.reduce_block)
             num_train, _ = shard_sizes(config, self.infos[cell.dataset])
-            window(np.arange(num_train), 0, options.partition.windows_per_shard)
+            window_length(num_train, options.partition.windows_per_shard)
 
     def runs_for(self, device: Device) -> list[CellRun]:
         """The runs of all cells and seeds."""

@@ -58,3 +58,10 @@ def test_a_lost_cell_has_to_play_its_rounds_again(report: Report) -> None:
     report(10, "one", 300)
     report(0, "one", None, "lost", "a process is gone")
     assert report(10, "one", 301).endswith("left: 1 h 57 min)"), "201 and 503 rounds of 10 s"
+
+
+def test_reports_that_come_late_do_not_turn_the_pace_around(report: Report) -> None:
+    report(30, "one", 0)
+    report(20, "one", 1)
+    report(-21, "two", 0)
+    assert report(30, "one", 2).endswith("left: 2 h 47 min)"), "500 and 502 rounds of 10 s: three in 30 s"

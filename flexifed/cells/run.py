@@ -60,4 +60,4 @@ class CellRun:
 
     def checkpoints(self) -> Checkpoints:
         """The checkpoints of this run, of which there may be none."""
-        return Checkpoints(ResultsFolder(self.results).run_folder(self.name) / "checkpoints", self.run_id, self.rounds)
+        return Checkpoints(ResultsFolder(self.results).checkpoints_folder(self.name), self.run_id, self.rounds)

@@ -13,13 +13,14 @@ import pyarrow as pa
 
 from flexifed.cells.provenance import merge_attempts, provenance
 from flexifed.cells.run import CellRun
+from flexifed.cells.shards import shards_sha256, shards_table
 from flexifed.config import CellConfig
 from flexifed.errors import ResultsError
 from flexifed.federation.cell import ClientShards
 from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.rounds import Federation, Hosts, RoundResult
 from flexifed.results.runlog import RunLog
-from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, read_table, write_table
+from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, write_table
 
 CHECKPOINT_EVERY_S = 60.0
 CHECKPOINT_SHARE = 0.03  # the largest part of the time that checkpoints may take
@@ -64,12 +65,13 @@ class CellSession:
         self._checkpoints = run.checkpoints()
         self._checkpoint_due = time.monotonic() + CHECKPOINT_EVERY_S
         self._committed_round = 0
-        self._shards_file = self._folder.run_folder(run.name) / "shards.parquet"
+        self._shards_sha256 = shards_sha256(shards)
         log.write(hosts.exchange)
         self._federation = Federation(run.config, run.info, hosts)
         before = self._restore()
-        write_table(self._shards_file, _shards_table(shards))
-        self._writer = self._open_writer(provenance(run, placement, hosts.exchange, hosts.device_names()), before)
+        write_table(self._folder.shards_file(run.name), shards_table(shards))
+        metadata = provenance(run, placement, hosts.exchange, hosts.device_names())
+        self._writer = self._open_writer(metadata | {"shards_sha256": self._shards_sha256}, before)
 
     def play_round(self) -> RoundResult:
         """Play the next round, and write its measurements."""
@@ -139,26 +141,15 @@ class CellSession:
         """Check that the clients still have the samples that they had in the rounds before the checkpoint.
 
         Raises:
-            ResultsError: they do not, since another NumPy may draw other numbers from the same seed.
+            ResultsError: they do not: other versions of NumPy or of this package may draw other samples.
         """
-        try:
-            stored = read_table(self._shards_file)
-        except ResultsError as error:  # it is not needed to resume
-            self._log.write(f"{error}; it is written again")
-            return
-        if stored.equals(_shards_table(self._shards)):
-            return
-        versions = read_metadata(self._folder.rounds_file(self.run.name)).get("versions", {})
-        then, now = versions.get("numpy", np.__version__), np.__version__
-        if then == now:
+        stored = read_metadata(self._folder.rounds_file(self.run.name))
+        if stored.get("shards_sha256", self._shards_sha256) != self._shards_sha256:  # older files have none
+            versions = " and ".join(f"{name} {stored.get('versions', {}).get(name)}" for name in ("flexifed", "numpy"))
             raise ResultsError(
-                f"{self._shards_file} does not have the samples that the settings give the clients, so it has been "
-                "changed; delete it, and run the same command again"
+                "the clients of this run have other samples now than in its first rounds, so it can't be continued; "
+                f"resume with the versions that it began with ({versions}), or start over with --fresh"
             )
-        raise ResultsError(
-            f"the clients of this run had other samples under numpy {then} (in {self._shards_file}) than they would "
-            f"have under numpy {now}; resume under numpy {then}, or start over with --fresh"
-        )
 
     def _is_checkpoint_due(self, next_round: int) -> bool:
         if next_round == self.run.rounds and self.run.keep_final:
@@ -225,19 +216,3 @@ def _rows(run: CellRun, shards: Sequence[ClientShards], result: RoundResult) -> 
         }
         for measured, host in zip(result.clients, result.host_of, strict=True)
     ]
-
-
-def _shards_table(shards: Sequence[ClientShards]) -> pa.Table:
-    """The samples of each client, as columns client, split and index."""
-    parts = [
-        pa.table(
-            {
-                "client": pa.array(np.full(len(indices), client, dtype=np.int32)),
-                "split": pa.array([split] * len(indices)).dictionary_encode(),
-                "index": pa.array(indices),
-            }
-        )
-        for client, client_shards in enumerate(shards)
-        for split, indices in (("train", client_shards.train), ("test", client_shards.test))
-    ]
-    return pa.concat_tables(parts, promote_options="default").unify_dictionaries().combine_chunks()

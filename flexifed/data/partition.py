@@ -164,10 +164,19 @@ def window(shard: NDArray[np.int64], round_index: int, windows_per_shard: int) -
     >>> [window(np.arange(6), round_index, 3).tolist() for round_index in range(4)]
     [[0, 1], [2, 3], [4, 5], [0, 1]]
     """
-    length = len(shard) // windows_per_shard
-    if length == 0:
-        raise ConfigError(
-            f"windows_per_shard is {windows_per_shard}, but a shard has only {len(shard)} samples, so a round would "
-            f"train on none; ask for at most {len(shard)} windows, or for fewer shards"
-        )
+    length = window_length(len(shard), windows_per_shard)
     return shard[(round_index * length + np.arange(length)) % len(shard)]
+
+
+def window_length(num_samples: int, windows_per_shard: int) -> int:
+    """Number of samples of each window of a shard of `num_samples`.
+
+    Raises:
+        ConfigError: there would be none.
+    """
+    if num_samples < windows_per_shard:
+        raise ConfigError(
+            f"windows_per_shard is {windows_per_shard}, but a shard has only {num_samples} samples, so a round would "
+            f"train on none; ask for at most {num_samples} windows, or for fewer shards"
+        )
+    return num_samples // windows_per_shard

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flexifed.config import CellConfig
-from flexifed.core.schemes import SharingPlan, sharing_plan
+from flexifed.core.schemes import Group, SharingPlan, sharing_plan
 from flexifed.core.signature import signature
 from flexifed.data import DatasetInfo, open_dataset
 from flexifed.data.partition import dirichlet_proportions, iid_shards, shard_length, skewed_shards
@@ -87,9 +88,9 @@ def trained_clients(config: CellConfig, next_round: int) -> frozenset[int]:
     return trained
 
 
-def averaged_groups(config: CellConfig, plan: SharingPlan, next_round: int) -> frozenset[int]:
-    """The indices of the groups that have been averaged before `next_round`."""
-    return frozenset(group.index for group in plan.groups_with(trained_clients(config, next_round)))
+def averaged_groups(config: CellConfig, plan: SharingPlan, next_round: int) -> Sequence[Group]:
+    """The groups that have been averaged before `next_round`."""
+    return plan.groups_with(trained_clients(config, next_round))
 
 
 def _class_counts(labels: NDArray[np.int64], info: DatasetInfo) -> NDArray[np.int64]:
@@ -142,7 +143,7 @@ def state_bytes(config: CellConfig, info: DatasetInfo, next_round: int) -> int:
     """Size in bytes of a cell's state before `next_round`: each averaged group once, and what each client keeps.
 
     A client keeps its whole model until it has trained for the first time, then its personal tensors. So the state
-    never grows after the first round.
+    never grows.
     """
     plan, trained = cell_plan(config, info), trained_clients(config, next_round)
     size = sum(group.num_bytes for group in plan.groups_with(trained))

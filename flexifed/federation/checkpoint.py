@@ -100,15 +100,22 @@ class Checkpoints:
         self._delete_others()
 
     def latest(
-        self, note: Callable[[str], None], fits: Callable[[Checkpoint], bool] = lambda checkpoint: True
+        self,
+        note: Callable[[str], None],
+        fits: Callable[[Checkpoint], bool] = lambda checkpoint: True,
+        *,
+        may_be_writing: bool = False,
     ) -> Checkpoint | None:
         """Find the newest checkpoint that is complete and undamaged, or None.
 
         Args:
             note: called with a message for each checkpoint that is skipped.
             fits: whether the rows of the rounds before a checkpoint are complete.
+            may_be_writing: skip unfinished checkpoints without a message, because the run may be writing one.
         """
         for folder in self._folders():
+            if may_be_writing and not (folder / MANIFEST).exists():
+                continue
             try:
                 checkpoint = self._verified(folder)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -263,3 +270,13 @@ def read_groups(checkpoint: Checkpoint, groups: Iterable[Group]) -> GroupState:
             "resume from an earlier checkpoint"
         )
     return {index: tuple(tensors[name] for name in ordered) for index, ordered in names.items()}
+
+
+def state_sha256(state: State) -> str:
+    """SHA-256 over names, types, shapes and bytes of a state, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 import traceback
@@ -20,6 +19,7 @@ from flexifed.data import Dataset, Pipeline
 from flexifed.data.partition import window
 from flexifed.errors import ClientError, FlexifedError
 from flexifed.federation.cell import ClientShards, cell_model
+from flexifed.federation.checkpoint import state_sha256
 from flexifed.seeding import Purpose, derive_seed, torch_generator
 from flexifed.training.evaluate import Score, evaluate
 from flexifed.training.local import train
@@ -53,16 +53,6 @@ class ClientRound:
     eval_s: float
     train_s: float | None = None
     train_started: float | None = None
-
-
-def state_sha256(state: State) -> str:
-    """SHA-256 over names, types, shapes and bytes of a state, in the order of names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Client:

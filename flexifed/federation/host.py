@@ -74,7 +74,7 @@ class ClientHost:
         architectures = {self._plan.architecture_of[client] for client in clients}
         groups = {group for architecture in architectures for group in self._plan.group_of[architecture]}
         self._groups = sorted(group for group in groups if group is not None)
-        self._own_indices = {group.index for group in self._plan.groups_within(clients)}
+        self._own_group_indices = {group.index for group in self._plan.groups_within(clients)}
         self._own_means: GroupState = {}
         data = open_dataset(info)
         pipeline = make_pipeline(data, config.family, device=device, channels_last=config.numerics.channels_last)
@@ -114,7 +114,9 @@ class ClientHost:
         with numeric_settings(self._config.numerics):
             measured, blocks = self._sum_blocks(self._play(round_index, self._complete(shared), train, taking_part))
             if train:
-                groups = [group for group in self._plan.groups_with(taking_part) if group.index in self._own_indices]
+                groups = [
+                    group for group in self._plan.groups_with(taking_part) if group.index in self._own_group_indices
+                ]
                 self._own_means |= combine_blocks(self._plan, blocks.values(), groups)
         if self._device.type == "cuda":
             torch.cuda.synchronize()  # so that a round ends, or fails, with its work on the GPU
@@ -172,8 +174,8 @@ class ClientHost:
         kept = read_clients(checkpoint, [client.index for client in self._clients])
         for client in self._clients:
             client.restore(kept[client.index])
-        aggregated = self._own_indices & averaged_groups(self._config, self._plan, checkpoint.next_round)
-        own_groups = [self._plan.groups[index] for index in sorted(aggregated)]
+        averaged = averaged_groups(self._config, self._plan, checkpoint.next_round)
+        own_groups = [group for group in averaged if group.index in self._own_group_indices]
         self._own_means = self._on_device(read_groups(checkpoint, own_groups))
 
     def state_sha256(self, shared: GroupState | None) -> dict[int, str]:

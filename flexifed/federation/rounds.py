@@ -147,7 +147,7 @@ class Federation:
     def __init__(self, config: CellConfig, info: DatasetInfo, hosts: Hosts) -> None:
         self._config = config
         self.plan = cell_plan(config, info)
-        self._indices_across = {group.index for group in self.plan.groups_across(hosts.clients)}
+        self._across_group_indices = {group.index for group in self.plan.groups_across(hosts.clients)}
         self.shared: GroupState | None = None
         self.next_round = 0
         self._hosts = hosts
@@ -160,7 +160,7 @@ class Federation:
         if train:
             blocks = {index: block for host in played for index, block in host.blocks.items()}
             trained = self.plan.groups_with(participants(self._config, self.next_round))
-            groups = [group for group in trained if group.index in self._indices_across]
+            groups = [group for group in trained if group.index in self._across_group_indices]
             with numeric_settings(self._config.numerics):
                 means = combine_blocks(self.plan, (blocks[index] for index in sorted(blocks)), groups)
             self.shared = {**(self.shared or {}), **means}
@@ -192,7 +192,9 @@ class Federation:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Resume from a checkpoint of this cell."""
-        aggregated = self._indices_across & averaged_groups(self._config, self.plan, checkpoint.next_round)
-        self.shared = read_groups(checkpoint, [self.plan.groups[index] for index in sorted(aggregated)])
+        averaged = averaged_groups(self._config, self.plan, checkpoint.next_round)
+        self.shared = read_groups(
+            checkpoint, [group for group in averaged if group.index in self._across_group_indices]
+        )
         self.next_round = checkpoint.next_round
         self._hosts.restore(checkpoint)

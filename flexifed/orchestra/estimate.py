@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from heapq import heapreplace
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch
 from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig, ModelConfig
 from flexifed.data import DatasetInfo, make_pipeline, open_dataset
+from flexifed.data.partition import window_length
 from flexifed.federation.cell import make_workspace, participants, shard_sizes
 from flexifed.orchestra.cluster import usable_cpus, usable_gpus
 from flexifed.orchestra.placement import CellPlacement, Resources, how_many_fit
@@ -57,7 +59,16 @@ def grid_seconds(runs: Sequence[CellRun], placement: CellPlacement, nodes: Seque
     workers = _total(nodes, "GPU") if config.device == "cuda" else _total(nodes, "CPU") / config.numerics.threads
     times = [cell_times(run, placement.clients) for run in runs]
     # Neither bound can be beaten: a round lasts as long as its busiest process, and devices do one thing at a time.
-    return max(sum(cell.busiest_s for cell in times) / at_once, sum(cell.work_s for cell in times) / max(1.0, workers))
+    in_turn_s = _seconds_in_turn([cell.busiest_s for cell in times], at_once)
+    return max(in_turn_s, sum(cell.work_s for cell in times) / max(1.0, workers))
+
+
+def _seconds_in_turn(cells_s: Sequence[float], at_once: int) -> float:
+    """How long cells take if the next one begins whenever one of the `at_once` that are running has ended."""
+    ends = [0.0] * at_once  # a heap
+    for seconds in cells_s:
+        heapreplace(ends, ends[0] + seconds)
+    return max(ends)
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ def _client_seconds(run: CellRun, model: str) -> tuple[float, float]:
     """Seconds in which a client with this model trains for a round, and in which it is scored."""
     config, training = run.config, run.config.training
     num_train, num_test = shard_sizes(config, run.info)
-    num_train //= config.partition.windows_per_shard
+    num_train = window_length(num_train, config.partition.windows_per_shard)
     timed = CellConfig(  # only what a step's time depends on, so that cells equal in it are timed once
         dataset=config.dataset,
         family=config.family,

@@ -59,6 +59,19 @@ class ResultsFolder:
         """Everything else of one cell and seed."""
         return self.root / "runs" / cell
 
+    def checkpoints_folder(self, cell: str) -> Path:
+        """The checkpoints of one cell and seed."""
+        return self.run_folder(cell) / "checkpoints"
+
+    def shards_file(self, cell: str) -> Path:
+        """The samples of the clients of one cell and seed."""
+        return self.run_folder(cell) / "shards.parquet"
+
+    @classmethod
+    def of_run(cls, run_folder: Path) -> ResultsFolder:
+        """The experiment that has this folder of one cell and seed."""
+        return cls(run_folder.parent.parent)
+
     @property
     def stop_file(self) -> Path:
         """While this file exists, running cells stop after their round, with a checkpoint, and no other cell begins."""

@@ -35,10 +35,10 @@ from flexifed.config import (
 from flexifed.data import find_dataset, make_pipeline, open_dataset
 from flexifed.errors import ConfigError, FlexifedWarning, ResultsError
 from flexifed.federation.cell import make_shards
-from flexifed.federation.checkpoint import MANIFEST
-from flexifed.federation.rounds import LocalHosts
+from flexifed.federation.checkpoint import MANIFEST, state_sha256
+from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.profiles import PROFILES
-from flexifed.results.store import ResultsFolder
+from flexifed.results.store import ResultsFolder, read_metadata, read_table, write_table
 
 ROUNDS = 3
 
@@ -114,6 +114,33 @@ def test_models_are_those_that_the_run_scored_last(
         np.testing.assert_array_equal(clients.shards(client).test, shards.test)
 
 
+@pytest.mark.parametrize(
+    ("model", "sharing"),
+    [
+        ({}, {"batch_norm_buffers": "local"}),
+        ({}, {"classifier": "never", "clients_per_round": 2}),
+        ({}, {"classifier": "always", "reduce_block": 2}),
+        ({"versions": ("v1", "v4")}, {"clients_per_round": 1, "batch_norm_buffers": "local"}),
+    ],
+)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_states_are_those_that_the_clients_hold(
+    tmp_path: Path, scheme: SchemeName, model: dict[str, Any], sharing: dict[str, Any]
+) -> None:
+    run = cell(tmp_path, scheme)
+    config = replace(run.config, model=replace(run.config.model, **model), sharing=SharingConfig(**sharing))
+    run = replace(run, config=config, rounds=2)
+    play(run, 1, clients_per_host=2)
+    folder = play(run, 1)  # other hosts
+    shards = make_shards(config, run.info)
+    federation = Federation(config, run.info, LocalHosts(config, run.info, shards))
+    for _ in range(2):
+        federation.play_round()
+    clients = load_clients(folder)
+    assert clients.rounds == 2
+    assert tuple(state_sha256(clients.state(client)) for client in range(4)) == federation.state_sha256()
+
+
 @pytest.mark.parametrize("clients_per_round", [None, 1])
 def test_a_stopped_run_has_the_models_of_its_last_checkpoint(tmp_path: Path, clients_per_round: int | None) -> None:
     run = cell(tmp_path, clients_per_round=clients_per_round)
@@ -137,7 +164,10 @@ def test_exported_files_need_only_build_model(tmp_path: Path, dataset: DatasetNa
     assert (description["run"], description["rounds"], description["is_final"]) == (run.name, ROUNDS, True)
     assert CellConfig.from_dict(description["metadata"]["config"]) == run.config
     assert len(description["clients"]) == 4
+    assert clients.accuracies() == {client: entry["accuracy"] for client, entry in enumerate(description["clients"])}
+    assert "machine" not in description["metadata"]
     for client, entry in enumerate(description["clients"]):
+        assert accuracy(clients, client, clients.model(client)) == pytest.approx(entry["accuracy"])
         assert hashlib.sha256((target / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
         model = flexifed.build_model(**entry["build_model"])
         model.load_state_dict(load_file(target / entry["file"]))
@@ -147,12 +177,41 @@ def test_exported_files_need_only_build_model(tmp_path: Path, dataset: DatasetNa
     )
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = replace(cell(tmp_path), checkpoint_every=1)
     folder = play(run, 2)
     (folder / "checkpoints" / "round-000002" / MANIFEST).write_bytes(b"{}")
     with pytest.warns(FlexifedWarning, match=r"max_common.*checkpoint round-000002 is skipped"):
         assert load_clients(folder).rounds == 1
+    assert main(["export", str(folder), "--to", str(tmp_path / "models")]) == 0
+    assert f"warning: {run.name}: checkpoint round-000002 is skipped" in capsys.readouterr().out
+
+
+def test_a_run_that_is_under_way_may_be_writing_a_checkpoint_and_replaces_others(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    run = replace(cell(tmp_path), checkpoint_every=1)
+    folder = play(run, 1)
+    clients = load_clients(folder)
+    writing = folder / "checkpoints" / "round-000002"
+    writing.mkdir()
+    assert load_clients(folder).rounds == 1
+    assert not recwarn.list
+    play(run)
+    with pytest.raises(ResultsError, match=r"the run has replaced .*round-000001 since it was found; load its clients"):
+        clients.state(0)
+    assert load_clients(folder).rounds == ROUNDS
+
+
+def test_a_finished_run_that_is_trained_further_is_not_at_its_last_round(tmp_path: Path) -> None:
+    run = cell(tmp_path, keep_final=False)
+    play(run)
+    folder = play(replace(run, rounds=2 * ROUNDS), 1)
+    clients = load_clients(folder)
+    assert (clients.rounds, clients.is_final) == (1, False)
+    clients.state(0)
 
 
 def without_rows(folder: Path) -> Path:
@@ -176,7 +235,7 @@ def lose_the_checkpoints(folder: Path) -> None:
         (lambda folder: without_rows(folder), "has no results yet, or has lost them: there is no .*parquet"),
         (
             lambda folder: lose_the_checkpoints(folder) or folder,
-            r"no checkpoint .*round-000003 is skipped: .*; run the same command with --fresh, or with more --rounds",
+            r"no checkpoint .* its checkpoints were deleted\); run the same command with --fresh, or with more --rounds",
         ),
     ],
 )
@@ -191,10 +250,10 @@ def test_a_run_without_a_state_says_why_and_what_makes_one(tmp_path: Path) -> No
     run = cell(tmp_path, keep_final=False)
     folder = play(run, 2)
     lose_the_checkpoints(folder)
-    with pytest.raises(ResultsError, match=r"is unfinished.*; run the same command to train them"):
+    with pytest.raises(ResultsError, match=r"\(it has not got that far\); run the same command to train them"):
         load_clients(folder)
     play(run)
-    with pytest.raises(ResultsError, match=r"\(it was run with --no-keep-final\); .* --fresh, or with more"):
+    with pytest.raises(ResultsError, match=r"\(it was run with --no-keep-final, or its .*\); .* --fresh, or with more"):
         load_clients(folder)
     play(replace(run, rounds=ROUNDS + 1, keep_final=True))
     assert load_clients(folder).rounds == ROUNDS + 1, "as the message says"
@@ -204,6 +263,53 @@ def test_a_link_to_a_run_is_followed(tmp_path: Path) -> None:
     folder = play(cell(tmp_path / "results"))
     (tmp_path / "link").symlink_to(folder)
     assert load_clients(tmp_path / "link").folder == folder.resolve()
+
+
+def test_samples_that_the_run_did_not_use_are_refused(tmp_path: Path) -> None:
+    run = cell(tmp_path)
+    path = ResultsFolder(run.results).shards_file(run.name)
+    folder = play(run)
+    table = read_table(path)
+    for changed, message in [
+        (table.slice(1), "has been changed: it does not have the samples that the run used"),
+        (table.rename_columns(["client", "split", "other"]), "can't read .*shards.parquet.*index"),
+    ]:
+        write_table(path, changed)
+        with pytest.raises(ResultsError, match=message):
+            load_clients(folder).shards(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": "abc"}, "not the settings of a cell"),
+        ({"config": {}}, "not the settings of a cell"),
+        ({"data": {}}, "the metadata of .* are not those of a run .*; run the cell again"),
+        ({"state_sha256": ["0"]}, r"not those of a run \(1 digests of 4 clients\)"),
+    ],
+)
+def test_metadata_that_are_not_a_runs_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    run = cell(tmp_path)
+    folder = play(run)
+    path = ResultsFolder(run.results).rounds_file(run.name)
+    metadata = {b"flexifed": json.dumps(read_metadata(path) | change)}
+    write_table(path, read_table(path).replace_schema_metadata(metadata))
+    with pytest.raises((ConfigError, ResultsError), match=message):
+        load_clients(folder)
+
+
+def test_a_state_that_does_not_fit_the_settings_is_refused(tmp_path: Path) -> None:
+    clients = load_clients(play(cell(tmp_path)))
+    other = replace(clients, config=replace(clients.config, model=ModelConfig(width=0.06)))
+    with pytest.raises(ResultsError, match=r"client 1 in .* is not a vgg13_bn with the settings of the run's metadata"):
+        other.model(1)
+
+
+def test_building_a_model_leaves_random_numbers_alone(tmp_path: Path) -> None:
+    clients = load_clients(play(cell(tmp_path)))
+    before = torch.get_rng_state()
+    clients.model(0)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_other_values_than_the_run_ended_with_are_refused(tmp_path: Path) -> None:
@@ -254,7 +360,7 @@ def test_the_command_exports_each_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["export", *folders, "--to", str(tmp_path / "models")]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path / 'models' / finished.name}: 4 models after 3 rounds",
-        f"{tmp_path / 'models' / stopped.name}: 4 models after 2 rounds, which is not the run's last",
+        f"{tmp_path / 'models' / stopped.name}: 4 models after 2 of 3 rounds",
     ]
     assert {path.name for path in (tmp_path / "models").iterdir()} == {finished.name, stopped.name}
 

@@ -188,6 +188,26 @@ def test_a_dry_run_prints_cells_resources_and_time_and_starts_nothing(
 
 
 @pytest.mark.usefixtures("no_ray")
+def test_a_dry_run_counts_whole_models_of_clients_that_have_not_trained(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def disk(*line: str) -> tuple[str, str]:
+        cell = ["--profile", "smoke", "--data", "synthetic", "--only", "cifar10/vgg/max_common"]
+        assert main([*cell, "--dry-run", "--results-dir", str(tmp_path / "results"), *line]) == 0
+        found = re.search(r"disk: (.*) of final states .* up to (.*) of checkpoints", capsys.readouterr().out)
+        assert found
+        return found[1], found[2]
+
+    everyone, some, all_trained = (
+        disk(),
+        disk("--clients-per-round", "2"),
+        disk("--clients-per-round", "2", "--rounds", "99"),
+    )
+    assert float(some[1].split()[0]) > float(everyone[1].split()[0]), "after the first round"
+    assert all_trained == (everyone[0], some[1]), "after the last, as if all had taken part in every round"
+
+
+@pytest.mark.usefixtures("no_ray")
 def test_a_dry_run_from_a_head_without_a_gpu_estimates_no_gpu_time(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
