@@ -64,4 +64,4 @@ def test_reports_that_come_late_do_not_turn_the_pace_around(report: Report) -> N
     report(30, "one", 0)
     report(20, "one", 1)
     report(-21, "two", 0)
-    assert report(30, "one", 2).endswith("left: 2 h 47 min)"), "500 and 502 rounds of 10 s: three in 30 s"
+    assert report(45, "one", 2).endswith("left: 4 h 10 min)"), "500 and 502 rounds of 15 s: three in 45 s"

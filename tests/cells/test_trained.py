@@ -235,7 +235,7 @@ def lose_the_checkpoints(folder: Path) -> None:
         (lambda folder: without_rows(folder), "has no results yet, or has lost them: there is no .*parquet"),
         (
             lambda folder: lose_the_checkpoints(folder) or folder,
-            r"no checkpoint .* its checkpoints were deleted\); run the same command with --fresh, or with more --rounds",
+            r"no checkpoint .* were deleted\); run the same command with --fresh, or with more --rounds",
         ),
     ],
 )
