@@ -55,10 +55,14 @@ class CellSession:
         hosts: the hosts of the cell's clients.
         shards: each client's samples.
         log: the cell's log, from `open_log`; the caller closes it.
+
+    Attributes:
+        notes: what the user should know of how the cell resumes, such as that a checkpoint is damaged.
     """
 
     def __init__(self, run: CellRun, placement: str, hosts: Hosts, shards: Sequence[ClientShards], log: RunLog) -> None:
         self.run = run
+        self.notes: list[str] = []
         self._shards = shards
         self._log = log
         self._folder = ResultsFolder(run.results)
@@ -106,7 +110,7 @@ class CellSession:
         stored: dict[str, Any] = read_metadata(path) if path.exists() else {}
         metadata["attempts"], has_changed = merge_attempts(metadata, stored, next_round)
         if has_changed:
-            self._log.write(
+            self._note(
                 f"from round {next_round} on other hardware or under other versions than before, so an undisturbed run "
                 "may differ in the last bits; both are in the file's metadata"
             )
@@ -127,15 +131,19 @@ class CellSession:
         def has_its_rows(checkpoint: Checkpoint) -> bool:
             return rows_before(checkpoint).num_rows == checkpoint.next_round * num_clients
 
-        checkpoint = self._checkpoints.latest(self._log.write, fits=has_its_rows)
+        checkpoint = self._checkpoints.latest(self._note, fits=has_its_rows)
         if checkpoint is None:
             if self._folder.last_round(self.run.name) is not None:
-                self._log.write("there are rows but no checkpoint: starting with round 0")
+                self._note("there are rows but no checkpoint: starting with round 0")
             return None
         self._check_shards()
         self._federation.restore(checkpoint)
         self._log.write(f"resuming with round {checkpoint.next_round}, from {checkpoint.folder.name}")
         return rows_before(checkpoint)
+
+    def _note(self, message: str) -> None:
+        self._log.write(message)
+        self.notes.append(message)
 
     def _check_shards(self) -> None:
         """Check that the clients still have the samples that they had in the rounds before the checkpoint.

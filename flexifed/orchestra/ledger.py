@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ class CellReport:
         accuracies: the accuracy of each version in that round.
         reason: why the cell is lost or has failed.
         roomier: a placement in which the cell can be tried again, if it is out of memory.
+        notes: what the user should know besides.
         at: the Unix time of what is reported, by the clock of the cell's driver.
     """
 
@@ -42,6 +43,7 @@ class CellReport:
     accuracies: Mapping[str, float] | None = None
     reason: str = ""
     roomier: CellPlacement | None = None
+    notes: Sequence[str] = ()
     at: float = field(default_factory=time.time)
 
     @property
@@ -87,6 +89,8 @@ class Ledger:
 
     def heard(self, report: CellReport) -> None:
         """Record a cell's report."""
+        for note in report.notes:
+            self._observer.noted(note, report.name)
         if report.state == "lost":
             self._lost(report)
             return

@@ -98,7 +98,9 @@ class CellTrial(tune.Trainable):
         if state == "playing" and stop_file.exists():
             self._session.stop()
             state = "stopped"
-        return CellReport(run.name, state, result.round_index, accuracy_by_version(run.config, result))
+        notes, self._session.notes = self._session.notes, []
+        accuracies = accuracy_by_version(run.config, result)
+        return CellReport(run.name, state, result.round_index, accuracies, notes=notes)
 
     def _begin(self, run: CellRun) -> CellSession:
         placement, shards = self._placed.placement, make_shards(run.config, run.info)

@@ -26,11 +26,12 @@ from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig, PlacementOptions
 from flexifed.data import DatasetInfo
 from flexifed.errors import ClientError, DeviceMemoryError
+from flexifed.federation.checkpoint import MANIFEST
 from flexifed.federation.rounds import LocalHosts
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts, GroupLostError, LostError
 from flexifed.orchestra.client_actor import ClientActor, device_memory_explained
-from flexifed.orchestra.ledger import CellReport
+from flexifed.orchestra.ledger import CellReport, Ledger
 from flexifed.orchestra.lending import Lending
 from flexifed.orchestra.placement import CellPlacement, Resources, place_cell
 from flexifed.orchestra.sweep import _make_scratch, _stop_files, run_grid
@@ -209,6 +210,26 @@ def test_a_step_plays_rounds_for_its_time_and_ends_with_a_loss(
     assert [[report.round_index for report in reports] for reports in steps] == expected
     reports = [report for reports in steps for report in reports]
     assert [report.at for report in reports] == sorted(report.at for report in reports)
+
+
+def test_the_user_hears_once_that_a_checkpoint_is_damaged(
+    tmp_path: Path, trial: Callable[[CellRun], CellTrial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = cell(tmp_path / "damaged")
+    with monkeypatch.context() as patch:
+        patch.setattr("flexifed.orchestra.trial.STEP_S", 0.0)
+        stopped = trial(run)
+        for _ in range(4):
+            stopped.step()
+        stopped.cleanup()
+    (checkpoints(run) / "round-000004" / MANIFEST).write_bytes(b"{}")
+    observer = RecordingObserver()
+    ledger = Ledger(observer, {run.name: tmp_path})
+    for report in step_to_end(trial(run)):
+        ledger.heard(report)
+    [note] = observer.notes
+    assert note.startswith("checkpoint round-000004 is skipped")
+    assert "resuming with round 2" in log(run)
 
 
 def test_a_cell_that_lost_its_placement_group_is_left_to_tune(
