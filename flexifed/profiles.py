@@ -41,7 +41,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             training=TrainingConfig(local_epochs=1, batch_size=16, learning_rate=0.02, augment=False),
         ),
         "thin": Profile(
-            # Thin models on real data, about half an hour a row and seed: enough for the schemes to separate.
+            # Thin models on real data, half an hour a row and seed, or more: enough for the schemes to separate.
             # Small shards, used whole in every round, and no augmentation: a client alone soon runs out of new samples,
             # as it does with a full shard after hundreds of rounds. Chosen on seed 100, then frozen.
             rounds=60,
