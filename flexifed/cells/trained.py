@@ -68,7 +68,7 @@ class TrainedClients:
     @property
     def is_final(self) -> bool:
         """Whether these are the models after the run's last round."""
-        return "state_sha256" in self.metadata and self.rounds == self.metadata.get("rounds")
+        return "state_sha256" in self.metadata and self.rounds == self.metadata["rounds"]
 
     def state(self, client: int) -> dict[str, torch.Tensor]:
         """The state dict of a client's model, on the CPU: its personal tensors, and the means of its groups.
@@ -194,12 +194,13 @@ class TrainedClients:
     @cached_property
     def _shards(self) -> list[ClientShards]:
         path = ResultsFolder.of_run(self.folder).shards_file(self.folder.name)
+        remedy = "flexifed.federation.cell.make_shards(config, info) draws them again, with the same versions"
         try:
             shards = shards_of(read_table(path), len(self))
-        except (KeyError, pa.ArrowException) as error:
-            raise ResultsError(f"can't read {path}: {error}; the run writes it again when it is resumed") from error
+        except (KeyError, pa.ArrowException, ResultsError) as error:
+            raise ResultsError(f"the clients' samples can't be read from {path} ({error}); {remedy}") from error
         if self.metadata.get("shards_sha256", digest := shards_sha256(shards)) != digest:  # older files have none
-            raise ResultsError(f"{path} has been changed: it does not have the samples that the run used")
+            raise ResultsError(f"{path} does not have the samples that the run used, so it has been changed; {remedy}")
         return shards
 
     @property
@@ -240,7 +241,8 @@ def load_clients(run_folder: str | Path) -> TrainedClients:
         raise ResultsError(f"{folder} has no results yet, or has lost them: there is no {path}")
     metadata = read_metadata(path)
     try:
-        run_id, data, digests = str(metadata["run_id"]), metadata["data"], metadata.get("state_sha256")
+        run_id, rounds, data = str(metadata["run_id"]), metadata["rounds"], metadata["data"]
+        digests = metadata.get("state_sha256")
         config = CellConfig.from_dict(metadata["config"])
         info = DatasetInfo(**data | {name: tuple(data[name]) for name in ("mean", "std")})
         if digests is not None and len(digests) != config.partition.num_clients:
@@ -248,8 +250,7 @@ def load_clients(run_folder: str | Path) -> TrainedClients:
     except (KeyError, TypeError) as error:
         raise ResultsError(f"the metadata of {path} are not those of a run ({error}); run the cell again") from error
     notes: list[str] = []
-    ended_with = metadata.get("rounds") if digests else None
-    checkpoints = Checkpoints(results.checkpoints_folder(folder.name), run_id, ended_with)
+    checkpoints = Checkpoints(results.checkpoints_folder(folder.name), run_id, rounds if digests else None)
     checkpoint = checkpoints.latest(notes.append, may_be_writing=True)
     if checkpoint is None:
         without = "it was run with --no-keep-final, or its checkpoints were deleted"
