@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from flexifed.report.table import paper_table
+from flexifed.results.rounds_file import RoundsWriter
 from flexifed.results.schema import SCHEMA
-from flexifed.results.store import ResultsFolder, RoundsWriter
+from flexifed.results.store import ResultsFolder
 
 Cell = tuple[str, str, str]
 """Data set, family, scheme."""

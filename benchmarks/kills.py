@@ -26,7 +26,8 @@ import pandas as pd
 import psutil
 
 from flexifed.federation.checkpoint import MANIFEST
-from flexifed.results.store import ResultsFolder, read_metadata
+from flexifed.results.rounds_file import read_metadata
+from flexifed.results.store import ResultsFolder
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "table1.py"
 PROCESS_TITLES = {

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexifed.errors import FlexifedError
-from flexifed.results.store import ResultsFolder, read_metadata
+from flexifed.results.rounds_file import read_metadata
+from flexifed.results.store import ResultsFolder
 
 RUN_COLUMNS = ("train_s", "train_started", "eval_s", "round_s", "actor")
 """Columns with times and processes, which differ from run to run."""

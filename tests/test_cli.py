@@ -21,7 +21,8 @@ from flexifed.profiles import PROFILES
 from flexifed.report.plan import Branch, Segment, plan_summary
 from flexifed.report.plan_text import percent, segment_text
 from flexifed.report.study import load_results
-from flexifed.results.store import ResultsFolder, RoundsWriter
+from flexifed.results.rounds_file import RoundsWriter
+from flexifed.results.store import ResultsFolder
 
 WIDTH = 0.0625
 
@@ -416,6 +417,11 @@ def test_report_picks_rounds(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert row(run_report(capsys, tmp_path, "--pick", "last"), "standalone")[0] == "69.5"
     assert row(run_report(capsys, tmp_path, "--pick", "final"), "standalone")[0] == "70.0"
     assert row(run_report(capsys, tmp_path, "--pick", "best"), "standalone")[0] == "70.0"
+    both = run_report(capsys, tmp_path, "--pick", "final", "--pick", "last", "--format", "csv").splitlines()
+    assert [tuple(line.split(",")[4:12]) for line in both if ",v1," in line] == [
+        (pick, "cifar10", "vgg", "standalone", "v1", "synthetic", "1", mean)
+        for pick, mean in [("final", "70.0"), ("last", "69.5")]
+    ]
 
 
 def test_report_names_unfinished_cells(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ import yaml
 from numpy.typing import NDArray
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from flexifed.results.store import ResultsFolder, read_metadata, write_table
+from flexifed.results.rounds_file import read_metadata
+from flexifed.results.store import ResultsFolder
+from flexifed.results.tables import write_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SETUP = REPOSITORY / "clusters" / "setup.sh"

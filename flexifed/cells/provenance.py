@@ -11,7 +11,7 @@ from typing import Any
 from flexifed.cells.run import CellRun
 
 _OF_AN_ATTEMPT = ("computed_on", "machine", "versions")
-_PACKAGES = ("flexifed", "torch", "torchvision", "ray", "numpy", "pyarrow")
+_PACKAGES = ("flexifed", "torch", "torchvision", "torchaudio", "soundfile", "ray", "numpy", "pyarrow")
 
 
 def provenance(run: CellRun, placement: str, exchange: str, computed_on: Iterable[str]) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from flexifed.errors import ResultsError
 from flexifed.federation.cell import ClientShards
 from flexifed.federation.checkpoint import Checkpoint
 from flexifed.federation.rounds import Federation, Hosts, RoundResult
+from flexifed.results.rounds_file import RoundsWriter, read_metadata
 from flexifed.results.runlog import RunLog
-from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, write_table
+from flexifed.results.store import ResultsFolder
+from flexifed.results.tables import write_table
 
 CHECKPOINT_EVERY_S = 60.0
 CHECKPOINT_SHARE = 0.03  # the largest part of the time that checkpoints may take

@@ -31,7 +31,9 @@ from flexifed.federation.checkpoint import (
     write_tensors,
 )
 from flexifed.files import atomic_write, writing
-from flexifed.results.store import ResultsFolder, read_metadata, read_table
+from flexifed.results.rounds_file import read_metadata
+from flexifed.results.store import ResultsFolder
+from flexifed.results.tables import read_table
 
 INDEX = "clients.json"
 _EXPORTED = ("run_id", "profile", "config", "data", "versions")  # of a run's metadata, without names of its machines

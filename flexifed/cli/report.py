@@ -21,8 +21,9 @@ class Report:
     """The --results-dir of the runs, or the folder of one experiment."""
     experiment: str | None = None
     """Folder of an experiment in the results. Default: table1, or the newest that --fresh made (table1-2, ...)."""
-    pick: Literal["last", "best", "final"] = "last"
-    """Rounds that numbers are taken from. last: mean of the last tenth, at most 50. best: the best. final: the last."""
+    pick: Annotated[tuple[Literal["last", "best", "final"], ...], tyro.conf.UseAppendAction] = ()
+    """Rounds that numbers are taken from. last (default): mean of the last tenth, at most 50. best: the best. final:
+    the last. Given several times, it makes tables for each; figures use the first."""
     profile: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Only runs under this profile. Default: all, with a table for each."""
     format: Literal["terminal", "markdown", "latex", "csv"] = "terminal"
@@ -40,11 +41,13 @@ class Report:
             ResultsError: no results, or damaged ones.
         """
         from flexifed.report.curves import check_target
-        from flexifed.report.study import load, report, report_text, results_folder
+        from flexifed.report.reports import report, report_text
+        from flexifed.report.study import load, results_folder
         from flexifed.results.attempts import experiment_folders
         from flexifed.results.store import ResultsFolder
 
         check_target(self.target)
+        picks = self.pick or ("last",)
         if self.figures is not None:
             from flexifed.report.figures import drawings  # refuses before anything is read or printed
         results_dir = self.results_dir.expanduser().absolute()
@@ -55,13 +58,13 @@ class Report:
             print(note, file=sys.stdout if self.format == "terminal" else sys.stderr)
         studies = load(ResultsFolder(root), self.profile)
         if self.format == "terminal":
-            for part in report(studies, pick=self.pick, target=self.target):
+            for part in report(studies, picks=picks, target=self.target):
                 console.print(part, highlight=False, markup=False)
         else:
-            for text in report_text(studies, self.format, pick=self.pick, target=self.target):
+            for text in report_text(studies, self.format, picks=picks, target=self.target):
                 print(text)
         if self.figures is not None:
             for study in studies:
-                for drawing in drawings(study, self.pick, self.target):
+                for drawing in drawings(study, picks[0], self.target):
                     for path in drawing.save(self.figures.expanduser() / study.slug):
                         print(path, file=sys.stderr)

@@ -16,7 +16,8 @@ from pathlib import Path
 from flexifed.config import CellConfig, CellName, NumericsConfig, SharingConfig
 from flexifed.errors import ResultsError
 from flexifed.profiles import PROFILES
-from flexifed.results.store import ResultsFolder, read_summary
+from flexifed.results.rounds_file import read_summary
+from flexifed.results.store import ResultsFolder
 
 _CELL_FIELDS = ("dataset", "family", "scheme", "seed")
 _OF_TABLE_1 = {

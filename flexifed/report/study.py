@@ -1,4 +1,4 @@
-"""Studies: results that may be compared, with their rows and all tables made from them."""
+"""Studies: results that may be compared, with their rows and the tables made from them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 
-from flexifed.config import SCHEMES, CellName
+from flexifed.config import CellName
 from flexifed.errors import ResultsError
 from flexifed.profiles import PROFILES
 from flexifed.report.compare import PAIRED, paired_differences, render_differences
@@ -28,17 +27,13 @@ from flexifed.report.runs import (
     stored_cell,
     stored_cells,
 )
-from flexifed.report.sheet import Column, Section, Sheet, latex, markdown
+from flexifed.report.sheet import Sheet
 from flexifed.report.table import (
     ACCURACY,
     CELL,
-    DIGITS,
-    NUMBERS,
-    SCHEME_NAMES,
     Pick,
     Summary,
     data_warnings,
-    in_paper_order,
     paper_table,
     per_seed,
     picked_rounds,
@@ -51,12 +46,8 @@ from flexifed.wording import counted
 
 COLUMNS = [*CELL, "data_source", "seed", "version", "round", "accuracy", "bytes_up"]
 """The columns of rounds files that reports use."""
-_NUMBERS = ["study", "profile", "rounds", "changed", "pick", *NUMBERS]
 _MAX_NAMED = 8  # unfinished cells that are listed; of the others only the number is given
 _PROFILE_CHARACTERS = 60  # of a profile's name in the name of a folder
-
-
-TextFormat = Literal["markdown", "latex", "csv"]
 
 
 @dataclass(frozen=True)
@@ -278,79 +269,6 @@ def results_folder(results_dir: str | Path, experiment: str | None = None) -> Re
     if experiment is not None:
         return ResultsFolder(root / experiment)
     return ResultsFolder(root if rounds_files(root / "rounds") else newest_folder(root, "table1"))
-
-
-def report(studies: Sequence[Study], *, pick: Pick = "last", target: Target = None) -> Iterator[Sheet | str]:
-    """Yield all tables for a terminal: for each study its title, its contents and its tables."""
-    for study in studies:
-        yield ""
-        yield study.title
-        yield "\n".join(study.contents())
-        for sheet in study.sheets(pick, target):
-            yield ""
-            yield sheet
-
-
-def report_text(
-    studies: Sequence[Study], form: TextFormat, *, pick: Pick = "last", target: Target = None
-) -> Iterator[str]:
-    """Yield all tables as text in a file format. CSV has Table 1 only: see `numbers`."""
-    if form == "csv":
-        yield numbers(studies, pick).to_csv(index=False, float_format=f"%.{DIGITS}f").rstrip("\n")
-        return
-    for study in studies:
-        if form == "markdown":
-            yield f"## {study.title}\n"
-            yield "\n".join(f"- {line.strip()}" for line in study.contents()) + "\n"
-            yield from (markdown(sheet) + "\n" for sheet in study.sheets(pick, target))
-        else:
-            yield "\n".join(f"% {line}" for line in (study.title, *study.contents()))
-            yield from (latex(sheet, SCHEME_NAMES) for sheet in study.sheets(pick, target))
-
-
-def overview(studies: Sequence[Study]) -> Sheet:
-    """Lay out the progress of all runs: for each data set and family, how many seeds of each scheme are finished."""
-    sections = []
-    for study in studies:
-        counts: dict[tuple[str, str], dict[str, list[bool]]] = {}
-        for cell in study.edition.cells:
-            schemes = counts.setdefault((cell.cell.dataset, cell.cell.family), {})
-            schemes.setdefault(cell.cell.scheme, []).append(cell.is_finished)
-        order = in_paper_order(pd.DataFrame(list(counts), columns=["dataset", "family"]))
-        rows = [
-            (
-                f"{dataset} / {family}",
-                tuple((f"{sum(runs)} of {len(runs)}" if (runs := schemes.get(name)) else "-",) for name in SCHEMES),
-            )
-            for dataset, family in order.itertuples(index=False, name=None)
-            if (schemes := counts[dataset, family])
-        ]
-        sections.append(Section(study.title, tuple(rows)))
-    return Sheet(
-        "Finished runs, of all runs with results",
-        tuple(map(Column, SCHEMES)),
-        tuple(sections),
-        ("A run is a cell under one seed. Runs under one heading may be compared; tables never mix headings.",),
-    )
-
-
-def numbers(studies: Sequence[Study], pick: Pick = "last") -> pd.DataFrame:
-    """Combine Table 1 of all studies in one DataFrame: `Summary.numbers`, with the study's name and settings."""
-    frames = []
-    for study in studies:
-        if not study.finished.empty:
-            cell = study.edition.cells[0]
-            changed = " ".join(f"{name}={value}" for name, value in changed_settings(cell).items())
-            columns = {
-                "study": study.slug,
-                "profile": cell.profile,
-                "rounds": study.rounds,
-                "changed": changed,
-                "pick": pick,
-            }
-            frame = study.summary(pick).numbers()
-            frames.append(pd.DataFrame(columns, index=frame.index).join(frame))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=_NUMBERS)
 
 
 def _progress_lines(title: str, cells: Sequence[StoredCell]) -> list[str]:

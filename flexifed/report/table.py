@@ -60,12 +60,14 @@ class Summary:
         """Compute the numbers that all formats show: a row for each cell and version, rounded here and nowhere else.
 
         Columns: dataset, family, scheme, version, data_source, seeds, mean, spread, paper, difference. Accuracies are
-        in percent with `DIGITS` digits; `difference` is mean - paper. `paper` and `difference` are missing unless the
-        data are the whole real data, and the experiment is the paper's: otherwise the comparison would mean nothing.
+        in percent with `DIGITS` digits; `difference` is mean - paper, as they are shown. `paper` and `difference` are
+        missing unless the data are the whole real data, and the experiment is the paper's: otherwise the comparison
+        would mean nothing.
         """
         paper = paper_table().reindex(index=self.mean.index, columns=self.mean.columns)
         paper = paper.where(self.sources.eq("real") & self.compare)
-        columns = {"mean": self.mean, "spread": self.spread, "paper": paper, "difference": self.mean - paper}
+        mean = self.mean.round(DIGITS)
+        columns = {"mean": mean, "spread": self.spread, "paper": paper, "difference": mean - paper}
         long = pd.DataFrame({name: frame.stack(future_stack=True) for name, frame in columns.items()}).round(DIGITS)
         long = long.dropna(subset="mean") + 0.0  # no -0.0
         long.index = long.index.set_names([*CELL, "version"])

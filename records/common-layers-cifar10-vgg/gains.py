@@ -8,7 +8,7 @@ import pandas as pd
 
 from flexifed.report.compare import mean_with_interval
 from flexifed.report.table import PICKS, per_seed, picked_rounds
-from flexifed.results.store import read_metadata
+from flexifed.results.rounds_file import read_metadata
 
 ROUNDS = Path(__file__).parent / "rounds"
 PARTNERS = {"v1": 1, "v2": 6, "v3": 7}

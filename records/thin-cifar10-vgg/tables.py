@@ -9,7 +9,7 @@ from rich.console import Console
 
 from flexifed.report.compare import PAIRED, paired_differences, render_differences
 from flexifed.report.table import per_seed, render, summarise
-from flexifed.results.store import read_metadata
+from flexifed.results.rounds_file import read_metadata
 
 ROUNDS = Path(__file__).parent / "rounds"
 PAIRED_BY_SEED = "The same, a pair for each seed (its versions are trained together)"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from flexifed.results.store import read_metadata
+from flexifed.results.rounds_file import read_metadata
 
 LAST = 5
 

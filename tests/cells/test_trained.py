@@ -38,7 +38,9 @@ from flexifed.federation.cell import make_shards
 from flexifed.federation.checkpoint import MANIFEST, state_sha256
 from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.profiles import PROFILES
-from flexifed.results.store import ResultsFolder, read_metadata, read_table, write_table
+from flexifed.results.rounds_file import read_metadata
+from flexifed.results.store import ResultsFolder
+from flexifed.results.tables import read_table, write_table
 
 ROUNDS = 3
 

@@ -35,7 +35,9 @@ from flexifed.federation.rounds import Federation, LocalHosts
 from flexifed.orchestra import estimate
 from flexifed.orchestra.placement import CellPlacement, place_cell
 from flexifed.report.study import load_results
-from flexifed.results.store import ResultsFolder, read_metadata, write_table
+from flexifed.results.rounds_file import read_metadata
+from flexifed.results.store import ResultsFolder
+from flexifed.results.tables import write_table
 
 ROUNDS = 5
 TIMINGS = ["train_s", "train_started", "eval_s", "round_s"]
@@ -226,7 +228,7 @@ def test_checkpoints_come_by_time_and_take_a_small_part_of_it(
 def test_rows_are_written_before_the_checkpoint_that_needs_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexifed.results.store._WRITE_SHARE", 1e-9)  # so that none but the first come by themselves
+    monkeypatch.setattr("flexifed.results.rounds_file._WRITE_SHARE", 1e-9)  # only the first come by themselves
     run = cell(tmp_path)
     play(run, 4)
     play(run)

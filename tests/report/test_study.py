@@ -20,10 +20,13 @@ from flexifed.cli import main
 from flexifed.config import SCHEMES
 from flexifed.errors import ResultsError
 from flexifed.profiles import PROFILES
+from flexifed.report.reports import numbers, overview, report_text
 from flexifed.report.runs import Edition, editions, stored_cells
-from flexifed.report.study import Study, load_results, numbers, overview, report_text, studies_of
+from flexifed.report.study import Study, load_results, studies_of
 from flexifed.report.table import PICKS, SCHEME_NAMES, paper_table
-from flexifed.results.store import ResultsFolder, read_metadata, write_table
+from flexifed.results.rounds_file import read_metadata
+from flexifed.results.store import ResultsFolder
+from flexifed.results.tables import write_table
 
 NUMBER = r"[+-]?\d+\.\d"
 NumbersByRow = dict[tuple[str, str, str], list[str]]

@@ -277,6 +277,12 @@ def test_every_number_is_rounded_once_and_no_difference_is_minus_zero() -> None:
     assert row_of(table_text(summarise(exact, 2)), "max_common") == ["max_common", "80.6", "80.6", "+0.0"]
 
 
+@pytest.mark.parametrize("percent", [78.05, 78.15, 78.25, 78.35, 80.549, 80.65])
+def test_a_difference_is_that_of_the_numbers_that_are_shown(percent: float) -> None:
+    [number] = summarise(rows({2: [percent / 100]}), 2).numbers().to_dict("records")
+    assert f"{number['difference']:.1f}" == f"{round(number['mean'] * 10) / 10 - number['paper']:.1f}"
+
+
 def test_rows_stand_in_the_papers_order_and_those_that_it_lacks_come_last() -> None:
     table = pd.concat(
         rows({2: [0.5]}, dataset=dataset, family=family)

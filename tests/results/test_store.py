@@ -22,8 +22,10 @@ from flexifed.data import synthetic
 from flexifed.errors import ResultsError
 from flexifed.grid import GridOptions
 from flexifed.request import GridRequest
+from flexifed.results.rounds_file import RoundsWriter, read_metadata, read_summary
 from flexifed.results.schema import SCHEMA
-from flexifed.results.store import ResultsFolder, RoundsWriter, read_metadata, read_summary, write_table
+from flexifed.results.store import ResultsFolder
+from flexifed.results.tables import write_table
 
 REQUIRED = [
     "run_id",
@@ -191,8 +193,8 @@ def test_slow_writes_become_rarer_and_the_last_flush_writes_all_rows(
         clock.now += 1
         write_table(path, table)
 
-    monkeypatch.setattr("flexifed.results.store.time.monotonic", clock)
-    monkeypatch.setattr("flexifed.results.store.write_table", slow)
+    monkeypatch.setattr("flexifed.results.rounds_file.time.monotonic", clock)
+    monkeypatch.setattr("flexifed.results.rounds_file.write_table", slow)
     writer = RoundsWriter(folder.rounds_file("one"), {})
     seen = []
     for index in range(200):
