@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from flexifed.checks import check_bool, check_integer, check_literal, check_number
 from flexifed.errors import ConfigError
@@ -100,6 +100,18 @@ class ModelConfig:
         """The version of a client, from 0: clients have the versions in turn, from the shallowest to the deepest."""
         versions = self.versions or VERSIONS
         return VERSIONS.index(versions[client % len(versions)])
+
+    def check_clients(self, num_clients: int) -> None:
+        """Check that there is a client for each version that was chosen.
+
+        Raises:
+            ConfigError: there are too few.
+        """
+        if self.versions and len(self.versions) > num_clients:
+            raise ConfigError(
+                f"versions is {' '.join(self.versions)}, but there are only {num_clients} clients, one version each; "
+                f"choose at most {num_clients} versions, or ask for more clients"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +276,9 @@ class CellConfig:
     numerics: NumericsConfig = field(default_factory=NumericsConfig)
 
     def __post_init__(self) -> None:
+        for name, group in self._groups().items():
+            if not isinstance(getattr(self, name), group):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; give a {group.__name__}")
         check_literal(self, "dataset", DATASETS)
         check_literal(self, "family", FAMILIES)
         check_literal(self, "scheme", SCHEMES)
@@ -281,11 +296,7 @@ class CellConfig:
                 f"clients_per_round is {participants}, but there are only {num_clients} clients; ask for at most "
                 f"{num_clients}, or for more clients"
             )
-        if (versions := self.model.versions) and len(versions) > num_clients:
-            raise ConfigError(
-                f"versions is {' '.join(versions)}, but there are only {num_clients} clients, one version each; choose "
-                f"at most {num_clients} versions, or ask for more clients"
-            )
+        self.model.check_clients(num_clients)
         if participants == num_clients:  # so that this gives the same config as the default
             object.__setattr__(self, "sharing", replace(self.sharing, clients_per_round=None))
         if self.numerics.precision == "tf32" and self.device == "cpu":
@@ -302,12 +313,19 @@ class CellConfig:
         Raises:
             ConfigError: a setting that does not exist here, or an invalid value.
         """
-        groups = {part.name: part.default_factory for part in fields(cls) if part.default_factory is not MISSING}
+        groups = cls._groups()
         try:
             settings = dict(**settings)
             return cls(**{name: groups[name](**value) if name in groups else value for name, value in settings.items()})
         except TypeError as error:
             raise ConfigError(f"not the settings of a cell: {error}; use the version that wrote them") from error
+
+    @classmethod
+    def _groups(cls) -> dict[str, type]:
+        """The classes of the settings that are groups of settings, by name."""
+        return {
+            part.name: cast(type, part.default_factory) for part in fields(cls) if part.default_factory is not MISSING
+        }
 
     @property
     def client_versions(self) -> tuple[int, ...]:

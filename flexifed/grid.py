@@ -110,7 +110,13 @@ class GridOptions:
 
 
 def make_cells(rows: Sequence[tuple[str, str]]) -> list[CellName]:
-    """The cells of all schemes for each (data set, family)."""
+    """The cells of all schemes for each (data set, family).
+
+    Raises:
+        ConfigError: there is no row, or a row is there twice.
+    """
+    if not rows or len({*rows}) < len(rows):
+        raise ConfigError(f"rows is {rows!r}; give at least one (data set, family), each once")
     return [
         CellName(cast(DatasetName, dataset), cast(FamilyName, family), cast(SchemeName, scheme))
         for dataset, family in rows

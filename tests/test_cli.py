@@ -424,6 +424,18 @@ def test_report_picks_rounds(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     ]
 
 
+@pytest.mark.parametrize("part", ["rounds", "runs"])
+def test_report_of_a_part_of_an_experiments_folder_names_the_whole(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, part: str
+) -> None:
+    store(tmp_path, "standalone")
+    assert main(["report", str(tmp_path / "table1" / part)]) == 2
+    folder = tmp_path / "table1"
+    assert f"{folder / part} is a part of an experiment's folder; give the whole folder, {folder}" in (
+        capsys.readouterr().err
+    )
+
+
 def test_report_names_unfinished_cells(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     store(tmp_path, "standalone")
     store(tmp_path, "max_common", played=3)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from flexifed.config import FAMILIES, CellConfig, ModelConfig, PartitionConfig
+from flexifed.config import FAMILIES, CellConfig, ModelConfig, PartitionConfig, TrainingConfig
 from flexifed.errors import ConfigError
+from flexifed.grid import make_cells
 
 
 def cell(num_clients: int = 8, versions: Any = None) -> CellConfig:
@@ -69,3 +70,15 @@ def test_more_versions_than_clients_are_refused() -> None:
 def test_concentrations_that_are_no_numbers_or_out_of_bounds_are_refused(alpha: object) -> None:
     with pytest.raises(ConfigError, match=r"dirichlet_alpha is .*at least 0.001 and below 1e\+06"):
         PartitionConfig(dirichlet_alpha=alpha)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [None, {"width": 0.5}, TrainingConfig()])
+def test_a_group_of_settings_of_another_class_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^model is .*; give a ModelConfig$"):
+        CellConfig(dataset="cifar10", family="vgg", scheme="max_common", model=value)
+
+
+@pytest.mark.parametrize("rows", [(), (("cifar10", "vgg"), ("cifar10", "vgg"))])
+def test_a_grid_needs_rows_that_differ(rows: tuple[tuple[str, str], ...]) -> None:
+    with pytest.raises(ConfigError, match=r"^rows is \(.*\); give at least one \(data set, family\), each once$"):
+        make_cells(rows)

@@ -459,7 +459,7 @@ def test_auto_takes_real_data_if_present(records: Records, tmp_path: Path) -> No
     assert find_dataset("cifar10", data="auto", data_dir=tmp_path) == synthetic.info("cifar10")
     write_binary(tmp_path, records)
     assert find_dataset("cifar10", data="auto", data_dir=tmp_path).source == "real"
-    assert find_dataset("cifar10", data="real", data_dir=tmp_path).source == "real"
+    assert find_dataset("cifar10", data="real", data_dir=str(tmp_path)).source == "real"
     assert find_dataset("cifar10", data="synthetic", data_dir=tmp_path) == synthetic.info("cifar10")
 
 

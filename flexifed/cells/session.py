@@ -71,13 +71,13 @@ class CellSession:
         self._checkpoints = run.checkpoints()
         self._checkpoint_due = time.monotonic() + CHECKPOINT_EVERY_S
         self._committed_round = 0
-        self._shards_sha256 = shards_sha256(shards)
         log.write(hosts.exchange)
         self._federation = Federation(run.config, run.info, hosts)
+        self._digests = {"shards_sha256": shards_sha256(shards), "plan_sha256": self._federation.plan.digest}
         before = self._restore()
         write_table(self._folder.shards_file(run.name), shards_table(shards))
         metadata = provenance(run, placement, hosts.exchange, hosts.device_names())
-        self._writer = self._open_writer(metadata | {"shards_sha256": self._shards_sha256}, before)
+        self._writer = self._open_writer(metadata | self._digests, before)
 
     def play_round(self) -> RoundResult:
         """Play the next round, and write its measurements."""
@@ -138,7 +138,7 @@ class CellSession:
             if self._folder.last_round(self.run.name) is not None:
                 self._note("there are rows but no checkpoint: starting with round 0")
             return None
-        self._check_shards()
+        self._check_digests()
         self._federation.restore(checkpoint)
         self._log.write(f"resuming with round {checkpoint.next_round}, from {checkpoint.folder.name}")
         return rows_before(checkpoint)
@@ -147,18 +147,21 @@ class CellSession:
         self._log.write(message)
         self.notes.append(message)
 
-    def _check_shards(self) -> None:
-        """Check that the clients still have the samples that they had in the rounds before the checkpoint.
+    def _check_digests(self) -> None:
+        """Check that the clients still have the samples, and share the layers, of the rounds before the checkpoint.
 
         Raises:
-            ResultsError: they do not: other versions of NumPy or of this package may draw other samples.
+            ResultsError: they do not: other versions of NumPy or of this package may draw other samples, and someone
+                may have edited a scheme or a model.
         """
         stored = read_metadata(self._folder.rounds_file(self.run.name))
-        if stored.get("shards_sha256", self._shards_sha256) != self._shards_sha256:  # older files have none
+        changed = [name for name, digest in self._digests.items() if stored.get(name, digest) != digest]
+        if changed:  # older files have no digests
             versions = " and ".join(f"{name} {stored.get('versions', {}).get(name)}" for name in ("flexifed", "numpy"))
+            what = "have other samples" if "shards_sha256" in changed else "share other layers"
             raise ResultsError(
-                "the clients of this run have other samples now than in its first rounds, so it can't be continued; "
-                f"resume with the versions that it began with ({versions}), or start over with --fresh"
+                f"the clients of this run {what} now than in its first rounds, so it can't be continued; resume with "
+                f"the versions that it began with ({versions}) and without edits of theirs, or start over with --fresh"
             )
 
     def _is_checkpoint_due(self, next_round: int) -> bool:

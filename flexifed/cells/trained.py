@@ -187,7 +187,14 @@ class TrainedClients:
 
     @cached_property
     def _plan(self) -> SharingPlan:
-        return cell_plan(self.config, self.info)
+        plan = cell_plan(self.config, self.info)
+        if self.metadata.get("plan_sha256", plan.digest) != plan.digest:  # older files have none
+            version = self.metadata.get("versions", {}).get("flexifed")
+            raise ResultsError(
+                f"the clients of {self.folder} shared other layers in the run than they would now; read it with "
+                f"flexifed {version}, and without edits of its schemes or models"
+            )
+        return plan
 
     @cached_property
     def _averaged(self) -> Sequence[Group]:

@@ -91,6 +91,7 @@ class Plan:
             raise ConfigError(f"num_clients is {self.num_clients}; it must be at most {_MOST_CLIENTS} to be shown")
         config = ModelConfig(width=self.width, versions=self.versions)  # checks the numbers before torch is imported
         PartitionConfig(num_clients=self.num_clients, num_shards=max(1, self.num_clients))
+        config.check_clients(self.num_clients)
         from flexifed.core.schemes import sharing_plan
         from flexifed.models import model_signature
         from flexifed.report.plan import plan_summary

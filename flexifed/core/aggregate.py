@@ -207,6 +207,8 @@ def check_weights(plan: SharingPlan, weights: Sequence[float] | None) -> list[fl
         raise ConfigError(
             f"weights is a {type(weights).__name__}; give a list with one number for each client, in order"
         )
+    if not hasattr(weights, "__len__"):
+        raise ConfigError(f"weights is {weights!r}; give a list with one number for each client, in order")
     if len(weights) != plan.num_clients:
         raise ConfigError(f"the plan is for {plan.num_clients} clients, but {len(weights)} weights were given")
     for client, weight in enumerate(weights):
@@ -287,6 +289,10 @@ def _check_state(plan: SharingPlan, client: int, state: State) -> None:
         )
     for layer, names in zip(expected.layers, expected.names, strict=True):
         for spec, name in zip(layer.tensors, names, strict=True):
+            if not isinstance(state[name], torch.Tensor):
+                raise SignatureError(
+                    f"client {client}: {name} is a {type(state[name]).__name__}; give tensors, as state_dict() has them"
+                )
             if tuple(state[name].shape) != spec.shape or state[name].dtype != spec.dtype:
                 raise SignatureError(
                     f"client {client}: {name} is {state[name].dtype} of shape {tuple(state[name].shape)}, "

@@ -9,10 +9,12 @@ Architectures", The Web Conference 2023, section 4 (doi 10.1145/3543507.3583347)
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from types import MappingProxyType
 from typing import get_args
 
@@ -191,6 +193,12 @@ class SharingPlan:
             if index is not None
         }
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of which tensors of which clients are averaged together, by position and not by name."""
+        groups = [(group.architectures, group.tensors) for group in self.groups]
+        return hashlib.sha256(repr((self.architecture_of, groups, self.group_of)).encode()).hexdigest()
+
     def bytes_per_round(self, client: int) -> int:
         """Bytes of the tensors that a client sends in a round. It receives as many."""
         return sum(group.num_bytes for group in self.groups_of(self.architecture_of[client]))
@@ -334,7 +342,13 @@ def _averaged_over(
         # The same layer may belong to the classifier of another architecture, which then does not have it in common.
         same_role = (index for index in node.architectures if architectures[index].layers[node.depth].role == role)
         node = replace(node, architectures=tuple(same_role))
-    members = tuple(sorted(cut(node, architecture, len(architectures))))
+    answer: object = cut(node, architecture, len(architectures))
+    if not isinstance(answer, Collection) or not all(isinstance(member, Integral) for member in answer):
+        raise ConfigError(
+            f"scheme {_name(cut)!r} returns {answer!r} for layer {node.depth} of architecture {architecture}; it must "
+            "return a tuple of architectures, or () where the layer is personal"
+        )
+    members = tuple(sorted(map(int, answer)))
     if members and not {architecture} <= {*members} <= {*node.architectures}:
         raise ConfigError(
             f"scheme {_name(cut)!r} averages layer {node.depth} of architecture {architecture} over {list(members)}; "

@@ -8,15 +8,18 @@ modules between the layer and the one below. Attribute names and roles do not co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
 from functools import cached_property, partial
 from types import CodeType
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.nn.parameter import is_lazy
 
 from flexifed.errors import SignatureError, invalid_choice
@@ -184,7 +187,8 @@ def signature(model: nn.Module) -> ModelSignature:
       as a residual block, with their class and attributes.
     - The linear layers at the end of the model are its classifier; if it has no other layers, only the last one is.
 
-    Where a block ends, and what the model's own `forward` does, can't be read.
+    What a `forward` computes outside of modules can't be read, nor where a block ends. Attributes that are private, or
+    that the model itself has, do not count. A model to which that matters should declare its layers.
 
     Args:
         model: on any device, `meta` included; only shapes are read.
@@ -240,6 +244,8 @@ def signature(model: nn.Module) -> ModelSignature:
 
 def _declared_layers(model: DeclaresLayers) -> tuple[DeclaredLayer, ...]:
     """The layers of a model that declares them."""
+    if not callable(model.declared_layers):
+        raise SignatureError(f"{type(model).__name__}.declared_layers is not a method; make it one")
     declared: object = model.declared_layers()
     if not isinstance(declared, tuple | list) or not all(isinstance(layer, DeclaredLayer) for layer in declared):
         raise SignatureError(
@@ -292,6 +298,8 @@ def _state_keys(model: nn.Module) -> dict[int, str]:
     for key, tensor in model.state_dict(keep_vars=True).items():
         if is_lazy(tensor):
             raise SignatureError(f"{key!r} has no shape yet; run the lazy model once before its layers are read")
+        if key.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX:
+            raise SignatureError(f"{key!r} is a module's extra state, which clients can't share; keep it elsewhere")
         if not isinstance(tensor, torch.Tensor):
             raise SignatureError(f"the state dict's entry {key!r} is not a tensor but a {type(tensor).__name__}")
         if id(tensor) in keys:
@@ -322,19 +330,46 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _hyperparameters(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The public attributes of a module that are plain values or functions, such as `stride` and `eps`, as text."""
+    """The public attributes of a module, such as `stride` and `eps`, as text: see `_describe_value`."""
     has_children = next(module.children(), None) is not None
     for name, value in sorted(vars(module).items()):
         if name.startswith("_") or name in _NOT_HYPERPARAMETERS or (has_children and name in _SHOWN_BY_CHILDREN):
             continue
-        if _is_plain(value):
-            yield name, repr(value)
-        elif _is_function(value):
-            yield name, _describe_function(value, ())
+        yield name, _describe_value(value)
 
 
 def _is_function(value: object) -> bool:
     return isinstance(value, partial) or (callable(value) and hasattr(value, "__qualname__"))
+
+
+def _describe_value(value: Any, within: tuple[object, ...] = ()) -> str:
+    """Describe a value: numbers, text, enumerations, collections, dataclasses and functions by what is in them.
+
+    Of other objects, tensors and arrays among them, only the class is told: their text may differ between equal ones.
+
+    Args:
+        value: any object.
+        within: the collections and functions that the value is part of, which it may refer to in turn.
+    """
+    if _is_plain(value):
+        return repr(_without_numpy(value))
+    if any(value is outer for outer in within):
+        return "itself"
+    if _is_function(value):
+        return _describe_function(value, within)
+    name, within = type(value).__qualname__, (*within, value)
+    if isinstance(value, Enum):
+        return f"{name}.{value.name}"
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        pairs = sorted((_describe_value(key, within), _describe_value(item, within)) for key, item in value.items())
+        return f"{name}{pairs}"
+    if isinstance(value, set | frozenset):
+        return f"{name}{sorted(_describe_value(item, within) for item in value)}"
+    if isinstance(value, tuple | list):
+        return f"{name}{[_describe_value(item, within) for item in value]}"
+    return name
 
 
 def _describe_function(function: Any, within: tuple[object, ...]) -> str:
@@ -342,13 +377,11 @@ def _describe_function(function: Any, within: tuple[object, ...]) -> str:
 
     Args:
         function: a function, a class, or a `functools.partial`.
-        within: the functions that this one is part of, which it may refer to in turn.
+        within: as in `_describe_value`.
     """
 
     def describe(value: object) -> str:
-        if _is_plain(value) or any(value is outer for outer in within):
-            return repr(value) if _is_plain(value) else "itself"
-        return _describe_function(value, (*within, function)) if _is_function(value) else type(value).__name__
+        return _describe_value(value, (*within, function))
 
     if isinstance(function, partial):
         keywords = {name: describe(value) for name, value in sorted(function.keywords.items())}
@@ -375,7 +408,14 @@ def _describe_code(code: CodeType) -> str:
 def _is_plain(value: object) -> bool:
     if isinstance(value, tuple | list):
         return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype | np.generic)
+
+
+def _without_numpy(value: Any) -> Any:
+    """A plain value with NumPy's numbers as Python's, which mean the same."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return type(value)(map(_without_numpy, value)) if type(value) in (tuple, list) else value
 
 
 def _describe_container(module: nn.Module) -> str:

@@ -102,7 +102,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
 """All data sets by name."""
 
 
-def find_dataset(name: str, *, data: DataChoice, data_dir: Path, download: bool = False) -> DatasetInfo:
+def find_dataset(name: str, *, data: DataChoice, data_dir: str | Path, download: bool = False) -> DatasetInfo:
     """Decide which data a run uses, and verify them.
 
     Args:
@@ -125,7 +125,7 @@ def find_dataset(name: str, *, data: DataChoice, data_dir: Path, download: bool 
                 "download goes with real data, but data is 'synthetic'; choose auto or real, or omit download"
             )
         return source.stand_in.info(name)
-    data_dir = data_dir.expanduser()
+    data_dir = Path(data_dir).expanduser()
     try:
         info = _find_or_download(source, data_dir) if download else source.find(data_dir)
     except DataError as error:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flexifed.data.augment import CropAndFlip, ShiftAndNoise, Variation
 from flexifed.data.wav import SAMPLE_RATE
+from flexifed.errors import DataError
 
 MEL_BANDS = 32
 FFT_SAMPLES, HOP_SAMPLES = 1_024, 512
@@ -56,7 +57,13 @@ class ImagePipeline:
         self._variation = CropAndFlip()
 
     def prepare(self, samples: torch.Tensor) -> torch.Tensor:
-        """Turn uint8 (batch, channels, height, width) into float32, of mean 0 and deviation 1 over the data set."""
+        """Turn uint8 (batch, channels, height, width) into float32, of mean 0 and deviation 1 over the data set.
+
+        Raises:
+            DataError: samples of another type.
+        """
+        if samples.dtype != torch.uint8:
+            raise DataError(f"stored images are {samples.dtype}; a data set stores pixels as uint8, from 0 to 255")
         return ((samples.float() - self._mean) / self._std).contiguous(memory_format=self._memory_format)
 
     def draw(self, count: int, generator: torch.Generator) -> Variation:

@@ -15,6 +15,7 @@ from flexifed.core.schemes import Group, SharingPlan, sharing_plan
 from flexifed.core.signature import signature
 from flexifed.data import DatasetInfo, open_dataset
 from flexifed.data.partition import dirichlet_proportions, iid_shards, shard_length, skewed_shards
+from flexifed.errors import ConfigError
 from flexifed.models import build_model
 from flexifed.seeding import numpy_generator
 from flexifed.training.workspace import Workspace
@@ -53,6 +54,33 @@ def make_shards(config: CellConfig, info: DatasetInfo) -> list[ClientShards]:
         ClientShards(train[: partition.max_train], test[: partition.max_test])
         for train, test in zip(train_shards, test_shards, strict=True)
     ]
+
+
+def check_shards(shards: Sequence[ClientShards], config: CellConfig, info: DatasetInfo) -> None:
+    """Check shards that do not come from `make_shards`.
+
+    Raises:
+        ConfigError: not a shard for each client, a client without samples, or samples that are no indices into the
+            data set.
+    """
+    if len(shards) != config.partition.num_clients:
+        raise ConfigError(f"{len(shards)} shards for {config.partition.num_clients} clients; give one for each client")
+    for client, shard in enumerate(shards):
+        if not isinstance(shard, ClientShards):
+            raise ConfigError(f"the shard of client {client} is a {type(shard).__name__}; give a ClientShards")
+        for split, indices, count in (("training", shard.train, info.num_train), ("test", shard.test, info.num_test)):
+            samples = f"the {split} samples of client {client}"
+            if not isinstance(indices, np.ndarray) or indices.ndim != 1 or indices.dtype.kind not in "iu":
+                raise ConfigError(
+                    f"{samples} are {indices!r}; give their indices, a NumPy array of integers of shape (n,), such as "
+                    "np.flatnonzero of a mask"
+                )
+            if not len(indices):
+                raise ConfigError(f"{samples} are none; give each client at least one")
+            if indices.min() < 0 or indices.max() >= count:
+                raise ConfigError(
+                    f"{samples} are {indices.min()} to {indices.max()}, but the data set has 0 to {count - 1}"
+                )
 
 
 def shard_sizes(config: CellConfig, info: DatasetInfo) -> tuple[int, int]:

@@ -21,9 +21,8 @@ import torch
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import GroupState, combine_blocks
 from flexifed.data import DatasetInfo
-from flexifed.errors import ConfigError
 from flexifed.federation.assignment import assign_clients
-from flexifed.federation.cell import ClientShards, averaged_groups, cell_plan, participants
+from flexifed.federation.cell import ClientShards, averaged_groups, cell_plan, check_shards, participants
 from flexifed.federation.checkpoint import SHARED, Checkpoint, read_groups, write_groups
 from flexifed.federation.client import ClientRound
 from flexifed.federation.host import ClientHost, HostRound
@@ -75,7 +74,7 @@ class LocalHosts:
         streams: so many clients overlap on a GPU.
 
     Raises:
-        ConfigError: not a shard for each client.
+        ConfigError: as `check_shards`.
     """
 
     exchange = "all clients are in one process"
@@ -88,10 +87,7 @@ class LocalHosts:
         clients_per_host: int | None = None,
         streams: int = 1,
     ) -> None:
-        if len(shards) != config.partition.num_clients:
-            raise ConfigError(
-                f"{len(shards)} shards for {config.partition.num_clients} clients; give one for each client"
-            )
+        check_shards(shards, config, info)
         self.clients = assign_clients(
             config.client_versions, clients_per_host or len(shards), config.sharing.reduce_block
         )

@@ -250,9 +250,13 @@ def _segment(plan: SharingPlan, names: Sequence[str], node: Node) -> Segment:
 
 
 def _short_kind(layer: LayerSignature) -> str:
-    """The name of a layer's first module, in lower case; convolutions of any dimension are `conv`."""
-    first = layer.kind.split(" + ")[0].rsplit(".", 1)[-1].lower()
-    return "conv" if first.startswith("conv") else first
+    """The name of a layer's module, in lower case; convolutions of any dimension are `conv`.
+
+    Of several modules it is that of the first one, or, after a normalisation, that of the module that is normalised.
+    """
+    names = [kind.rsplit(".", 1)[-1].lower() for kind in layer.kind.split(" + ")]
+    name = next((name for name in names if "norm" not in name), names[0])
+    return "conv" if name.startswith("conv") else name
 
 
 def _width(layer: LayerSignature) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class StoredCell:
 
     @property
     def is_of_table_1(self) -> bool:
-        """Whether the cell is of the paper's Table 1, if only in a smaller version, and not of another experiment."""
+        """Whether the settings are those of the paper's Table 1, if only in a smaller version."""
         return all(self.settings.get(name, value) == value for name, value in _OF_TABLE_1.items())
 
     @property
@@ -275,8 +275,10 @@ def no_results_message(folder: ResultsFolder) -> str:
     if others := _experiments(results_dir):
         return (
             f"no results in {folder.rounds}; {results_dir} has results of: {', '.join(others)} (choose with "
-            "--experiment)"
+            "--experiment, in Python with experiment=)"
         )
+    if results_dir.name in ("rounds", "runs") and results_dir.exists():
+        return f"{results_dir} is a part of an experiment's folder; give the whole folder, {results_dir.parent}"
     return (
         f"no results in {folder.rounds}; give the --results-dir of a run, or run an experiment, such as uv run python "
         f"experiments/table1.py --results-dir {results_dir}"

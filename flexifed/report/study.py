@@ -112,7 +112,7 @@ class Study:
         finished, names = self.edition.finished, {cell.cell for cell in cells}
         paper = _paper_cells()
         coverage = "another experiment than the paper's Table 1"
-        if cells[0].is_of_table_1:
+        if self.is_of_table_1:
             coverage = f"{len(names.intersection(paper))} of the {len(paper)} cells of the paper's Table 1"
         lines = [
             f"Here: {counted(len(names), 'cell')}, {counted(len(finished), 'finished run')} of {len(cells)}"
@@ -128,9 +128,15 @@ class Study:
             *_progress_lines(f"Being trained further; the tables show them with {self.rounds} rounds:", extended),
         ]
 
+    @property
+    def is_of_table_1(self) -> bool:
+        """Whether cells are of the paper's Table 1, if only in a smaller version."""
+        cells = self.edition.cells
+        return cells[0].is_of_table_1 and not {cell.cell for cell in cells}.isdisjoint(_paper_cells())
+
     def summary(self, pick: Pick = "last") -> Summary:
-        """The numbers of Table 1."""
-        return summarise(self.finished, self.rounds, pick, compare=self.edition.cells[0].is_of_table_1)
+        """The numbers of Table 1, or of another experiment in the same form."""
+        return summarise(self.finished, self.rounds, pick, compare=self.is_of_table_1)
 
     def describe(self) -> Sheet:
         """The title and the lines of `contents`, as a sheet."""

@@ -235,6 +235,7 @@ def test_weights_belong_to_clients_and_not_to_positions_in_a_group() -> None:
         ([5e-324, 1, 1, 1, 1], "the weight of client 0 is 5e-324; weights are 0 or between 1e-100 and 1e100"),
         ([0] * 5, "the weights of all clients are 0; at least one client has to take part"),
         ({4: 1, 3: 1, 2: 1, 1: 1, 0: 1}, "weights is a dict; give a list with one number for each client, in order"),
+        (5, "weights is 5; give a list with one number for each client, in order"),
         ({1, 2, 3, 4, 5}, "weights is a set; give a list with one number for each client, in order"),
         (None, "the plan's weighting is 'samples'; give weights, each client's number of samples"),
     ],
@@ -280,8 +281,12 @@ def test_a_group_without_contributions_is_refused() -> None:
             lambda state: state.update({"0.bias": torch.ones(2).half()}),
             r"client 1: 0.bias is torch.float16 of shape \(2,\), but its model has torch.float32 of shape \(2,\)",
         ),
+        (
+            lambda state: state.update({"0.bias": np.ones(2, dtype=np.float32)}),
+            r"client 1: 0.bias is a ndarray; give tensors, as state_dict\(\) has them",
+        ),
     ],
-    ids=["missing key", "unknown key", "many missing keys", "shape", "dtype"],
+    ids=["missing key", "unknown key", "many missing keys", "shape", "dtype", "array"],
 )
 def test_states_that_do_not_fit_the_model_are_refused(change, message: str) -> None:
     plan, states = mixed_family()

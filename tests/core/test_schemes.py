@@ -4,6 +4,7 @@ import pickle
 from collections import OrderedDict
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -384,13 +385,31 @@ def test_a_scheme_can_be_a_function_of_ones_own() -> None:
             lambda node, architecture, count: node.architectures if architecture == 0 else (),
             "averages Linear over architectures [0, 1], but answers otherwise for [1]; it must give all",
         ),
+        (lambda node, architecture, count: None, "returns None for layer 0 of architecture 0; it must return a tuple"),
+        (lambda node, architecture, count: 0, "returns 0 for layer 0 of architecture 0; it must return a tuple"),
+        (lambda node, architecture, count: (0.5,), "returns (0.5,) for layer 0 of architecture 0; it must return a"),
     ],
-    ids=["not in common", "without itself", "one-sided"],
+    ids=["not in common", "without itself", "one-sided", "nothing", "a number", "a fraction"],
 )
 def test_schemes_that_contradict_themselves_are_refused(scheme, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         sharing_plan([chain(4, 5), chain(4, 6)], scheme)
     assert message in str(error.value)
+
+
+def test_a_scheme_may_answer_with_any_collection_of_whole_numbers() -> None:
+    models = [chain(4, 5), chain(4, 6), chain(4, 6)]
+    plan = sharing_plan(models, lambda node, architecture, count: {np.int64(index) for index in node.architectures})
+    assert plan.groups == sharing_plan(models, max_common).groups
+
+
+def test_plans_have_one_digest_where_they_average_the_same() -> None:
+    models = [chain(4, 5), chain(4, 5), chain(4, 6, 7), chain(4, 6, 8)]
+    digests = {scheme: sharing_plan(models, scheme).digest for scheme in SCHEMES}
+    assert len(set(digests.values())) == len(SCHEMES)
+    assert sharing_plan(models, lambda node, *_: node.architectures).digest == digests["max_common"]
+    assert sharing_plan(models[:3], "max_common").digest == sharing_plan(models[:3], "clustered_common").digest
+    assert sharing_plan([*models[1:], models[0]], "max_common").digest not in digests.values()
 
 
 def test_a_plans_text_is_short() -> None:

@@ -5,8 +5,11 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -46,14 +49,15 @@ class Declaring(nn.Module):
 
 
 class Counting(nn.Module):
-    """Puts something into its state dict that is not a tensor."""
+    """Puts something into its state dict beside its parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: object) -> None:
         super().__init__()
         self.linear = nn.Linear(1, 1)
+        self.state = state
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"calls": 3}
+    def get_extra_state(self) -> object:
+        return self.state
 
 
 def between(module: nn.Module) -> nn.Module:
@@ -173,6 +177,76 @@ def test_what_does_not_change_the_function_does_not_count(first: nn.Module, seco
 )
 def test_hyper_parameters_that_a_module_does_not_print_count_too(first: nn.Module, second: nn.Module) -> None:
     assert signature(between(first)) != signature(between(second))
+
+
+class Pooling(Enum):
+    MEAN = 1
+    MAX = 2
+
+
+@dataclass
+class Window:
+    size: int
+    pooling: Pooling
+
+
+def pooled(value: object) -> nn.Module:
+    """Layers with a module between them that has an attribute."""
+    module = nn.Identity()
+    module.value = value
+    return between(module)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (np.int64(2), np.int64(4)),
+        ((np.int64(2), 2), (np.int64(4), 2)),
+        (np.float32(0.5), np.float32(0.25)),
+        (Pooling.MEAN, Pooling.MAX),
+        ([Pooling.MEAN], [Pooling.MAX]),
+        ({"size": 2}, {"size": 4}),
+        ({2, 3}, {2, 4}),
+        (Window(2, Pooling.MEAN), Window(2, Pooling.MAX)),
+        (Window(2, Pooling.MEAN), Window(4, Pooling.MEAN)),
+        ([partial(functional.gelu)], [partial(functional.gelu, approximate="tanh")]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_values_in_numpys_numbers_enumerations_and_collections_count(first: object, second: object) -> None:
+    assert signature(pooled(first)) != signature(pooled(second))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (2, np.int64(2)),
+        ((2, 2), (np.int64(2), np.int32(2))),
+        (((2, 3), [2]), ((np.int64(2), 3), [np.int8(2)])),
+        (0.5, np.float64(0.5)),
+        (True, np.bool_(True)),
+        ({"size": 2, "pooling": Pooling.MAX}, {"pooling": Pooling.MAX, "size": 2}),
+        ({2, 3, 400}, {400, 3, 2}),
+        (Window(2, Pooling.MEAN), Window(2, Pooling.MEAN)),
+        (torch.zeros(2), torch.ones(2)),
+        (object(), object()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_equal_values_are_equal_however_they_are_written_and_other_objects_count_by_class(
+    first: object, second: object
+) -> None:
+    assert signature(pooled(first)) == signature(pooled(second))
+
+
+def test_a_collection_may_hold_itself() -> None:
+    def endless(size: int) -> dict[str, object]:
+        settings: dict[str, object] = {"size": size}
+        settings["all"] = [settings]
+        return settings
+
+    assert signature(pooled(endless(2))) == signature(pooled(endless(2)))
+    assert signature(pooled(endless(2))) != signature(pooled(endless(4)))
 
 
 def test_containers_before_a_declared_layer_count_with_what_they_hold() -> None:
@@ -371,9 +445,17 @@ def test_the_number_of_children_does_not_count_even_beside_a_parameter_of_its_ow
     assert signature(nn.LSTM(2, 2, num_layers=1)) != signature(nn.LSTM(2, 2, num_layers=2))
 
 
-def test_state_that_is_not_a_tensor_is_refused() -> None:
-    with pytest.raises(SignatureError, match="entry '_extra_state' is not a tensor but a dict"):
-        signature(Counting())
+@pytest.mark.parametrize("state", [{"calls": 3}, torch.tensor(3)], ids=["dict", "tensor"])
+def test_extra_state_is_refused(state: object) -> None:
+    with pytest.raises(SignatureError, match="'_extra_state' is a module's extra state, which clients can't share"):
+        signature(Counting(state))
+
+
+def test_declared_layers_that_are_no_method_are_refused() -> None:
+    model = nn.Linear(1, 1)
+    model.declared_layers = [DeclaredLayer((model,))]
+    with pytest.raises(SignatureError, match=r"Linear\.declared_layers is not a method; make it one"):
+        signature(model)
 
 
 def test_digest_is_the_same_in_every_process() -> None:

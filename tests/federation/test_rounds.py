@@ -949,6 +949,29 @@ def test_every_client_needs_a_shard() -> None:
         LocalHosts(config, INFO, shards[:-1])
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ([0, 1], np.arange(2), r"training samples of client 1 are \[0, 1\]; give their indices, a NumPy array of int"),
+        (np.arange(2), np.ones(9, dtype=bool), r"test samples of client 1 are array\(.*such as np\.flatnonzero of a"),
+        (np.arange(2.0), np.arange(2), "training samples of client 1 are array"),
+        (np.arange(4).reshape(2, 2), np.arange(2), "training samples of client 1 are array"),
+        (np.arange(0), np.arange(2), "training samples of client 1 are none; give each client at least one"),
+        (np.arange(2), np.arange(0), "test samples of client 1 are none; give each client at least one"),
+        (np.array([0, -1]), np.arange(2), f"client 1 are -1 to 0, but the data set has 0 to {INFO.num_train - 1}"),
+        (np.arange(2), np.array([INFO.num_test]), f"but the data set has 0 to {INFO.num_test - 1}"),
+    ],
+    ids=["list", "mask", "fractions", "rows", "no training", "no test", "negative", "past the end"],
+)
+def test_shards_that_are_no_indices_into_the_data_are_refused(train: Any, test: Any, message: str) -> None:
+    config = cell()
+    shards = make_shards(config, INFO)
+    with pytest.raises(ConfigError, match=message):
+        LocalHosts(config, INFO, [shards[0], ClientShards(train, test), *shards[2:]])
+    with pytest.raises(ConfigError, match="the shard of client 0 is a tuple; give a ClientShards"):
+        LocalHosts(config, INFO, [(train, test), *shards[1:]])
+
+
 def test_shards_are_cut_from_one_permutation_of_each_set() -> None:
     config = cell()
     generator = numpy_generator(config.seed, "partition")

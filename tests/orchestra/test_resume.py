@@ -16,6 +16,7 @@ import pytest
 
 from flexifed.cells.run import CellRun
 from flexifed.cells.session import CellSession, open_log
+from flexifed.cells.trained import load_clients
 from flexifed.config import (
     SCHEMES,
     CellConfig,
@@ -27,6 +28,7 @@ from flexifed.config import (
     SharingConfig,
     TrainingConfig,
 )
+from flexifed.core import schemes
 from flexifed.data import find_dataset
 from flexifed.errors import ResultsError
 from flexifed.federation.cell import make_shards, state_bytes
@@ -298,6 +300,23 @@ def test_a_run_whose_clients_would_get_other_samples_is_not_resumed(
     path.write_bytes(before[:-40])
     play(run)
     assert path.read_bytes() == before
+    assert sorted(rows(run)["round"].unique()) == list(range(ROUNDS + 1))
+
+
+def test_a_run_whose_scheme_has_been_edited_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cell(tmp_path)
+    play(run, 3)
+    with monkeypatch.context() as patch:
+        edited = {
+            **schemes.SCHEMES,
+            run.config.scheme: lambda node, architecture, _: (architecture,) if node.depth else (),
+        }
+        patch.setattr("flexifed.core.schemes.SCHEMES", edited)
+        with pytest.raises(ResultsError, match=r"share other layers now .* without edits of theirs, or .* --fresh"):
+            play(run)
+        with pytest.raises(ResultsError, match="shared other layers in the run than they would now"):
+            load_clients(ResultsFolder(run.results).run_folder(run.name)).state(0)
+    play(run)
     assert sorted(rows(run)["round"].unique()) == list(range(ROUNDS + 1))
 
 
