@@ -429,6 +429,7 @@ def test_report_of_a_part_of_an_experiments_folder_names_the_whole(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, part: str
 ) -> None:
     store(tmp_path, "standalone")
+    (tmp_path / "table1" / "runs").mkdir(exist_ok=True)
     assert main(["report", str(tmp_path / "table1" / part)]) == 2
     folder = tmp_path / "table1"
     assert f"{folder / part} is a part of an experiment's folder; give the whole folder, {folder}" in (
@@ -522,7 +523,7 @@ def test_no_results_say_what_to_do(capsys: pytest.CaptureFixture[str], tmp_path:
     store(tmp_path, "standalone")
     assert main(["report", str(tmp_path), "--experiment", "figure9"]) == 2
     message = capsys.readouterr().err
-    assert "has results of: table1 (choose with --experiment)" in message
+    assert "has results of: table1 (choose with --experiment, in Python with experiment=)" in message
     assert ".py" not in message, "no such script exists"
     assert main(["report", str(tmp_path / "empty"), "--experiment", "table1-2"]) == 2
     assert "experiments/table1.py --results-dir" in capsys.readouterr().err

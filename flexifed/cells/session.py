@@ -158,10 +158,12 @@ class CellSession:
         changed = [name for name, digest in self._digests.items() if stored.get(name, digest) != digest]
         if changed:  # older files have no digests
             versions = " and ".join(f"{name} {stored.get('versions', {}).get(name)}" for name in ("flexifed", "numpy"))
-            what = "have other samples" if "shards_sha256" in changed else "share other layers"
+            remedy = f"resume with the versions that it began with ({versions}), or start over with --fresh"
+            what = "have other samples"
+            if "shards_sha256" not in changed:
+                what, remedy = "share other layers", f"undo edits of its scheme or models, {remedy}"
             raise ResultsError(
-                f"the clients of this run {what} now than in its first rounds, so it can't be continued; resume with "
-                f"the versions that it began with ({versions}) and without edits of theirs, or start over with --fresh"
+                f"the clients of this run {what} now than in its first rounds, so it can't be continued; {remedy}"
             )
 
     def _is_checkpoint_due(self, next_round: int) -> bool:

@@ -312,7 +312,7 @@ def test_a_run_whose_scheme_has_been_edited_is_not_resumed(tmp_path: Path, monke
             run.config.scheme: lambda node, architecture, _: (architecture,) if node.depth else (),
         }
         patch.setattr("flexifed.core.schemes.SCHEMES", edited)
-        with pytest.raises(ResultsError, match=r"share other layers now .* without edits of theirs, or .* --fresh"):
+        with pytest.raises(ResultsError, match=r"share other layers now .* undo edits of its scheme .* --fresh"):
             play(run)
         with pytest.raises(ResultsError, match="shared other layers in the run than they would now"):
             load_clients(ResultsFolder(run.results).run_folder(run.name)).state(0)
