@@ -8,29 +8,24 @@ modules between the layer and the one below. Attribute names and roles do not co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum
-from functools import cached_property, partial
-from types import CodeType
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, Protocol, get_args, runtime_checkable
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.nn.parameter import is_lazy
 
+from flexifed.core.describe import class_name, describe_container, describe_module, hyperparameters
 from flexifed.errors import SignatureError, invalid_choice
 
 Role = Literal["feature", "classifier"]
 
 NORMALISATIONS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
-_NOT_HYPERPARAMETERS = {"training", "inplace"}
 _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_SHOWN_BY_CHILDREN = {"num_layers", "depth"}
-"""Attributes of a module with children that hold their number, which the children show anyway."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,8 +221,8 @@ def signature(model: nn.Module) -> ModelSignature:
             LayerSignature(
                 kind=_kind(layer),
                 role=layer.role,
-                hyperparameters=tuple(pair for module in layer.modules for pair in _hyperparameters(module)),
-                before=tuple(item if isinstance(item, str) else _describe(item) for item in layer.before),
+                hyperparameters=tuple(pair for module in layer.modules for pair in hyperparameters(module)),
+                before=tuple(item if isinstance(item, str) else describe_module(item) for item in layer.before),
                 tensors=tuple(tensors),
             )
         )
@@ -274,13 +269,13 @@ def _registered_layers(model: nn.Module) -> tuple[tuple[DeclaredLayer, ...], tup
             if next(module.children(), None) is None:
                 before.append(module)
             elif module is not model and type(module) not in _PLAIN_CONTAINERS:
-                before.append(_describe_container(module))
+                before.append(describe_container(module))
         elif isinstance(module, NORMALISATIONS) and layers and not before:
             layers[-1] = DeclaredLayer((*layers[-1].modules, module), before=layers[-1].before)
         else:
             layers.append(DeclaredLayer((module,), before=tuple(before)))
             before = []
-    tail = tuple(item if isinstance(item, str) else _describe(item) for item in before)
+    tail = tuple(item if isinstance(item, str) else describe_module(item) for item in before)
     num_linear = 0
     while num_linear < len(layers) and isinstance(layers[-1 - num_linear].modules[0], nn.Linear):
         num_linear += 1
@@ -320,111 +315,4 @@ def _own_tensors(module: nn.Module, position: int) -> Iterator[tuple[TensorSpec,
 
 
 def _kind(layer: DeclaredLayer) -> str:
-    return " + ".join(_class_name(module) for module in layer.modules)
-
-
-def _class_name(module: nn.Module) -> str:
-    """The class name, such as `Conv2d`; outside PyTorch with its module, since two classes may share a name."""
-    cls = type(module)
-    return cls.__name__ if cls.__module__.startswith("torch.nn.") else f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _hyperparameters(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The public attributes of a module, such as `stride` and `eps`, as text: see `_describe_value`."""
-    has_children = next(module.children(), None) is not None
-    for name, value in sorted(vars(module).items()):
-        if name.startswith("_") or name in _NOT_HYPERPARAMETERS or (has_children and name in _SHOWN_BY_CHILDREN):
-            continue
-        yield name, _describe_value(value)
-
-
-def _is_function(value: object) -> bool:
-    return isinstance(value, partial) or (callable(value) and hasattr(value, "__qualname__"))
-
-
-def _describe_value(value: Any, within: tuple[object, ...] = ()) -> str:
-    """Describe a value: numbers, text, enumerations, collections, dataclasses and functions by what is in them.
-
-    Of other objects, tensors and arrays among them, only the class is told: their text may differ between equal ones.
-
-    Args:
-        value: any object.
-        within: the collections and functions that the value is part of, which it may refer to in turn.
-    """
-    if _is_plain(value):
-        return repr(_without_numpy(value))
-    if any(value is outer for outer in within):
-        return "itself"
-    if _is_function(value):
-        return _describe_function(value, within)
-    name, within = type(value).__qualname__, (*within, value)
-    if isinstance(value, Enum):
-        return f"{name}.{value.name}"
-    if is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, Mapping):
-        pairs = sorted((_describe_value(key, within), _describe_value(item, within)) for key, item in value.items())
-        return f"{name}{pairs}"
-    if isinstance(value, set | frozenset):
-        return f"{name}{sorted(_describe_value(item, within) for item in value)}"
-    if isinstance(value, tuple | list):
-        return f"{name}{[_describe_value(item, within) for item in value]}"
-    return name
-
-
-def _describe_function(function: Any, within: tuple[object, ...]) -> str:
-    """A function's name, and what else decides its values: all lambdas have the same name.
-
-    Args:
-        function: a function, a class, or a `functools.partial`.
-        within: as in `_describe_value`.
-    """
-
-    def describe(value: object) -> str:
-        return _describe_value(value, (*within, function))
-
-    if isinstance(function, partial):
-        keywords = {name: describe(value) for name, value in sorted(function.keywords.items())}
-        return f"partial({describe(function.func)}, {[describe(value) for value in function.args]}, {keywords})"
-    name = f"{function.__module__}.{function.__qualname__}"
-    if (code := getattr(function, "__code__", None)) is None:
-        return name
-    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    captured = [describe(cell.cell_contents) for cell in function.__closure__ or ()]
-    return f"{name} {_describe_code(code)} {[describe(value) for value in defaults]} {captured}"
-
-
-def _describe_code(code: CodeType) -> str:
-    """Bytecode with its constants and names, equal in all processes: constants can be code and sets, too."""
-
-    def describe(constant: object) -> str:
-        if isinstance(constant, CodeType):
-            return _describe_code(constant)
-        return repr(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)
-
-    return repr((code.co_code, [describe(constant) for constant in code.co_consts], code.co_names))
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple | list):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str | torch.dtype | np.generic)
-
-
-def _without_numpy(value: Any) -> Any:
-    """A plain value with NumPy's numbers as Python's, which mean the same."""
-    if isinstance(value, np.generic):
-        return value.item()
-    return type(value)(map(_without_numpy, value)) if type(value) in (tuple, list) else value
-
-
-def _describe_container(module: nn.Module) -> str:
-    """Describe a module that contains the layers after it: `Block(residual=True)`."""
-    attributes = [f"{name}={value}" for name, value in _hyperparameters(module)]
-    return f"{_class_name(module)}({', '.join(attributes)})"
-
-
-def _describe(module: nn.Module) -> str:
-    """Describe a module without parameters, with hyper-parameters and children: `MaxPool2d(kernel_size=2, ...)`."""
-    hyperparameters = [f"{name}={value}" for name, value in _hyperparameters(module)]
-    return f"{_class_name(module)}({', '.join([*hyperparameters, *map(_describe, module.children())])})"
+    return " + ".join(class_name(module) for module in layer.modules)
