@@ -115,7 +115,7 @@ def make_cells(rows: Sequence[tuple[str, str]]) -> list[CellName]:
     Raises:
         ConfigError: there is no row, or a row is there twice.
     """
-    if not rows or len({*rows}) < len(rows):
+    if not rows or len({tuple(row) for row in rows}) < len(rows):
         raise ConfigError(f"rows is {rows!r}; give at least one (data set, family), each once")
     return [
         CellName(cast(DatasetName, dataset), cast(FamilyName, family), cast(SchemeName, scheme))

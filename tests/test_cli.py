@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from rich.filesize import decimal
+from torch import nn
 
 from flexifed.cli import main
 from flexifed.config import FAMILIES, SCHEMES, CellConfig, NumericsConfig
 from flexifed.core.schemes import SharingPlan, sharing_plan
+from flexifed.core.signature import DeclaredLayer
 from flexifed.data import SOURCES, download
 from flexifed.models import build_model, input_kind
 from flexifed.profiles import PROFILES
@@ -170,6 +172,23 @@ def test_a_plan_of_two_versions_names_them(capsys: pytest.CaptureFixture[str]) -
         ("v4", "vgg19_bn"),
     ]
     assert {name for group in content["groups"] for name in group["versions"]} == {"v1", "v4"}
+
+
+def test_a_layer_is_called_after_what_its_normalisation_normalises() -> None:
+    def model(*modules: nn.Module) -> nn.Module:
+        layers = nn.Sequential(*modules)
+        layers.declared_layers = lambda: [DeclaredLayer(modules)]
+        return layers
+
+    cases: list[tuple[tuple[nn.Module, ...], str]] = [
+        ((nn.LayerNorm(3), nn.Linear(3, 4)), "layer 1 · linear 4 · "),
+        ((nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), "layer 1 · conv 4 · "),
+        ((nn.LayerNorm(3),), "layer 1 · layernorm · "),
+    ]
+    for modules, text in cases:
+        plan = sharing_plan([model(*modules), model(*modules)], "max_common")
+        [(segment, _)] = segments(plan_summary(plan, ["vgg11_bn"] * 2).tree)
+        assert segment_text(segment).startswith(text)
 
 
 def test_tree_names_versions_that_keep_layers_that_others_average() -> None:

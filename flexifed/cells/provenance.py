@@ -62,12 +62,18 @@ def merge_attempts(
         return [attempt], False
     first = {"from_round": 0, **{name: stored.get(name) for name in _OF_AN_ATTEMPT}}
     before = [entry for entry in stored.get("attempts", [first]) if entry["from_round"] < next_round]
-    if before and _decides_bits(before[-1]) == _decides_bits(attempt):
+    if before and _have_same_bits(before[-1], attempt):
         return before, False
     return [*before, attempt], bool(before)
 
 
-def _decides_bits(attempt: Mapping[str, Any]) -> tuple[object, ...]:
-    """The parts of an attempt that can change the last bits: processor models, system and versions, but not hosts."""
-    kinds = {name.rsplit(" in ", 1)[0] for name in attempt["computed_on"] or ()}
-    return kinds, str(attempt["machine"]).rsplit(" ", 1)[0], attempt["versions"]
+def _have_same_bits(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether processor models, system, and the versions that both attempts list are the same, on whatever hosts."""
+
+    def hardware(attempt: Mapping[str, Any]) -> tuple[set[str], str]:
+        kinds = {name.rsplit(" in ", 1)[0] for name in attempt["computed_on"] or ()}
+        return kinds, str(attempt["machine"]).rsplit(" ", 1)[0]
+
+    versions, others = (attempt["versions"] or {} for attempt in (first, second))
+    listed_by_both = versions.keys() & others.keys()
+    return hardware(first) == hardware(second) and all(versions[name] == others[name] for name in listed_by_both)

@@ -155,8 +155,9 @@ class CellSession:
                 may have edited a scheme or a model.
         """
         stored = read_metadata(self._folder.rounds_file(self.run.name))
+        # Older files have no digests.
         changed = [name for name, digest in self._digests.items() if stored.get(name, digest) != digest]
-        if changed:  # older files have no digests
+        if changed:
             versions = " and ".join(f"{name} {stored.get('versions', {}).get(name)}" for name in ("flexifed", "numpy"))
             remedy = f"resume with the versions that it began with ({versions}), or start over with --fresh"
             what = "have other samples"

@@ -187,14 +187,7 @@ class TrainedClients:
 
     @cached_property
     def _plan(self) -> SharingPlan:
-        plan = cell_plan(self.config, self.info)
-        if self.metadata.get("plan_sha256", plan.digest) != plan.digest:  # older files have none
-            version = self.metadata.get("versions", {}).get("flexifed")
-            raise ResultsError(
-                f"the clients of {self.folder} shared other layers in the run than they would now; read it with "
-                f"flexifed {version}, and without edits of its schemes or models"
-            )
-        return plan
+        return cell_plan(self.config, self.info)
 
     @cached_property
     def _averaged(self) -> Sequence[Group]:
@@ -232,7 +225,7 @@ def load_clients(run_folder: str | Path) -> TrainedClients:
         run_folder: the run's folder, `<results_dir>/<experiment>/runs/<cell>`.
 
     Raises:
-        ResultsError: there is no such run, or no checkpoint that can be read.
+        ResultsError: there is no such run, or no checkpoint that can be read, or its scheme has been edited since.
         ConfigError: the run has settings that this version does not know.
 
     Warns:
@@ -268,4 +261,10 @@ def load_clients(run_folder: str | Path) -> TrainedClients:
         raise ResultsError(f"{folder} has no checkpoint to read models from ({why}); run the same command {remedy}")
     for note in notes:
         warnings.warn(f"{folder.name}: {note}", FlexifedWarning, stacklevel=2)
-    return TrainedClients(folder=folder, config=config, info=info, metadata=metadata, checkpoint=checkpoint)
+    clients = TrainedClients(folder=folder, config=config, info=info, metadata=metadata, checkpoint=checkpoint)
+    if metadata.get("plan_sha256", clients._plan.digest) != clients._plan.digest:  # older files have none
+        raise ResultsError(
+            f"the clients of {folder} shared other layers in the run than they would now; read it with flexifed "
+            f"{metadata.get('versions', {}).get('flexifed')}, and without edits of its schemes or models"
+        )
+    return clients

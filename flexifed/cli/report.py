@@ -47,7 +47,7 @@ class Report:
         from flexifed.results.store import ResultsFolder
 
         check_target(self.target)
-        picks = self.pick or ("last",)
+        picks = tuple(dict.fromkeys(self.pick)) or ("last",)
         if self.figures is not None:
             from flexifed.report.figures import drawings  # refuses before anything is read or printed
         results_dir = self.results_dir.expanduser().absolute()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator
 from enum import Enum
 from functools import partial
 from types import CodeType
@@ -16,6 +15,7 @@ from torch import nn
 _NOT_HYPERPARAMETERS = {"training", "inplace"}
 _SHOWN_BY_CHILDREN = {"num_layers", "depth"}
 """Attributes of a module with children that hold their number, which the children show anyway."""
+_PLAIN = (bool, int, float, complex, str, bytes, range, slice, torch.dtype, np.generic)
 
 
 def class_name(module: nn.Module) -> str:
@@ -46,13 +46,14 @@ def hyperparameters(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _describe_value(value: Any, within: tuple[object, ...] = ()) -> str:
-    """Describe a value: numbers, text, enumerations, collections, dataclasses and functions by what is in them.
+    """Describe a value: numbers, text, enumerations, functions, and tuples, lists and sets of them.
 
-    Of other objects, tensors and arrays among them, only the class is told: their text may differ between equal ones.
+    Of other objects only the class is told. A config that all parts of a model keep, for example, would tell apart the
+    layers of models of different depth, and a dictionary may be a cache.
 
     Args:
         value: any object.
-        within: the collections and functions that the value is part of, which it may refer to in turn.
+        within: the functions that the value is part of, which it may refer to in turn.
     """
     if _is_plain(value):
         return repr(_without_numpy(value))
@@ -60,18 +61,12 @@ def _describe_value(value: Any, within: tuple[object, ...] = ()) -> str:
         return "itself"
     if _is_function(value):
         return _describe_function(value, within)
-    name, within = type(value).__qualname__, (*within, value)
+    name = type(value).__qualname__
     if isinstance(value, Enum):
         return f"{name}.{value.name}"
-    if is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, Mapping):
-        pairs = sorted((_describe_value(key, within), _describe_value(item, within)) for key, item in value.items())
-        return f"{name}{pairs}"
-    if isinstance(value, set | frozenset):
-        return f"{name}{sorted(_describe_value(item, within) for item in value)}"
-    if isinstance(value, tuple | list):
-        return f"{name}{[_describe_value(item, within) for item in value]}"
+    if isinstance(value, tuple | list | set | frozenset):
+        items = [_describe_value(item, within) for item in value]
+        return f"{name}({', '.join(items if isinstance(value, tuple | list) else sorted(items))})"
     return name
 
 
@@ -115,7 +110,7 @@ def _is_function(value: object) -> bool:
 def _is_plain(value: object) -> bool:
     if isinstance(value, tuple | list):
         return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str | torch.dtype | np.generic)
+    return value is None or isinstance(value, _PLAIN)
 
 
 def _without_numpy(value: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
@@ -343,7 +343,8 @@ def _averaged_over(
         same_role = (index for index in node.architectures if architectures[index].layers[node.depth].role == role)
         node = replace(node, architectures=tuple(same_role))
     answer: object = cut(node, architecture, len(architectures))
-    if not isinstance(answer, Collection) or not all(isinstance(member, Integral) for member in answer):
+    answer = tuple(answer) if isinstance(answer, Iterable) else answer
+    if not isinstance(answer, tuple) or not all(isinstance(member, Integral) for member in answer):
         raise ConfigError(
             f"scheme {_name(cut)!r} returns {answer!r} for layer {node.depth} of architecture {architecture}; it must "
             "return a tuple of architectures, or () where the layer is personal"

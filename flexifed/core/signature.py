@@ -182,8 +182,9 @@ def signature(model: nn.Module) -> ModelSignature:
       as a residual block, with their class and attributes.
     - The linear layers at the end of the model are its classifier; if it has no other layers, only the last one is.
 
-    What a `forward` computes outside of modules can't be read, nor where a block ends. Attributes that are private, or
-    that the model itself has, do not count. A model to which that matters should declare its layers.
+    What a `forward` computes outside of modules can't be read, nor where a block ends. Attributes do not count if they
+    are private, or if the model itself has them and no tensor of its own; of those that are objects, such as a config,
+    only the class counts. A model to which that matters should declare its layers.
 
     Args:
         model: on any device, `meta` included; only shapes are read.

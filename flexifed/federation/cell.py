@@ -71,9 +71,10 @@ def check_shards(shards: Sequence[ClientShards], config: CellConfig, info: Datas
         for split, indices, count in (("training", shard.train, info.num_train), ("test", shard.test, info.num_test)):
             samples = f"the {split} samples of client {client}"
             if not isinstance(indices, np.ndarray) or indices.ndim != 1 or indices.dtype.kind not in "iu":
+                of = f" of {indices.dtype}, shape {indices.shape}" if isinstance(indices, np.ndarray) else ""
                 raise ConfigError(
-                    f"{samples} are {indices!r}; give their indices, a NumPy array of integers of shape (n,), such as "
-                    "np.flatnonzero of a mask"
+                    f"{samples} are a {type(indices).__name__}{of}; give their indices, a NumPy array of integers of "
+                    "shape (n,), such as np.flatnonzero of a mask"
                 )
             if not len(indices):
                 raise ConfigError(f"{samples} are none; give each client at least one")

@@ -66,7 +66,7 @@ class StoredCell:
         return self.last_round >= self.rounds
 
     @property
-    def is_of_table_1(self) -> bool:
+    def has_settings_of_table_1(self) -> bool:
         """Whether the settings are those of the paper's Table 1, if only in a smaller version."""
         return all(self.settings.get(name, value) == value for name, value in _OF_TABLE_1.items())
 
@@ -277,7 +277,7 @@ def no_results_message(folder: ResultsFolder) -> str:
             f"no results in {folder.rounds}; {results_dir} has results of: {', '.join(others)} (choose with "
             "--experiment, in Python with experiment=)"
         )
-    if results_dir.name in ("rounds", "runs") and results_dir.exists():
+    if results_dir.name in ("rounds", "runs") and rounds_files(results_dir.parent / "rounds"):
         return f"{results_dir} is a part of an experiment's folder; give the whole folder, {results_dir.parent}"
     return (
         f"no results in {folder.rounds}; give the --results-dir of a run, or run an experiment, such as uv run python "

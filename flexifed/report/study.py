@@ -132,7 +132,7 @@ class Study:
     def is_of_table_1(self) -> bool:
         """Whether cells are of the paper's Table 1, if only in a smaller version."""
         cells = self.edition.cells
-        return cells[0].is_of_table_1 and not {cell.cell for cell in cells}.isdisjoint(_paper_cells())
+        return cells[0].has_settings_of_table_1 and not {cell.cell for cell in cells}.isdisjoint(_paper_cells())
 
     def summary(self, pick: Pick = "last") -> Summary:
         """The numbers of Table 1, or of another experiment in the same form."""

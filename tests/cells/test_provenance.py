@@ -33,6 +33,14 @@ def test_the_same_hardware_is_not() -> None:
     assert not has_changed
 
 
+def test_a_package_that_only_one_of_them_lists_is_no_other_version() -> None:
+    now = provenance("EPYC")
+    now["versions"] = {**now["versions"], "torchaudio": "2.11.0"}
+    assert not merge_attempts(now, stored((0, "EPYC")), 5)[1]
+    now["versions"]["torch"] = "2.11.1"
+    assert merge_attempts(now, stored((0, "EPYC")), 5)[1]
+
+
 def test_rounds_that_are_played_again_are_of_the_last_attempt_alone() -> None:
     before = stored((0, "EPYC"), (5, "Xeon"), (9, "EPYC"))
     attempts, has_changed = merge_attempts(provenance("Other"), before, 5)

@@ -952,10 +952,18 @@ def test_every_client_needs_a_shard() -> None:
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ([0, 1], np.arange(2), r"training samples of client 1 are \[0, 1\]; give their indices, a NumPy array of int"),
-        (np.arange(2), np.ones(9, dtype=bool), r"test samples of client 1 are array\(.*such as np\.flatnonzero of a"),
-        (np.arange(2.0), np.arange(2), "training samples of client 1 are array"),
-        (np.arange(4).reshape(2, 2), np.arange(2), "training samples of client 1 are array"),
+        ([0, 1], np.arange(2), "training samples of client 1 are a list; give their indices, a NumPy array of int"),
+        (
+            np.arange(2),
+            np.ones(9, dtype=bool),
+            r"test samples of client 1 are a ndarray of bool, shape \(9,\); .*np\.flatnonzero",
+        ),
+        (np.arange(2.0), np.arange(2), "training samples of client 1 are a ndarray of float64"),
+        (
+            np.arange(4).reshape(2, 2),
+            np.arange(2),
+            r"training samples of client 1 are a ndarray of int64, shape \(2, 2\)",
+        ),
         (np.arange(0), np.arange(2), "training samples of client 1 are none; give each client at least one"),
         (np.arange(2), np.arange(0), "test samples of client 1 are none; give each client at least one"),
         (np.array([0, -1]), np.arange(2), f"client 1 are -1 to 0, but the data set has 0 to {INFO.num_train - 1}"),

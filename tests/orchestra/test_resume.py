@@ -315,7 +315,7 @@ def test_a_run_whose_scheme_has_been_edited_is_not_resumed(tmp_path: Path, monke
         with pytest.raises(ResultsError, match=r"share other layers now .* undo edits of its scheme .* --fresh"):
             play(run)
         with pytest.raises(ResultsError, match="shared other layers in the run than they would now"):
-            load_clients(ResultsFolder(run.results).run_folder(run.name)).state(0)
+            load_clients(ResultsFolder(run.results).run_folder(run.name))
     play(run)
     assert sorted(rows(run)["round"].unique()) == list(range(ROUNDS + 1))
 

@@ -211,6 +211,20 @@ def test_every_table_of_a_file_says_which_data_it_is_of(mixed: Path) -> None:
             assert ("SYNTHETIC data are a stand-in" in notes) == (study.data_source == "synthetic")
 
 
+def test_rows_that_the_paper_does_not_have_are_another_experiment(
+    write_grid: Callable[..., int], tmp_path: Path
+) -> None:
+    others = [("speech_commands_12", "vgg", scheme) for scheme in SCHEMES]
+    write_grid(tmp_path, rounds=20, seeds=(0,), cells=others, source="real")
+    (study,) = load_results(tmp_path)
+    assert "another experiment than the paper's Table 1" in study.contents()[0]
+    assert study.table().title == "Accuracy in percent"
+    write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("cifar10", "vgg", "max_common")], source="real")
+    (study,) = load_results(tmp_path)
+    assert "1 of the 40 cells of the paper's Table 1" in study.contents()[0]
+    assert study.table().title == "Accuracy in percent (Table 1)"
+
+
 def test_overview_counts_runs_by_row_and_scheme(mixed: Path) -> None:
     studies = load_results(mixed)
     real = overview(studies).sections[0]

@@ -229,9 +229,9 @@ def test_no_number_of_the_papers_stands_beside_another_experiment() -> None:
     ],
 )
 def test_settings_that_make_another_experiment(name: str, usual: object, other: object) -> None:
-    assert stored_with({}).is_of_table_1  # as in files that are older than the setting
-    assert stored_with({name: usual, "training.batch_size": 7}).is_of_table_1
-    assert not stored_with({name: other}).is_of_table_1
+    assert stored_with({}).has_settings_of_table_1  # as in files that are older than the setting
+    assert stored_with({name: usual, "training.batch_size": 7}).has_settings_of_table_1
+    assert not stored_with({name: other}).has_settings_of_table_1
 
 
 def stored_with(settings: dict[str, object]) -> StoredCell:

@@ -11,10 +11,16 @@ from hypothesis import strategies as st
 from flexifed.config import FamilyName, TrainingConfig
 from flexifed.data import find_dataset, make_pipeline, open_dataset
 from flexifed.data.pipeline import ImagePipeline
+from flexifed.errors import DataError
 from flexifed.training.batches import epoch_batches
 
 CPU = torch.device("cpu")
 IMAGES = ImagePipeline((0.5,), (0.25,), CPU, channels_last=False)
+
+
+def test_images_that_are_not_stored_as_bytes_are_refused() -> None:
+    with pytest.raises(DataError, match=r"images are torch\.float32; a data set stores pixels as uint8, from 0"):
+        IMAGES.prepare(torch.rand(2, 1, 32, 32))
 
 
 def all_batches(
