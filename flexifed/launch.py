@@ -191,11 +191,18 @@ def _run_cells(request: GridRequest, console: Console) -> tuple[list[CellRun], d
 
 
 def _unfinished(runs: Sequence[CellRun], console: Console) -> list[CellRun]:
-    """The runs that have rounds left; prints the number of the others."""
-    left = [run for run in runs if not run.is_finished]
-    if len(left) < len(runs):
-        console.print(f"{len(runs) - len(left)} of {counted(len(runs), 'cell')} finished already", highlight=False)
-    return left
+    """The runs that have rounds left; prints the number of the others.
+
+    Raises:
+        ResultsError: the scheme or the models of a finished run have been edited since.
+    """
+    from flexifed.cells.provenance import check_plans
+
+    finished = [run for run in runs if run.is_finished]
+    if finished:
+        check_plans(finished)
+        console.print(f"{len(finished)} of {counted(len(runs), 'cell')} finished already", highlight=False)
+    return [run for run in runs if run not in finished]
 
 
 def _run_unfinished(

@@ -18,6 +18,7 @@ import ray
 
 from flexifed.cells.session import CellSession, open_log
 from flexifed.cli import main as flexifed_main
+from flexifed.core.schemes import SCHEMES, max_common
 from flexifed.data import find_dataset
 from flexifed.errors import ConfigError, ResultsError
 from flexifed.federation.cell import make_shards
@@ -95,6 +96,20 @@ def test_fresh_starts_over_in_a_new_folder_which_the_next_command_goes_on_with(
     assert f"{tmp_path / 'table1-2'}; there are also (choose with --experiment): table1\n" in capsys.readouterr().out
     assert flexifed_main(["report", str(tmp_path), "--experiment", "table1"]) == 0
     assert f"{tmp_path / 'table1'}; there are also (choose with --experiment): table1-2\n" in capsys.readouterr().out
+
+
+def test_finished_runs_whose_scheme_has_been_edited_are_not_taken_for_new_ones(
+    tmp_path: Path, in_process: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("flexifed.core.schemes.SCHEMES", {**SCHEMES, "standalone": max_common})
+        assert run(tmp_path) == 2
+    message = capsys.readouterr().err
+    assert "1 finished run shared other layers in training than now (cifar10/vgg/standalone seed 0); undo" in message
+    assert message.rstrip().endswith("or start over with --fresh")
+    assert run(tmp_path) == 0
+    assert len(in_process) == 1
 
 
 def test_a_fresh_dry_run_names_the_folder_and_makes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

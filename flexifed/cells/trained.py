@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from flexifed.cells.provenance import shared_otherwise
 from flexifed.cells.shards import shards_of, shards_sha256
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import State, apply_group_state, blocks_of
@@ -262,7 +263,7 @@ def load_clients(run_folder: str | Path) -> TrainedClients:
     for note in notes:
         warnings.warn(f"{folder.name}: {note}", FlexifedWarning, stacklevel=2)
     clients = TrainedClients(folder=folder, config=config, info=info, metadata=metadata, checkpoint=checkpoint)
-    if metadata.get("plan_sha256", clients._plan.digest) != clients._plan.digest:  # older files have none
+    if shared_otherwise(metadata, clients._plan):
         raise ResultsError(
             f"the clients of {folder} shared other layers in the run than they would now; read it with flexifed "
             f"{metadata.get('versions', {}).get('flexifed')}, and without edits of its schemes or models"
