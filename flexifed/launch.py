@@ -196,13 +196,14 @@ def _unfinished(runs: Sequence[CellRun], console: Console) -> list[CellRun]:
     Raises:
         ResultsError: the scheme or the models of a finished run have been edited since.
     """
-    from flexifed.cells.provenance import check_plans
+    from flexifed.cells.plans import check_plans
 
     finished = [run for run in runs if run.is_finished]
     if finished:
         check_plans(finished)
         console.print(f"{len(finished)} of {counted(len(runs), 'cell')} finished already", highlight=False)
-    return [run for run in runs if run not in finished]
+    names = {run.name for run in finished}
+    return [run for run in runs if run.name not in names]
 
 
 def _run_unfinished(

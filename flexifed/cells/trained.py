@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from flexifed.cells.provenance import shared_otherwise
+from flexifed.cells.plans import shared_otherwise
 from flexifed.cells.shards import shards_of, shards_sha256
 from flexifed.config import CellConfig
 from flexifed.core.aggregate import State, apply_group_state, blocks_of
