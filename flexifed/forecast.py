@@ -11,7 +11,7 @@ from flexifed.federation.cell import state_bytes
 from flexifed.federation.checkpoint import KEPT
 from flexifed.orchestra import estimate
 from flexifed.orchestra.placement import Resources
-from flexifed.request import GridRequest
+from flexifed.request import GridRequest, unfinished_of
 from flexifed.wording import duration
 
 CHECKPOINTS_AT_ONCE = KEPT + 1
@@ -26,29 +26,32 @@ def show_forecast(request: GridRequest, nodes: Sequence[Resources], where: str, 
         nodes: the nodes that would run it.
         where: where the nodes are, in words.
         console: the console to print to.
+
+    Raises:
+        ConfigError, ResourceError, ResultsError: as the command itself would.
     """
     options = request.options
     runs = request.runs_on(nodes)
-    placement = request.place(runs[0], nodes)
-    unfinished = [run for run in runs if not run.is_finished]
+    unfinished = unfinished_of(runs)
+    names = {run.name for run in unfinished}
     for run in runs:
         next_round = run.checkpoints().newest_round()
         resumes = f"to resume with round {next_round}" if next_round else "to run"
-        state = resumes if run in unfinished else "finished"
-        console.print(
-            f"  {run.label:<44} {state}, {run.rounds} rounds, run {run.run_id}", highlight=False, soft_wrap=True
-        )
-    device = runs[0].config.device
-    most = max(1, len(unfinished))
+        state = resumes if run.name in names else "finished"
+        console.print(f"  {run.label:<44} {state}, {run.rounds} rounds, run {run.run_id}", soft_wrap=True)
+    if not unfinished:
+        console.print("nothing is left to run")
+        return
+    placement, device = request.place(unfinished[0], nodes), unfinished[0].config.device
+    most = len(unfinished)
     at_once = min(estimate.concurrent_cells(placement, nodes), options.max_concurrent or most, most)
     console.print(f"resources: a cell is {placement}, on {device}; {at_once} at a time on {where}", soft_wrap=True)
     kept = decimal(sum(state_bytes(run.config, run.info, run.rounds) for run in runs))
     disk = [f"{kept} of final states stay (none with --no-keep-final)"] if options.keep_final else []
-    if unfinished:
-        checkpoint = max(state_bytes(run.config, run.info, next_round=1) for run in unfinished)  # the largest
-        most_at_once = decimal(CHECKPOINTS_AT_ONCE * at_once * checkpoint)
-        disk.append(f"while cells run, up to {most_at_once} of checkpoints{' beside them' if disk else ''}")
-    console.print(f"disk: {'; '.join(disk) or 'no checkpoints'}", highlight=False, soft_wrap=True)
+    checkpoint = max(state_bytes(run.config, run.info, next_round=1) for run in unfinished)  # the largest
+    most_at_once = decimal(CHECKPOINTS_AT_ONCE * at_once * checkpoint)
+    disk.append(f"while cells run, up to {most_at_once} of checkpoints{' beside them' if disk else ''}")
+    console.print(f"disk: {'; '.join(disk)}", soft_wrap=True)
     if device == "cuda" and not estimate.this_machine()["GPU"]:
         console.print("time: not estimated, because steps are timed in this process and it sees no GPU", soft_wrap=True)
         return

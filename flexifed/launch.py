@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,11 +43,16 @@ def run_experiment(
     Returns:
         Exit status: 0; 1 if cells failed; 2 for an invalid command line, or unusable data or cluster; 130 after Ctrl-C.
     """
-    console = Console()
+    console = plain_console()
     return guarded(
         lambda: _run(name, cells, parse_options(argv, prog=prog, description=description), console),
         when_stopped="; run the same command again to resume, cell by cell, from the last checkpoints",
     )
+
+
+def plain_console() -> Console:
+    """A console that prints text as it is: paths may have brackets and colons, which rich would take for markup."""
+    return Console(markup=False, highlight=False, emoji=False)
 
 
 def guarded(action: Callable[[], None], when_stopped: str = "") -> int:
@@ -110,9 +116,9 @@ def _find_data(cells: Sequence[CellName], options: GridOptions, console: Console
             for dataset in dict.fromkeys(cell.dataset for cell in cells)
         }
     for warning in caught:
-        console.print(f"warning: {warning.message}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"warning: {warning.message}", soft_wrap=True)
     for dataset, info in infos.items():
-        console.print(f"data: {dataset}: {_describe_data(info, options.data_dir)}", highlight=False, soft_wrap=True)
+        console.print(f"data: {dataset}: {_describe_data(info, options.data_dir)}", soft_wrap=True)
     return infos
 
 
@@ -132,11 +138,9 @@ def _root(name: str, options: GridOptions, console: Console) -> Path:
     before = [folder for folder in experiment_folders(results_dir, name) if folder != root]
     if options.fresh:
         stays = f"; {before[-1].name} is left as it is" if before else ""
-        console.print(
-            f"fresh: results go to {root}{stays}. Omit --fresh to continue there.", highlight=False, soft_wrap=True
-        )
+        console.print(f"fresh: results go to {root}{stays}. Omit --fresh to continue there.", soft_wrap=True)
     elif before:
-        console.print(f"results: {root}, the newest of {len(before) + 1}", highlight=False, soft_wrap=True)
+        console.print(f"results: {root}, the newest of {len(before) + 1}", soft_wrap=True)
     return root
 
 
@@ -159,7 +163,7 @@ def _wait_for_nodes(options: GridOptions, console: Console, *, ask: bool = True)
     from flexifed.orchestra import cluster
 
     def print_progress(present: int) -> None:
-        console.print(f"waiting for nodes: {present} of {options.min_nodes}", highlight=False)
+        console.print(f"waiting for nodes: {present} of {options.min_nodes}")
 
     return cluster.wait_for_nodes(options.min_nodes, print_progress, ask=ask)
 
@@ -168,42 +172,28 @@ def _run_cells(request: GridRequest, console: Console) -> tuple[list[CellRun], d
     """Run the unfinished cells; returns all runs, and the reasons of those that failed. Starts Ray only if needed."""
     from flexifed.orchestra import cluster
     from flexifed.orchestra.estimate import this_machine
+    from flexifed.request import unfinished_of
 
     address = request.options.address
-    if address is None:
-        here = [this_machine()]
-        runs = request.runs_on(here)
-        for run in {run.config.device: run for run in runs}.values():
-            request.place(run, here)  # refuses cells that can't fit before anything is started
-        unfinished = _unfinished(runs, console)
-        if unfinished:
-            with cluster.connected(None):
-                return runs, _run_unfinished(unfinished, _wait_for_nodes(request.options, console), request, console)
-        return runs, {}
-    with cluster.connected(address):
-        nodes = _wait_for_nodes(request.options, console)
+    with ExitStack() as connection:
+        if address:
+            connection.enter_context(cluster.connected(address))
+            nodes = _wait_for_nodes(request.options, console)
+        else:
+            nodes = [this_machine()]
         runs = request.runs_on(nodes)
-        unfinished = _unfinished(runs, console)
-        if unfinished:
+        unfinished = unfinished_of(runs)
+        if num_finished := len(runs) - len(unfinished):
+            console.print(f"{num_finished} of {counted(len(runs), 'cell')} finished already")
+        if not unfinished:
+            return runs, {}
+        request.place(unfinished[0], nodes)  # refuses cells that can't fit before anything is started
+        if address:
             _check_nodes(request.folder, {run.info for run in unfinished})
-            return runs, _run_unfinished(unfinished, nodes, request, console)
-        return runs, {}
-
-
-def _unfinished(runs: Sequence[CellRun], console: Console) -> list[CellRun]:
-    """The runs that have rounds left; prints the number of the others.
-
-    Raises:
-        ResultsError: the scheme or the models of a finished run have been edited since.
-    """
-    from flexifed.cells.plans import check_plans
-
-    finished = [run for run in runs if run.is_finished]
-    if finished:
-        check_plans(finished)
-        console.print(f"{len(finished)} of {counted(len(runs), 'cell')} finished already", highlight=False)
-    names = {run.name for run in finished}
-    return [run for run in runs if run.name not in names]
+        else:
+            connection.enter_context(cluster.connected(None))
+            nodes = _wait_for_nodes(request.options, console)
+        return runs, _run_unfinished(unfinished, nodes, request, console)
 
 
 def _run_unfinished(
@@ -220,10 +210,10 @@ def _run_unfinished(
     console.print(
         f"running {counted(len(placed), 'cell')} of {counted(options.rounds, 'round')}; "
         f"a cell is {placed[0].placement}, on {runs[0].config.device}",
-        highlight=False,
         soft_wrap=True,
     )
-    progress = GridProgress(console, options.rounds, {run.name: run.label for run in runs})
+    next_rounds = {run.name: run.checkpoints().newest_round() for run in runs}
+    progress = GridProgress(console, options.rounds, {run.name: run.label for run in runs}, next_rounds)
     with stop_requests() as stop, progress.shown():
         failures = run_grid(
             placed,
@@ -281,7 +271,6 @@ def _say_what_differs(folder: ResultsFolder, runs: Sequence[CellRun], console: C
         console.print(
             f"new settings, so {counted(len(names), 'new run')}; existing results are left as they are. "
             f"Before and now: {differences}",
-            highlight=False,
             soft_wrap=True,
         )
 
@@ -295,5 +284,5 @@ def _show_table(folder: ResultsFolder, options: GridOptions, runs: Sequence[Cell
     for study in studies_of(folder, names, profile=options.profile, rounds=options.rounds):
         for sheet in (study.table(seeds=options.seeds), study.differences()):
             if sheet.sections:
-                console.print("", sheet, sep="\n", highlight=False)
-    console.print(f"Rows: pandas.read_parquet({str(folder.rounds)!r})", highlight=False, soft_wrap=True)
+                console.print("", sheet, sep="\n")
+    console.print(f"Rows: pandas.read_parquet({str(folder.rounds)!r})", soft_wrap=True)

@@ -23,13 +23,16 @@ class GridProgress:
         console: where to show it.
         rounds: number of rounds of training of every cell.
         cells: the cells' labels, by the names of their files.
+        next_rounds: the rounds with which cells resume; those left out begin with round 0.
     """
 
-    def __init__(self, console: Console, rounds: int, cells: Mapping[str, str]) -> None:
+    def __init__(
+        self, console: Console, rounds: int, cells: Mapping[str, str], next_rounds: Mapping[str, int] | None = None
+    ) -> None:
         self._console = console
         self._rounds = rounds
         self._labels = cells
-        self._left = dict.fromkeys(cells, rounds + 1)  # rounds to play
+        self._left = {name: rounds + 1 - (next_rounds or {}).get(name, 0) for name in cells}  # rounds to play
         self._first_round, self._last_round = math.inf, -math.inf  # when they were played
         self._reported = 0  # rounds
         self._ended = 0
@@ -82,7 +85,7 @@ class GridProgress:
     def noted(self, message: str, name: str | None = None, style: str = "yellow") -> None:
         """See `Observer.noted`."""
         label = f"{self._labels[name]}: " if name else ""
-        self._console.print(label + message, style=style, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(label + message, style=style, soft_wrap=True)
 
     def _print_line(self, report: CellReport, note: str) -> None:
         now = time.monotonic()
@@ -95,9 +98,7 @@ class GridProgress:
             words = {"finished": "done", "stopped": "stopped"}
             state = words.get(report.state, f"round {report.round_index}/{self._rounds}")
             ended = f"{self._ended}/{len(self._labels)} cells"
-            self._console.print(
-                f"{label}: {state}  {note}  ({ended}, left: {self._time_left()})", highlight=False, soft_wrap=True
-            )
+            self._console.print(f"{label}: {state}  {note}  ({ended}, left: {self._time_left()})", soft_wrap=True)
             self._last_line[report.name] = now
 
     def _time_left(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from flexifed.cells.plans import check_plans
 from flexifed.cells.run import CellRun
 from flexifed.config import CellName, DatasetName, Device
 from flexifed.data import DatasetInfo
@@ -109,6 +110,18 @@ class GridRequest:
             why = "device is 'cpu', which uses none" if asked else "no node has a GPU"
             remedy = "use --device cuda" if asked else "add nodes that have one"
             raise ConfigError(f"gpus_per_client is {share:g}, but {why}; leave --gpus-per-client out, or {remedy}")
+
+
+def unfinished_of(runs: Sequence[CellRun]) -> list[CellRun]:
+    """The runs that have rounds left.
+
+    Raises:
+        ResultsError: the scheme or the models of a finished run have been edited since.
+    """
+    finished = [run for run in runs if run.is_finished]
+    check_plans(finished)
+    names = {run.name for run in finished}
+    return [run for run in runs if run.name not in names]
 
 
 def _on_the_other_device(run: CellRun) -> CellRun | None:

@@ -104,7 +104,7 @@ def test_finished_runs_whose_scheme_has_been_edited_are_not_taken_for_new_ones(
     assert run(tmp_path) == 0
     with monkeypatch.context() as patch:
         patch.setattr("flexifed.core.schemes.SCHEMES", {**SCHEMES, "standalone": max_common})
-        assert run(tmp_path) == 2
+        assert run(tmp_path, "--dry-run") == run(tmp_path) == 2
     message = capsys.readouterr().err
     assert "1 finished run shared other layers in training than now (cifar10/vgg/standalone seed 0); undo" in message
     assert message.rstrip().endswith("or start over with --fresh")
@@ -260,6 +260,24 @@ def test_auto_does_not_begin_anew_because_the_machine_has_another_device(
     for settings in (["--no-winograd"], ["--learning-rate", "0.5"]):  # CPUs have no results of these
         assert run(tmp_path, "--device", "auto", "--dry-run", *settings) == 0
     assert run(tmp_path, "--device", "cpu", "--rounds", "2") == 0
+
+
+def test_finished_cells_need_no_gpu_to_show_their_table(
+    tmp_path: Path, in_process: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path) == 0
+    monkeypatch.setattr("flexifed.request.GridRequest.place", lambda *_: pytest.fail("nothing is left to be placed"))
+    assert run(tmp_path) == 0
+    assert "1 of 1 cell finished already" in capsys.readouterr().out
+    assert run(tmp_path, "--dry-run") == 0
+    assert capsys.readouterr().out.endswith("nothing is left to run\n")
+    assert len(in_process) == 1
+
+
+def test_paths_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "res[old]" / "a [/b] :bug:"
+    assert run(folder) == 0
+    assert f"Rows: pandas.read_parquet({str(folder / 'table1' / 'rounds')!r})" in capsys.readouterr().out
 
 
 def test_a_cell_that_ends_without_its_last_round_is_no_success(

@@ -16,11 +16,12 @@ Report = Callable[..., str]
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> Report:
+def report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Report:
     """Reports a round some seconds after the last report; returns the last line that was printed."""
+    next_rounds = getattr(request, "param", None)
     now, printed = [1000.0], io.StringIO()
     monkeypatch.setattr("flexifed.progress.time.monotonic", lambda: now[0])
-    progress = GridProgress(Console(file=printed), ROUNDS, {"one": "cell one", "two": "cell two"})
+    progress = GridProgress(Console(file=printed), ROUNDS, {"one": "cell one", "two": "cell two"}, next_rounds)
 
     def report_after(
         seconds: float, name: str, round_index: int | None, state: CellState = "playing", reason: str = ""
@@ -43,6 +44,12 @@ def test_the_time_left_counts_the_rounds_of_all_cells_at_the_pace_so_far(report:
 def test_rounds_of_an_earlier_command_do_not_count_for_the_pace(report: Report) -> None:
     report(30, "one", 400)
     assert report(15, "one", 401).endswith("(0/2 cells, left: 2 h 31 min)"), "101 and 503 rounds of 15 s"
+
+
+@pytest.mark.parametrize("report", [{"one": 400, "two": 490}], indirect=True)
+def test_cells_that_wait_to_be_resumed_have_only_the_rounds_after_their_checkpoints(report: Report) -> None:
+    report(30, "one", 400)
+    assert report(60, "one", 401).endswith("(0/2 cells, left: 1 h 54 min)"), "101 and 13 rounds of a minute"
 
 
 def test_a_failed_or_finished_cell_has_no_rounds_left(report: Report) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import tyro
-from rich.console import Console
 
 from flexifed.cli.data import Data
 from flexifed.cli.export import Export
 from flexifed.cli.models import Models
 from flexifed.cli.plan import Plan, Shares
 from flexifed.cli.report import Report
-from flexifed.launch import guarded
+from flexifed.launch import guarded, plain_console
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,4 +36,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return guarded(lambda: command.run(Console()))
+    return guarded(lambda: command.run(plain_console()))

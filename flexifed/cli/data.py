@@ -42,7 +42,7 @@ class Data:
 
         data_dir = self.data_dir.expanduser()
         note = "" if self.download or os.path.exists(data_dir) else " (does not exist)"
-        print_text = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        print_text = partial(console.print, soft_wrap=True)
         print_text(f"data folder: {data_dir}{note}")
         problem = "could not be downloaded" if self.download else "can't be used"
         failed: list[str] = []

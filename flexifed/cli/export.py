@@ -53,7 +53,7 @@ class Export:
         names = Counter(clients.folder.name for clients in found)
         if same := [name for name, count in names.items() if count > 1]:
             raise ConfigError(f"several of the runs are called {same[0]}; export them one by one, each to another --to")
-        print_text = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        print_text = partial(console.print, soft_wrap=True)
         for warning in caught:
             print_text(f"warning: {warning.message}")
         for clients in found:

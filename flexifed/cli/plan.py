@@ -68,11 +68,11 @@ class Plan:
             settings: dict[str, object] = {"family": self.family, "width": self.width}
             settings |= {"num_classes": self._classes, "in_channels": self._channels}
             text = json.dumps(settings | as_json(summary), indent=2)
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            console.print(text, soft_wrap=True)
             return
         title = f"{self.scheme} of {self.family}, {self.num_clients} clients, width {self.width:g}"
         for part in render(summary, title=title):
-            console.print(part, highlight=False)
+            console.print(part)
 
     @property
     def _classes(self) -> int:
@@ -129,4 +129,4 @@ class Shares:
             for family in get_args(FamilyName)
             for scheme in get_args(SchemeName)
         ]
-        console.print(markdown(plans), highlight=False, markup=False, soft_wrap=True)
+        console.print(markdown(plans), soft_wrap=True)

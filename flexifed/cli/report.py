@@ -59,7 +59,7 @@ class Report:
         studies = load(ResultsFolder(root), self.profile)
         if self.format == "terminal":
             for part in report(studies, picks=picks, target=self.target):
-                console.print(part, highlight=False, markup=False)
+                console.print(part)
         else:
             for text in report_text(studies, self.format, picks=picks, target=self.target):
                 print(text)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from flexifed.report.plan import Branch, Members, PlanSummary, Segment, VersionSummary
@@ -19,7 +20,7 @@ def render(summary: PlanSummary, *, title: str) -> list[RenderableType]:
         summary: from `plan_summary`.
         title: the first line.
     """
-    tree = Tree("", hide_root=True, highlight=False)
+    tree = Tree("", hide_root=True)
     for branch in summary.tree:
         _add_branch(tree, branch)
     total = decimal(summary.bytes_all_clients)
@@ -77,7 +78,7 @@ def _members_text(members: Members) -> str:
 
 
 def _add_branch(parent: Tree, branch: Branch) -> None:
-    node = parent.add(f"[bold]{_upper_names(branch.versions)}[/bold]")
+    node = parent.add(Text(_upper_names(branch.versions), style="bold"))
     for segment in branch.segments:
         node.add(segment_text(segment))
     for child in branch.branches:
