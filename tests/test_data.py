@@ -235,10 +235,12 @@ def test_nothing_there_is_none(tmp_path: Path) -> None:
     assert cifar10.find(tmp_path / "absent") is None
 
 
-def test_data_folder_that_is_not_a_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("data", ["auto", "real"])
+def test_data_folder_that_is_not_a_folder(name: str, data: DataChoice, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"file can't be read as a folder \(Not a directory\)"):
-        cifar10.find(tmp_path / "file")
+    with pytest.raises(DataError, match="data_dir is .*file, which is not a folder; choose another one"):
+        find_dataset(name, data=data, data_dir=tmp_path / "file")
 
 
 def remove(file: Path) -> None:

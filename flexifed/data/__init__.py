@@ -6,6 +6,7 @@ To add a data set, write a module that provides `find` and the functions of `Rea
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,15 @@ import torch
 
 from flexifed.config import TEXT_LENGTHS, FamilyName
 from flexifed.data import agnews, cifar10, cinic10, speech_commands, synthetic, synthetic_speech, synthetic_texts
-from flexifed.data.dataset import Dataset, DatasetInfo, LabelledSamples, PartialDataWarning, SpeechDataset, Split
+from flexifed.data.dataset import (
+    Dataset,
+    DatasetInfo,
+    LabelledSamples,
+    PartialDataWarning,
+    SpeechDataset,
+    Split,
+    is_folder,
+)
 from flexifed.data.download import exclusive_download
 from flexifed.data.pipeline import ImagePipeline, Pipeline, SpeechPipeline, TextPipeline
 from flexifed.errors import ConfigError, DataError, FlexifedWarning, invalid_choice
@@ -126,6 +135,8 @@ def find_dataset(name: str, *, data: DataChoice, data_dir: str | Path, download:
             )
         return source.stand_in.info(name)
     data_dir = Path(data_dir).expanduser()
+    if not is_folder(data_dir) and os.path.lexists(data_dir):
+        raise DataError(f"data_dir is {data_dir}, which is not a folder; choose another one")
     try:
         info = _find_or_download(source, data_dir) if download else source.find(data_dir)
     except DataError as error:

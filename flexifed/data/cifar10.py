@@ -10,7 +10,6 @@ images").
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexifed.data.dataset import ArraySplit, Dataset, DatasetInfo, LabelledSamples, check_indices, data_changed
+from flexifed.data.dataset import (
+    ArraySplit,
+    Dataset,
+    DatasetInfo,
+    LabelledSamples,
+    check_indices,
+    data_changed,
+    is_folder,
+)
 from flexifed.data.download import RemoteFile, fetch, unpack
 from flexifed.errors import DataError, FlexifedWarning
 
@@ -66,20 +73,14 @@ def find(data_dir: Path) -> DatasetInfo | None:
         None if neither version's folder exists.
 
     Raises:
-        DataError: files are missing or damaged and the other version can't be used either, or the folder can't be read.
+        DataError: files are missing or damaged and the other version can't be used either, or can't be accessed.
 
     Warns:
         FlexifedWarning: the binary version is damaged, so the Python version is used.
     """
-    try:
-        present = set(os.listdir(data_dir))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"{data_dir} can't be read as a folder ({error.strerror}). {remedy(data_dir)}") from error
     damage: list[str] = []
     for version, (folder, check) in _LAYOUTS.items():
-        if folder not in present:
+        if not is_folder(data_dir / folder):
             continue
         problems = check(data_dir / folder)
         if not problems:

@@ -35,6 +35,7 @@ from flexifed.data.dataset import (
     SpeechDataset,
     Split,
     data_changed,
+    is_folder,
 )
 from flexifed.data.download import RemoteFile, fetch, unpack
 from flexifed.data.speech_commands_12 import NUM_CLASSES as NUM_TWELVE
@@ -202,13 +203,10 @@ def download(data_dir: Path) -> None:
 
 def _locate(data_dir: Path) -> tuple[Version, Path] | None:
     """The version in a data folder, and the version's folder."""
-    try:
-        for version in VERSIONS:
-            for folder in (data_dir / "SpeechCommands" / version.folder, data_dir / version.folder):
-                if folder.is_dir():
-                    return version, folder
-    except OSError as error:
-        raise DataError(f"{data_dir} can't be read ({error.strerror}). {remedy(data_dir)}") from error
+    for version in VERSIONS:
+        for folder in (data_dir / "SpeechCommands" / version.folder, data_dir / version.folder):
+            if is_folder(folder):
+                return version, folder
     return None
 
 
