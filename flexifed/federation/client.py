@@ -19,7 +19,6 @@ from flexifed.data import Dataset, Pipeline
 from flexifed.data.partition import window
 from flexifed.errors import ClientError, FlexifedError
 from flexifed.federation.cell import ClientShards, cell_model
-from flexifed.federation.checkpoint import state_sha256
 from flexifed.seeding import Purpose, derive_seed, torch_generator
 from flexifed.training.evaluate import Score, evaluate
 from flexifed.training.local import train
@@ -70,6 +69,9 @@ class Client:
         data: the data set; the client's shards are copied to the device.
         shards: the client's samples.
         pipeline: makes model inputs from stored samples.
+
+    Attributes:
+        kept: the tensors that the client keeps: its whole model until it has trained, then the personal ones.
     """
 
     def __init__(
@@ -85,7 +87,6 @@ class Client:
     ) -> None:
         self.index = index
         self.num_train = len(shards.train)
-        self.num_test = len(shards.test)
         self._config = config
         self._plan = plan
         self._workspace = workspace
@@ -101,10 +102,10 @@ class Client:
             generator=torch_generator(config.seed, "init", *stream),
             device=self._device,
         )
-        self._kept: dict[str, torch.Tensor] = initial.state_dict()
+        self.kept: State = initial.state_dict()
 
     def play_round(
-        self, round_index: int, shared: GroupState | None, *, train: bool, participates: bool = True
+        self, round_index: int, shared: GroupState, *, train: bool, participates: bool = True
     ) -> Steps[tuple[ClientRound, GroupState | None]]:
         """Score the client's model as it is at the start of the round, then train it.
 
@@ -113,7 +114,7 @@ class Client:
 
         Args:
             round_index: from 0.
-            shared: the global state, from which the client takes its groups; None before the first aggregation.
+            shared: the global state, from which the client takes its groups; empty before the first aggregation.
             train: False for the round after the last aggregation, which is only scored.
             participates: False for a client that does not take part in this round, and is only scored.
 
@@ -133,7 +134,7 @@ class Client:
             client=self.index,
             accuracy=score.accuracy,
             loss=score.loss,
-            bytes_down=self._bytes_of(shared or {}) if participates else 0,
+            bytes_down=self._bytes_of(shared) if participates else 0,
             eval_s=eval_s,
         )
         if not (train and participates):
@@ -151,29 +152,18 @@ class Client:
         )
         return trained, contribution
 
-    def state(self, shared: GroupState | None) -> State:
+    def state(self, shared: GroupState) -> State:
         """The client's whole state: the tensors it keeps, and its groups' tensors in the global state. Not copied."""
-        if shared is None:
-            return self._kept
-        return apply_group_state(self._plan, self.index, self._kept, shared)
+        return apply_group_state(self._plan, self.index, self.kept, shared)
 
     def _bytes_of(self, shared: GroupState) -> int:
         """The size of the client's groups that have been averaged."""
         groups = self._plan.groups_of(self._plan.architecture_of[self.index])
         return sum(group.num_bytes for group in groups if group.index in shared)
 
-    @property
-    def kept(self) -> State:
-        """The tensors that the client keeps: its whole model until it has trained, then the personal ones."""
-        return self._kept
-
     def restore(self, kept: State) -> None:
         """Resume from the tensors that a client with this index kept."""
-        self._kept = {name: tensor.to(self._device) for name, tensor in kept.items()}
-
-    def state_sha256(self, shared: GroupState | None) -> str:
-        """The digest of the client's whole state; see `state_sha256`."""
-        return state_sha256(self.state(shared))
+        self.kept = {name: tensor.to(self._device) for name, tensor in kept.items()}
 
     def _load(self, state: State) -> None:
         tensors = self._workspace.model.state_dict()
@@ -198,7 +188,7 @@ class Client:
         yield
         train_loss = loss.item()
         self._check_finite(train_loss, extremes.tolist())
-        self._kept = kept
+        self.kept = kept
         return train_loss, contribution
 
     def _train_epochs(self, round_index: int) -> Steps[torch.Tensor]:

@@ -22,7 +22,15 @@ from flexifed.federation.cell import (
     make_workspace,
     participants,
 )
-from flexifed.federation.checkpoint import CLIENTS, Checkpoint, read_clients, read_groups, write_clients, write_groups
+from flexifed.federation.checkpoint import (
+    CLIENTS,
+    Checkpoint,
+    read_clients,
+    read_groups,
+    state_sha256,
+    write_clients,
+    write_groups,
+)
 from flexifed.federation.client import Client, ClientRound
 from flexifed.training.memory import device_shortages
 from flexifed.training.numerics import device_name, numeric_settings
@@ -99,11 +107,11 @@ class ClientHost:
             for index, client_shards, key in zip(clients, shards, keys, strict=True)
         ]
 
-    def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> HostRound:
+    def play_round(self, round_index: int, shared: GroupState, *, train: bool) -> HostRound:
         """Play a round with all clients; see `Client.play_round`.
 
         Args:
-            shared: the groups that clients here share with clients of other hosts; None before the first aggregation.
+            shared: the groups that clients here share with clients of other hosts, as far as they have been averaged.
 
         Raises:
             ClientError: as `Client.play_round`.
@@ -132,7 +140,7 @@ class ClientHost:
         }
         return HostRound(measured, sent if train else {})
 
-    def _play(self, round_index: int, shared: GroupState | None, train: bool, taking_part: Set[int]) -> Iterator[Play]:
+    def _play(self, round_index: int, shared: GroupState, train: bool, taking_part: Set[int]) -> Iterator[Play]:
         """Let the clients play, as many at a time as there are streams."""
         for clients in blocks_of(self._clients, len(self._streams)):
             rounds = [
@@ -178,15 +186,13 @@ class ClientHost:
         own_groups = [group for group in averaged if group.index in self._own_group_indices]
         self._own_means = self._on_device(read_groups(checkpoint, own_groups))
 
-    def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
+    def state_sha256(self, shared: GroupState) -> dict[int, str]:
         """The digest of each client's whole state, by client."""
         groups = self._complete(shared)
-        return {client.index: client.state_sha256(groups) for client in self._clients}
+        return {client.index: state_sha256(client.state(groups)) for client in self._clients}
 
-    def _complete(self, shared: GroupState | None) -> GroupState | None:
+    def _complete(self, shared: GroupState) -> GroupState:
         """All groups of this host's clients, on its device: those that it received, and its own."""
-        if shared is None:
-            return None
         return self._on_device({group: shared[group] for group in self._groups if group in shared}) | self._own_means
 
     def _on_device(self, state: GroupState) -> GroupState:

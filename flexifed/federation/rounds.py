@@ -42,11 +42,11 @@ class Hosts(Protocol):
         """How tensors get from process to process, as words for the log."""
         ...
 
-    def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
+    def play_round(self, round_index: int, shared: GroupState, *, train: bool) -> Sequence[HostRound]:
         """Let all hosts play a round, at the same time where they can."""
         ...
 
-    def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
+    def state_sha256(self, shared: GroupState) -> dict[int, str]:
         """The digest of each client's whole state, by client."""
         ...
 
@@ -96,11 +96,11 @@ class LocalHosts:
             for clients in self.clients
         ]
 
-    def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
+    def play_round(self, round_index: int, shared: GroupState, *, train: bool) -> Sequence[HostRound]:
         """Let one host after another play a round."""
         return [host.play_round(round_index, shared, train=train) for host in self._hosts]
 
-    def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
+    def state_sha256(self, shared: GroupState) -> dict[int, str]:
         """The digest of each client's whole state, by client."""
         return {client: digest for host in self._hosts for client, digest in host.state_sha256(shared).items()}
 
@@ -144,7 +144,7 @@ class Federation:
         self._config = config
         self.plan = cell_plan(config, info)
         self._across_group_indices = {group.index for group in self.plan.groups_across(hosts.clients)}
-        self.shared: GroupState | None = None
+        self.shared: GroupState = {}
         self.next_round = 0
         self._hosts = hosts
 
@@ -159,7 +159,7 @@ class Federation:
             groups = [group for group in trained if group.index in self._across_group_indices]
             with numeric_settings(self._config.numerics):
                 means = combine_blocks(self.plan, (blocks[index] for index in sorted(blocks)), groups)
-            self.shared = {**(self.shared or {}), **means}
+            self.shared = {**self.shared, **means}
             if any(tensor.is_cuda for tensors in self.shared.values() for tensor in tensors):
                 torch.cuda.synchronize()  # so that a round ends with its work on the GPU, and clients can reuse tensors
         finished = time.perf_counter()
@@ -184,7 +184,7 @@ class Federation:
 
     def save(self, folder: Path) -> dict[str, str]:
         """Write everything that later rounds depend on; returns the files' SHA-256 by name."""
-        return {**self._hosts.save(folder), SHARED: write_groups(folder / SHARED, self.shared or {})}
+        return {**self._hosts.save(folder), SHARED: write_groups(folder / SHARED, self.shared)}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Resume from a checkpoint of this cell."""

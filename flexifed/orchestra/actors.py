@@ -159,25 +159,20 @@ class ActorHosts:
         """Return whether the placement group is whole. One that lost a node may wait for a new one for ever."""
         return bool(placement_group_table(self._group)["state"] == "CREATED")
 
-    def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
+    def play_round(self, round_index: int, shared: GroupState, *, train: bool) -> Sequence[HostRound]:
         """Let all clients play a round; results come in the order of the actors, whichever finishes first."""
-        aggregated = shared is not None
         played = self._get(
             [
-                actor.play_round.remote(round_index, train, aggregated, *parts)
+                actor.play_round.remote(round_index, train, *parts)
                 for actor, parts in zip(self._actors, self._parts(shared), strict=True)
             ]
         )
         return [unpack(packed, self._transport) for packed in played]
 
-    def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
+    def state_sha256(self, shared: GroupState) -> dict[int, str]:
         """Return the digest of each client's state, by client."""
-        aggregated = shared is not None
         digests = self._get(
-            [
-                actor.state_sha256.remote(aggregated, *parts)
-                for actor, parts in zip(self._actors, self._parts(shared), strict=True)
-            ]
+            [actor.state_sha256.remote(*parts) for actor, parts in zip(self._actors, self._parts(shared), strict=True)]
         )
         return {client: digest for part in digests for client, digest in part.items()}
 
@@ -194,12 +189,12 @@ class ActorHosts:
         """Let all clients resume from a checkpoint."""
         self._get([actor.restore.remote(checkpoint) for actor in self._actors])
 
-    def _parts(self, shared: GroupState | None) -> list[list[Any]]:
+    def _parts(self, shared: GroupState) -> list[list[Any]]:
         """Pack the global state for each actor: only its clients' groups, or, on a common GPU, all groups.
 
         Groups over the same architectures travel as one object, put once and shared by all actors of a node.
         """
-        if shared is None:
+        if not shared:
             return [[] for _ in self._actors]
         if isinstance(self._transport, Lending):
             return [[packed] for packed in self._lent(shared)]

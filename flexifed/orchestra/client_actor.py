@@ -57,18 +57,16 @@ class ClientActor:
         with device_memory_explained(clients, "starting"):
             self._host = ClientHost(config, info, clients, shards, streams)
 
-    def play_round(
-        self, round_index: int, train: bool, aggregated: bool, *parts: Packed[GroupState]
-    ) -> Packed[HostRound]:
+    def play_round(self, round_index: int, train: bool, *parts: Packed[GroupState]) -> Packed[HostRound]:
         """See `ClientHost.play_round`. The global state comes in parts, which Ray passes by reference."""
         with device_memory_explained(self._clients, f"round {round_index}"):
-            played = self._hosted.play_round(round_index, self._joined(aggregated, parts), train=train)
+            played = self._hosted.play_round(round_index, self._joined(parts), train=train)
             return self._packed(played)
 
-    def state_sha256(self, aggregated: bool, *parts: Packed[GroupState]) -> dict[int, str]:
+    def state_sha256(self, *parts: Packed[GroupState]) -> dict[int, str]:
         """See `ClientHost.state_sha256`."""
         with device_memory_explained(self._clients, "the digests of their states"):
-            return self._hosted.state_sha256(self._joined(aggregated, parts))
+            return self._hosted.state_sha256(self._joined(parts))
 
     def device_name(self) -> str:
         """See `ClientHost.device_name`; the machine's name is added."""
@@ -117,10 +115,8 @@ class ClientActor:
     def _packed(self, message: T) -> Packed[T]:
         return pack(message, self._transport).for_reader(self._transport, _DRIVER)
 
-    def _joined(self, aggregated: bool, parts: Sequence[Packed[GroupState]]) -> GroupState | None:
-        """Join the parts of the global state; None before the first aggregation."""
-        if not aggregated:
-            return None
+    def _joined(self, parts: Sequence[Packed[GroupState]]) -> GroupState:
+        """Join the parts of the global state."""
         return {index: tensors for part in parts for index, tensors in unpack(part, self._transport).items()}
 
 

@@ -224,7 +224,7 @@ def test_bits_do_not_depend_on_where_whole_blocks_live(run: Run, clients_per_hos
 
 def test_a_host_hands_back_one_sum_for_each_of_its_blocks(backend: Backend) -> None:
     config = cell(sharing=SharingConfig(reduce_block=2))
-    played = backend(config, make_shards(config, INFO), 4).play_round(0, None, train=True)
+    played = backend(config, make_shards(config, INFO), 4).play_round(0, {}, train=True)
     assert [len(host.blocks) for host in played] == [2, 2]
 
 
@@ -364,7 +364,7 @@ def clients_of(hosts: LocalHosts) -> list[Client]:
     return sorted((client for host in hosts._hosts for client in host._clients), key=lambda client: client.index)
 
 
-def states_of(hosts: LocalHosts, shared: GroupState | None) -> list[State]:
+def states_of(hosts: LocalHosts, shared: GroupState) -> list[State]:
     """The whole state of each client, in client order."""
     states = {client.index: client.state(host._complete(shared)) for host in hosts._hosts for client in host._clients}
     return [states[client] for client in range(NUM_CLIENTS)]
@@ -378,7 +378,7 @@ def test_only_drawn_clients_train_and_send_and_a_group_without_one_stays(scheme:
     hosts = LocalHosts(config, INFO, make_shards(config, INFO), clients_per_host=4)
     federation = Federation(config, INFO, hosts)
     alone = clients_of(LocalHosts(config, INFO, make_shards(config, INFO)))
-    plan, states = federation.plan, states_of(hosts, None)
+    plan, states = federation.plan, states_of(hosts, {})
     averaged: set[int] = set()
     for round_index in range(4):
         chosen = participants(config, round_index)
@@ -387,7 +387,7 @@ def test_only_drawn_clients_train_and_send_and_a_group_without_one_stays(scheme:
         with numeric_settings(config.numerics):
             for client in chosen:
                 alone[client].restore(states[client])
-                _, contribution = run_to_end(alone[client].play_round(round_index, None, train=True))
+                _, contribution = run_to_end(alone[client].play_round(round_index, {}, train=True))
                 expected[client] = apply_group_state(plan, client, alone[client].kept, contribution)
         weights = [float(client in chosen) for client in range(NUM_CLIENTS)]
         expected = aggregate(plan, expected, weights, reduce_block=reduce_block)
@@ -517,7 +517,7 @@ def test_a_checkpoint_without_a_group_is_refused(tmp_path: Path) -> None:
 
 def test_one_host_may_end_within_a_block() -> None:
     config = cell(sharing=SharingConfig(reduce_block=3))
-    played = LocalHosts(config, INFO, make_shards(config, INFO)).play_round(0, None, train=True)
+    played = LocalHosts(config, INFO, make_shards(config, INFO)).play_round(0, {}, train=True)
     assert [len(host.blocks) for host in played] == [3]
 
 
@@ -548,7 +548,7 @@ class OneOfEachSize:
     def __init__(self, plan: SharingPlan) -> None:
         self.plan = plan
 
-    def play_round(self, round_index: int, shared: GroupState | None, *, train: bool) -> Sequence[HostRound]:
+    def play_round(self, round_index: int, shared: GroupState, *, train: bool) -> Sequence[HostRound]:
         return [
             HostRound((), {client: sum_block([(self.contribution(client), 1.0)]) for client in clients})
             for clients in self.clients
@@ -560,7 +560,7 @@ class OneOfEachSize:
             for index in self.plan.shared_names(client)
         }
 
-    def state_sha256(self, shared: GroupState | None) -> dict[int, str]:
+    def state_sha256(self, shared: GroupState) -> dict[int, str]:
         raise NotImplementedError
 
     def device_names(self) -> list[str]:
@@ -598,7 +598,7 @@ def test_a_host_sums_its_own_groups_in_client_order(monkeypatch: pytest.MonkeyPa
 def test_a_client_yields_after_each_step_and_before_each_wait() -> None:
     config = cell(training=TrainingConfig(local_epochs=3, batch_size=10))  # of 25 images: three steps an epoch
     client = clients_of(LocalHosts(config, INFO, make_shards(config, INFO)))[0]
-    assert len(list(client.play_round(0, None, train=True))) == 1 + 3 * 3 + 1
+    assert len(list(client.play_round(0, {}, train=True))) == 1 + 3 * 3 + 1
 
 
 def test_clients_that_overlap_all_queue_the_end_of_their_training_before_one_is_waited_for(
@@ -615,7 +615,7 @@ def test_clients_that_overlap_all_queue_the_end_of_their_training_before_one_is_
         monkeypatch.setattr(Client, name, noted)
     config = cell()
     host = LocalHosts(config, INFO, make_shards(config, INFO), 2, streams=2)._hosts[0]
-    host.play_round(0, None, train=True)
+    host.play_round(0, {}, train=True)
     first, second = (client.index for client in host._clients)
     queued = [(name, client) for client in (first, second) for name in ("_extremes", "_take_out")]
     assert order == [*queued, ("_check_finite", first), ("_check_finite", second)]
@@ -637,7 +637,7 @@ def test_steps_of_clients_that_overlap_alternate(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Workspace, "begin_training", noted)
     config = cell(training=TrainingConfig(local_epochs=2))
-    LocalHosts(config, INFO, make_shards(config, INFO), 2, streams=2)._hosts[0].play_round(0, None, train=True)
+    LocalHosts(config, INFO, make_shards(config, INFO), 2, streams=2)._hosts[0].play_round(0, {}, train=True)
     first, second = dict.fromkeys(taken)
     assert taken == [first, second, first, second]
 
@@ -663,7 +663,7 @@ def test_common_layers_start_equal_only_where_all_draw_from_one_stream(init: str
     config = cell(model=ModelConfig(width=0.03, init=init))
     hosts = LocalHosts(config, INFO, make_shards(config, INFO))
     plan = Federation(config, INFO, hosts).plan
-    states = states_of(hosts, None)
+    states = states_of(hosts, {})
     for group in plan.groups:
         first, *others = [shared_tensors(plan, client, states[client])[group.index] for client in plan.members(group)]
         weight = next(index for index, spec in enumerate(group.specs) if len(spec.shape) > 1)
