@@ -109,8 +109,7 @@ def _find_data(cells: Sequence[CellName], options: GridOptions, console: Console
     """Find the data of the cells, and print what was found, with warnings."""
     from flexifed.data import find_dataset
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", FlexifedWarning)
+    with warnings.catch_warnings(record=True, action="always", category=FlexifedWarning) as caught:
         infos = {
             dataset: find_dataset(dataset, data=options.data, data_dir=options.data_dir, download=options.download)
             for dataset in dict.fromkeys(cell.dataset for cell in cells)

@@ -27,6 +27,7 @@ from torchvision.datasets import CIFAR10
 
 from flexifed.data import (
     SOURCES,
+    DataChoice,
     Dataset,
     DatasetInfo,
     cifar10,
@@ -239,7 +240,7 @@ def test_nothing_there_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", ["auto", "real"])
 def test_data_folder_that_is_not_a_folder(name: str, data: DataChoice, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="data_dir is .*file, which is not a folder; choose another one"):
+    with pytest.raises(DataError, match=r"data_dir is .*file, which is not a folder; choose another one"):
         find_dataset(name, data=data, data_dir=tmp_path / "file")
 
 

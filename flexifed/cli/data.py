@@ -68,8 +68,7 @@ class Data:
         """The state of a data set, and lines with details."""
         from flexifed.data import PartialDataWarning, find_dataset
 
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", FlexifedWarning)
+        with warnings.catch_warnings(record=True, action="always", category=FlexifedWarning) as caught:
             info = find_dataset(name, data="auto", data_dir=data_dir, download=self.download)
         if info.source == "synthetic":
             return ["absent; runs use a synthetic stand-in"]

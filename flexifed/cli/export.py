@@ -40,8 +40,7 @@ class Export:
         from flexifed.cells.trained import load_clients
 
         found, problems = [], []
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", FlexifedWarning)
+        with warnings.catch_warnings(record=True, action="always", category=FlexifedWarning) as caught:
             for folder in self.runs:
                 try:
                     found.append(load_clients(folder))

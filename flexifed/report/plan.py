@@ -6,7 +6,7 @@ Pure functions from a plan to plain dataclasses; `flexifed.report.plan_text` ren
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flexifed.config import FAMILIES, VERSIONS
@@ -215,14 +215,8 @@ def _branch(plan: SharingPlan, names: Sequence[str], node: Node) -> Branch:
         node = children[0]
         segment, previous = _segment(plan, names, node), segments[-1]
         if (segment.kind, segment.averaged, segment.personal) == (previous.kind, previous.averaged, previous.personal):
-            segments[-1] = Segment(
-                first=previous.first,
-                last=segment.last,
-                kind=previous.kind,
-                widths=(*previous.widths[:1], *segment.widths[-1:]),
-                averaged=previous.averaged,
-                personal=previous.personal,
-            )
+            widths = (*previous.widths[:1], *segment.widths[-1:])
+            segments[-1] = replace(previous, last=segment.last, widths=widths)
         else:
             segments.append(segment)
     return Branch(

@@ -11,6 +11,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from flexifed.report.plan import Branch, Members, PlanSummary, Segment, VersionSummary
+from flexifed.wording import counted
 
 
 def render(summary: PlanSummary, *, title: str) -> list[RenderableType]:
@@ -67,14 +68,14 @@ def _sharing_text(segment: Segment) -> str:
     sizes = {group.num_clients for group in segment.averaged}
     if is_within_versions and len(sizes) == 1:
         names = _upper_names([group.versions[0] for group in segment.averaged])
-        text = f"averaged within each of {names} ({_count_clients(sizes.pop())} each)"
+        text = f"averaged within each of {names} ({counted(sizes.pop(), 'client')} each)"
     else:
         text = "averaged over " + " and over ".join(_members_text(group) for group in segment.averaged)
     return text + (f"; personal in {_upper_names(segment.personal)}" if segment.personal else "")
 
 
 def _members_text(members: Members) -> str:
-    return f"{_upper_names(members.versions)} ({_count_clients(members.num_clients)})"
+    return f"{_upper_names(members.versions)} ({counted(members.num_clients, 'client')})"
 
 
 def _add_branch(parent: Tree, branch: Branch) -> None:
@@ -102,10 +103,6 @@ def _table(versions: Sequence[VersionSummary]) -> Table:
             decimal(version.bytes_up),
         )
     return table
-
-
-def _count_clients(count: int) -> str:
-    return f"{count} client{'s' if count > 1 else ''}"
 
 
 def _upper_names(versions: Sequence[str]) -> str:

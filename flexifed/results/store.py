@@ -130,5 +130,5 @@ class ResultsFolder:
         path = self.rounds_file(cell)
         if not path.exists():
             return None
-        rounds = read_rows(path, columns=["round"])["round"]
-        return max(rounds.to_pylist(), default=None)
+        last: int | None = pc.max(read_rows(path, columns=["round"])["round"]).as_py()
+        return last
