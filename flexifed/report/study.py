@@ -30,6 +30,7 @@ from flexifed.report.runs import (
 from flexifed.report.sheet import Sheet
 from flexifed.report.table import (
     ACCURACY,
+    ACCURACY_OF_TABLE_1,
     CELL,
     Pick,
     Summary,
@@ -150,7 +151,7 @@ class Study:
             seeds: the seeds that were requested; the notes name cells that have fewer. None: the seeds of the study.
         """
         if self.finished.empty:
-            return self._empty(ACCURACY)
+            return self._empty(ACCURACY_OF_TABLE_1 if self.is_of_table_1 else ACCURACY)
         cell = self.edition.cells[0]
         return render(
             self.summary(pick),

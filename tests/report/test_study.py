@@ -219,6 +219,8 @@ def test_rows_that_the_paper_does_not_have_are_another_experiment(
     (study,) = load_results(tmp_path)
     assert "another experiment than the paper's Table 1" in study.contents()[0]
     assert study.table().title == "Accuracy in percent"
+    none_finished = replace(study, finished=study.finished.iloc[:0])
+    assert none_finished.table().title.startswith("Accuracy in percent, ")
     write_grid(tmp_path, rounds=20, seeds=(0,), cells=[("cifar10", "vgg", "max_common")], source="real")
     (study,) = load_results(tmp_path)
     assert "1 of the 40 cells of the paper's Table 1" in study.contents()[0]
