@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: a description of the machine and versions, median and spread, an observer of a grid."""
+"""Shared by the benchmarks: a description of the machine and versions, median and spread, and playing a single cell."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from flexifed.config import CellConfig, PlacementOptions
+    from flexifed.data import DatasetInfo
     from flexifed.orchestra.ledger import CellReport
 
 
@@ -55,3 +61,47 @@ class RoundObserver:
     def noted(self, message: str, name: str | None = None) -> None:
         """Print the message, which no benchmark expects."""
         print(message, file=sys.stderr)
+
+
+def play_cell(
+    config: CellConfig,
+    info: DatasetInfo,
+    rounds: int,
+    observer: RoundObserver,
+    *,
+    options: PlacementOptions | None = None,
+    num_cpus: int | None = None,
+    keep_final: bool = True,
+) -> pd.DataFrame:
+    """Play a cell as an experiment does, as a grid of one cell that writes its files, and return its rows.
+
+    Args:
+        config: the cell.
+        info: its data.
+        rounds: rounds of training.
+        observer: is told about every round.
+        options: where clients are placed.
+        num_cpus: CPUs that Ray is told of; None for those of the machine.
+        keep_final: whether the cell keeps its final state.
+    """
+    from flexifed.cells.run import CellRun
+    from flexifed.config import PlacementOptions
+    from flexifed.orchestra import cluster
+    from flexifed.orchestra.placement import place_cell
+    from flexifed.orchestra.sweep import run_grid
+    from flexifed.orchestra.trial import PlacedRun
+    from flexifed.results.store import ResultsFolder
+
+    options = options or PlacementOptions()
+    with tempfile.TemporaryDirectory(prefix="flexifed-benchmark-") as folder:
+        results = ResultsFolder(Path(folder))
+        results.prepare()
+        run = CellRun(
+            config=config, info=info, profile="benchmark", rounds=rounds, results=results.root, keep_final=keep_final
+        )
+        with cluster.connected(None, num_cpus=num_cpus, num_gpus=0):
+            placed = PlacedRun(run, place_cell(config, options, cluster.nodes()))
+            failures = run_grid([placed], observer, place=lambda run, nodes: place_cell(run.config, options, nodes))
+        if failures:
+            raise SystemExit(f"the cell failed: {failures}")
+        return results.read([run.name])

@@ -36,7 +36,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -45,7 +44,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import RoundObserver, machine, spread, versions
+from common import RoundObserver, machine, play_cell, spread, versions
 from flower_job import CPUS_PER_CLIENT, Job
 
 from flexifed.errors import FlexifedError
@@ -160,28 +159,9 @@ def play_flexifed(job: Job) -> tuple[Rounds, float]:
 
 
 def _play_cell(job: Job) -> Rounds:
-    """Play the job as an experiment does: as a grid of one cell that writes its files."""
-    from flexifed.cells.run import CellRun
-    from flexifed.config import PlacementOptions
-    from flexifed.orchestra import cluster
-    from flexifed.orchestra.placement import place_cell
-    from flexifed.orchestra.sweep import run_grid
-    from flexifed.orchestra.trial import PlacedRun
-    from flexifed.results.store import ResultsFolder
-
-    config, info = job.config(), job.info()
+    """Play the job as an experiment does."""
     clock = RoundClock()
-    with tempfile.TemporaryDirectory(prefix="flexifed-flower-") as folder:
-        run = CellRun(config=config, info=info, profile=job.profile, rounds=job.rounds, results=Path(folder))
-        results = ResultsFolder(run.results)
-        results.prepare()
-        with cluster.connected(None, num_cpus=job.cpus, num_gpus=0):
-            options = PlacementOptions()
-            placed = PlacedRun(run, place_cell(config, options, cluster.nodes()))
-            failures = run_grid([placed], clock, place=lambda run, nodes: place_cell(run.config, options, nodes))
-        if failures:
-            raise FlowerError(f"flexifed's side failed: {failures}")
-        rows = results.read([run.name], ["round", "client", "accuracy", "loss", "train_s", "eval_s"])
+    rows = play_cell(job.config(), job.info(), job.rounds, clock, num_cpus=job.cpus)
     return rounds_of_rows(rows.to_dict("records"), clock.ended)
 
 

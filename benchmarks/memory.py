@@ -14,24 +14,15 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
-from common import RoundObserver, machine, versions
+from common import RoundObserver, machine, play_cell, versions
 
-from flexifed.cells.run import CellRun
 from flexifed.config import CellConfig, ModelConfig, PartitionConfig, PlacementOptions, TrainingConfig
 from flexifed.data import find_dataset
-from flexifed.orchestra import cluster
 from flexifed.orchestra.ledger import CellReport
-from flexifed.orchestra.placement import CellPlacement, Resources, place_cell
-from flexifed.orchestra.sweep import run_grid
-from flexifed.orchestra.trial import PlacedRun
-from flexifed.results.store import ResultsFolder
 
 MIB = 2**20
 TITLES = {"ray::ClientActor": "client actor", "ray::ResourceTrainable": "driver", "ray::CellTrial": "driver"}
@@ -79,12 +70,7 @@ def object_store() -> dict[str, float]:
     }
 
 
-def place(options: PlacementOptions, run: CellRun, nodes: Sequence[Resources]) -> CellPlacement:
-    """Place a cell, with the signature that `run_grid` calls."""
-    return place_cell(run.config, options, nodes)
-
-
-def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run one small cell; returns the memory of its processes and the seconds of its rounds, as printed in JSON."""
     config = CellConfig(
         dataset="cifar10",
@@ -95,20 +81,13 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
         training=TrainingConfig(local_epochs=1),
     )
     info = find_dataset("cifar10", data="synthetic", data_dir=Path("data"))
-    run = CellRun(config=config, info=info, profile="memory", rounds=options.rounds, results=results)
-    ResultsFolder(results).prepare()
     sampler = Sampler(options.rounds, options.base_round)
-    with cluster.connected(None, num_cpus=2, num_gpus=0):
-        placing = partial(place, PlacementOptions(clients_per_actor=2))
-        failures = run_grid([PlacedRun(run, placing(run, cluster.nodes()))], sampler, place=placing)
-    if failures:
-        raise SystemExit(f"the cell failed: {failures}")
+    rows = play_cell(config, info, options.rounds, sampler, options=PlacementOptions(clients_per_actor=2), num_cpus=2)
     base = next(sample for sample in sampler.samples if sample["round"] == options.base_round)
     last = sampler.samples[-1]
     growth = {name: last["uss_mib"][name] / before - 1 for name, before in base["uss_mib"].items()}
     between = [later - earlier for earlier, later in zip(sampler.played_at, sampler.played_at[1:], strict=False)]
     window = max(1, options.rounds // 10)
-    rows = ResultsFolder(results).read([run.name])
     round_s = rows[rows["client"] == 0].sort_values("round")["round_s"].tolist()[:-1]
 
     def early_and_late(seconds: list[float]) -> dict[str, float]:
@@ -141,8 +120,7 @@ def main() -> int:
     options = parser.parse_args()
     if not 0 < options.base_round < options.rounds:
         parser.error("--base-round must lie between 0 and --rounds")
-    with tempfile.TemporaryDirectory(prefix="flexifed-memory-") as folder:
-        measured = measure(options, Path(folder))
+    measured = measure(options)
     print(json.dumps(measured, indent=1))
     grown = [name for name, value in measured["growth"].items() if name != "command" and value > options.limit]
     return int(bool(grown) or measured["store_grown_mib"] > 1)

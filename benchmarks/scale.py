@@ -21,22 +21,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import RoundObserver, machine, spread, versions
-from memory import object_store, place, uss_by_process
+from common import RoundObserver, machine, play_cell, spread, versions
+from memory import object_store, uss_by_process
 
-from flexifed.cells.run import CellRun
-from flexifed.config import CellConfig, ModelConfig, PartitionConfig, PlacementOptions, SharingConfig, TrainingConfig
+from flexifed.config import CellConfig, ModelConfig, PartitionConfig, SharingConfig, TrainingConfig
 from flexifed.data import find_dataset
-from flexifed.orchestra import cluster
 from flexifed.orchestra.ledger import CellReport
-from flexifed.orchestra.sweep import run_grid
-from flexifed.orchestra.trial import PlacedRun
-from flexifed.results.store import ResultsFolder
 
 NUM_BLOCKS = 8
 """Each process sums blocks of consecutive clients, so that the driver gets this many sums for any number of clients."""
@@ -56,7 +49,7 @@ class Sampler(RoundObserver):
         self.memory.append(mib_by_kind)
 
 
-def measure_cell(num_clients: int, options: argparse.Namespace, results: Path) -> dict[str, Any]:
+def measure_cell(num_clients: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run one cell with this number of clients."""
     config = CellConfig(
         dataset="cifar10",
@@ -74,15 +67,8 @@ def measure_cell(num_clients: int, options: argparse.Namespace, results: Path) -
         sharing=SharingConfig(reduce_block=-(-num_clients // NUM_BLOCKS)),
     )
     info = find_dataset("cifar10", data="synthetic", data_dir=Path("data"))
-    run = CellRun(config=config, info=info, profile="scale", rounds=options.rounds, results=results, keep_final=False)
-    ResultsFolder(results).prepare()
     sampler = Sampler()
-    with cluster.connected(None, num_gpus=0):
-        placing = partial(place, PlacementOptions())
-        failures = run_grid([PlacedRun(run, placing(run, cluster.nodes()))], sampler, place=placing)
-    if failures:
-        raise SystemExit(f"the cell failed: {failures}")
-    rows = ResultsFolder(results).read([run.name])
+    rows = play_cell(config, info, options.rounds, sampler, keep_final=False)
     round_s = rows[rows["client"] == 0].sort_values("round")["round_s"].tolist()[1:-1]
     peak = {kind: round(max(sample[kind] for sample in sampler.memory), 1) for kind in sampler.memory[0]}
     return {
@@ -114,8 +100,7 @@ def main() -> int:
         parser.error("--rounds must be at least 2, as the first does not count")
     sizes: dict[str, dict[str, Any]] = {}
     for num_clients in sorted(options.clients):
-        with tempfile.TemporaryDirectory(prefix="flexifed-scale-") as folder:
-            sizes[str(num_clients)] = measure_cell(num_clients, options, Path(folder))
+        sizes[str(num_clients)] = measure_cell(num_clients, options)
         print(f"{num_clients} clients: {json.dumps(sizes[str(num_clients)])}", file=sys.stderr)
     fewest_mib, most_mib = (sizes[str(extreme(options.clients))]["driver_mib"] for extreme in (min, max))
     print(

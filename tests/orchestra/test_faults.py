@@ -367,7 +367,7 @@ def test_a_full_device_is_told_from_other_failures(error: Exception, full: bool)
     actor._host = FailingHost(error)  # type: ignore[assignment]
     reason = str(error).splitlines()[0].split(". ")[0] if full else "a long traceback"
     with pytest.raises(DeviceMemoryError if full else ClientError) as raised:
-        actor.play_round(1, True, False)
+        actor.play_round(1, True)
     assert str(raised.value) == f"client 3, round 1, training: {reason}"
 
 
