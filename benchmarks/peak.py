@@ -44,6 +44,9 @@ def peak_rate(device: torch.device, cores: int, repeat: int = 6) -> float:
         seconds.append((time.perf_counter() - started) / products_per_run)
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = before
+    del left, right
+    if on_gpu:
+        torch.cuda.empty_cache()  # so that the memory which is measured afterwards is without theirs
     return FLOPS * size**3 / min(seconds)
 
 
@@ -53,11 +56,12 @@ def share_of_peak(
     samples: Sequence[int],
     results: Sequence[RoundResult],
     rate: float,
-    sharing: int,
+    sharing: int | None,
 ) -> dict[str, float]:
     """The share of the peak rate that training reached, by model, and over all processes as `all`.
 
-    A client that trains beside others is compared with its share of the peak.
+    A client that trains beside others is compared with its share of the peak. Where clients of a process overlap, a
+    client's time contains others' work, so there is only `all`.
 
     Args:
         config: the cell.
@@ -65,7 +69,8 @@ def share_of_peak(
         samples: the number of samples that each client trains on in an epoch.
         results: rounds of training.
         rate: the peak rate in FLOP/s.
-        sharing: the number of clients that train at the same time.
+        sharing: the number of clients that train at the same time, one in each process; None if clients of a process
+            overlap.
     """
     flops: dict[str | int, float] = defaultdict(float)  # by model, and by process
     seconds: dict[str | int, float] = defaultdict(float)
@@ -80,6 +85,6 @@ def share_of_peak(
         for host, work in work_of(result).items():
             seconds[host] += work.train_s
     rates = {key: flops[key] / seconds[key] for key in flops}
-    shares = {name: rates[name] * sharing / rate for name in rates if isinstance(name, str)}
+    shares = {name: rates[name] * (sharing or 0) / rate for name in rates if isinstance(name, str) and sharing}
     shares["all"] = sum(rates[host] for host in rates if isinstance(host, int)) / rate
     return {name: round(share, 3) for name, share in shares.items()}

@@ -15,14 +15,15 @@ Prints JSON:
     train_s, eval_s         seconds in which at least one client of the busiest process trains, or is scored
     overhead                share of a round in which the busiest process neither trains nor scores
     peak_rate               FLOP/s of a large matrix product on all cores, or on the GPU, measured in the same run
-    share_of_peak           share of peak_rate that training reaches: by model, and over all models
+    share_of_peak           share of peak_rate that training reaches: by model, and over all; by model only where
+                            the clients of a process take turns
     undisturbed             on a GPU, rounds of flexifed alone, without the baseline in between: round_s; utilization,
                             the percentage of time in which a kernel of any process ran, as the GPU's driver samples it;
                             memory_mib, in use by all processes
     in_one_process          on a GPU, a round with all clients in one process, under PyTorch's profiler: device_busy,
                             the share of the round in which the GPU executed anything; operations; seen_until, the share
                             of the round after which the profiler saw nothing; device_memory_mib, the most memory that
-                            PyTorch reserved
+                            PyTorch reserved; or error, the reason why there are none of these
     peak_memory_mib         of each client actor, and of this process, which runs the driver and the baseline
     device_memory_mib       GPU memory in use by all processes after the last round; PyTorch releases none of it
 """
@@ -58,6 +59,7 @@ from flexifed.federation.cell import make_shards
 from flexifed.federation.rounds import Federation, LocalHosts, RoundResult
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
+from flexifed.orchestra.lending import collect
 from flexifed.orchestra.placement import CellPlacement, place_cell
 from flexifed.profiles import PROFILES
 from flexifed.results.store import ResultsFolder
@@ -66,6 +68,9 @@ from flexifed.training.numerics import device_name
 MIB = 2**20
 WARM_UP_ROUNDS = {"cpu": 1, "cuda": 2}
 PROFILE_TIMEOUT_S = 180.0
+LEAST_OPERATIONS = 50
+"""Fewer operations on a GPU than any training step has. The eight convolutions of VGG-11, each with a batch norm and a
+ReLU, already make 64: a kernel for each of the three forward, and five backward."""
 
 
 def peak_memory() -> dict[str, float]:
@@ -142,6 +147,7 @@ def play_undisturbed(session: CellSession, device: torch.device, rounds: int) ->
 
     A sample covers up to a second before it is taken, so sampling starts after a quarter of the rounds.
     """
+    collect()  # what the baseline has left on the GPU
     for _ in range(rounds // 4):
         session.play_round()
     round_s = []
@@ -199,6 +205,13 @@ def _profile_in_one_process(run: CellRun, streams: int) -> dict[str, object]:
     for _ in range(WARM_UP_ROUNDS["cuda"]):
         federation.play_round()
     use = device_use(torch.device(run.config.device), federation.play_round)
+    training = run.config.training
+    steps = training.local_epochs * sum(-(-count // training.batch_size) for count in samples_per_epoch(run))
+    if use.operations < LEAST_OPERATIONS * steps:
+        raise RuntimeError(
+            f"PyTorch's profiler saw {use.operations} operations in a round of {steps} training steps, fewer than "
+            f"{LEAST_OPERATIONS} a step, so it misses some, such as those of replayed CUDA graphs"
+        )
     return {
         "device_busy": round(use.share, 3),
         "operations": use.operations,
@@ -261,7 +274,7 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
             samples,
             measured.results,
             rate,
-            len(placement.clients) * placement.streams,
+            len(placement.clients) if placement.streams == 1 else None,
         ),
         "undisturbed": measured.undisturbed,
         "in_one_process": profile_in_one_process(run, options.streams) if device.type == "cuda" else None,

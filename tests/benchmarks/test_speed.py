@@ -134,6 +134,8 @@ def test_the_share_of_the_peak_is_relative_to_the_time_in_which_any_client_train
     shares = round_benchmark.share_of_peak(config, 10, [10, 10, 10], [result, result], rate=1e9, sharing=3)
     assert shares["all"] == pytest.approx(10 * ((flops[0] + flops[1]) / 2 + flops[2]) / 1e9, abs=1e-3)
     assert shares["vgg16_bn"] == pytest.approx(10 * flops[2] * 3 / 1e9, abs=1e-3)
+    overlapping = round_benchmark.share_of_peak(config, 10, [10, 10, 10], [result], rate=1e9, sharing=None)
+    assert overlapping == {"all": shares["all"]}
 
 
 def test_the_peak_is_the_fastest_product_on_the_given_cores(

@@ -25,6 +25,7 @@ from flexifed.config import (
     SCHEMES,
     CellConfig,
     ModelConfig,
+    NumericsConfig,
     PartitionConfig,
     PlacementOptions,
     SharingConfig,
@@ -861,6 +862,19 @@ def test_on_a_gpu_tensors_stay_there_and_bits_are_those_of_tensors_that_travel(e
         federation = Federation(config, INFO, hosts)
         runs.append((measured(federation.play_round() for _ in range(3)), federation.state_sha256()))
     assert runs[0] == runs[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch sees none")
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_on_a_gpu_streams_change_no_bit(cuda_graph: bool) -> None:
+    config = cell(
+        device="cuda", training=TrainingConfig(local_epochs=4), numerics=NumericsConfig(cuda_graph=cuda_graph)
+    )
+    runs = []
+    for streams in (1, 4, 8, 8):
+        federation = Federation(config, INFO, LocalHosts(config, INFO, make_shards(config, INFO), streams=streams))
+        runs.append((measured(federation.play_round() for _ in range(3)), federation.state_sha256()))
+    assert all(run == runs[0] for run in runs[1:])
 
 
 # ------------------------------------------------------------------------------------------------------------ the wire
