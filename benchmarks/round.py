@@ -23,9 +23,10 @@ Prints JSON:
     in_one_process          on a GPU, a round with all clients in one process, under PyTorch's profiler: device_busy,
                             the share of the round in which the GPU executed anything; operations; seen_until, the share
                             of the round after which the profiler saw nothing; device_memory_mib, the most memory that
-                            PyTorch reserved; or error, the reason why there are none of these
+                            PyTorch reserved; or error, the reason why they are missing
     peak_memory_mib         of each client actor, and of this process, which runs the driver and the baseline
-    device_memory_mib       GPU memory in use by all processes after the last round; PyTorch releases none of it
+    device_memory_mib       GPU memory in use by all processes after the last round, with what PyTorch has reserved in
+                            client actors
 """
 
 from __future__ import annotations
@@ -135,6 +136,7 @@ def play_alternately(run: CellRun, placement: CellPlacement, repeat: int, undist
         baseline_s.append(finished - between)
         print(f"round {index}: {round_s[-1]:.2f} s, baseline {baseline_s[-1]:.2f} s", file=sys.stderr)
     device = torch.device(run.config.device)
+    collect()  # what the baseline has left on the GPU
     alone = play_undisturbed(session, device, undisturbed) if undisturbed else None
     memory = peak_memory(), device_memory_mib(device)
     log.close()
@@ -147,7 +149,6 @@ def play_undisturbed(session: CellSession, device: torch.device, rounds: int) ->
 
     A sample covers up to a second before it is taken, so sampling starts after a quarter of the rounds.
     """
-    collect()  # what the baseline has left on the GPU
     for _ in range(rounds // 4):
         session.play_round()
     round_s = []
@@ -207,16 +208,18 @@ def _profile_in_one_process(run: CellRun, streams: int) -> dict[str, object]:
     use = device_use(torch.device(run.config.device), federation.play_round)
     training = run.config.training
     steps = training.local_epochs * sum(-(-count // training.batch_size) for count in samples_per_epoch(run))
+    memory = {"device_memory_mib": round(torch.cuda.max_memory_reserved() / MIB)}
     if use.operations < LEAST_OPERATIONS * steps:
-        raise RuntimeError(
+        error = (
             f"PyTorch's profiler saw {use.operations} operations in a round of {steps} training steps, fewer than "
             f"{LEAST_OPERATIONS} a step, so it misses some, such as those of replayed CUDA graphs"
         )
+        return {"error": error, **memory}
     return {
         "device_busy": round(use.share, 3),
         "operations": use.operations,
         "seen_until": round(use.seen_until, 3),
-        "device_memory_mib": round(torch.cuda.max_memory_reserved() / MIB),
+        **memory,
     }
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
 
@@ -50,9 +50,13 @@ def run_experiment(
     )
 
 
-def plain_console() -> Console:
-    """A console that prints text as it is: paths may have brackets and colons, which rich would take for markup."""
-    return Console(markup=False, highlight=False, emoji=False)
+def plain_console(file: IO[str] | None = None) -> Console:
+    """A console that prints text as it is: paths may have brackets and colons, which rich would take for markup.
+
+    Args:
+        file: where to print; None for standard output.
+    """
+    return Console(file=file, markup=False, highlight=False, emoji=False)
 
 
 def guarded(action: Callable[[], None], when_stopped: str = "") -> int:
@@ -149,7 +153,7 @@ def _dry_run(request: GridRequest, console: Console) -> None:
     from flexifed.orchestra.estimate import this_machine
 
     address = request.options.address
-    if address is None:
+    if not address:
         nodes, where = [this_machine()], "this machine"
     else:  # joining a cluster starts nothing
         with cluster.connected(address):

@@ -47,7 +47,10 @@ class GridProgress:
             console=console,
             transient=True,
         )
-        self._whole = self._live.add_task("all rounds", total=len(cells) * (rounds + 1), note="")
+        whole = len(cells) * (rounds + 1)
+        self._whole = self._live.add_task(
+            "all rounds", total=whole, completed=whole - sum(self._left.values()), note=""
+        )
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -61,15 +64,22 @@ class GridProgress:
     def cell_started(self, name: str) -> None:
         """See `Observer.cell_started`."""
         if name not in self._bars:
-            self._bars[name] = self._live.add_task(self._labels[name], total=self._rounds + 1, note="starting")
+            self._bars[name] = self._live.add_task(
+                self._labels[name],
+                total=self._rounds + 1,
+                completed=self._rounds + 1 - self._left[name],
+                note="starting",
+            )
             self._last_line[name] = time.monotonic()
 
     def reported(self, report: CellReport) -> None:
         """See `Observer.reported`."""
         self.cell_started(report.name)
         bar = self._bars[report.name]
-        played = 0 if report.round_index is None else report.round_index + 1
-        self._left[report.name] = 0 if report.state == "failed" else self._rounds + 1 - played
+        if report.state == "failed":
+            self._left[report.name] = 0
+        elif report.round_index is not None:
+            self._left[report.name] = self._rounds - report.round_index
         self._reported += report.round_index is not None
         self._ended += report.state in ("finished", "failed")
         self._first_round = min(self._first_round, report.at)  # a cell's reports may come after later ones of another

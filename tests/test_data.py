@@ -238,10 +238,35 @@ def test_nothing_there_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("data", ["auto", "real"])
-def test_data_folder_that_is_not_a_folder(name: str, data: DataChoice, tmp_path: Path) -> None:
+@pytest.mark.parametrize("data_dir", ["file", "file/below", "link"])
+def test_data_folder_that_is_not_a_folder(name: str, data: DataChoice, data_dir: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"data_dir is .*file, which is not a folder; choose another one"):
-        find_dataset(name, data=data, data_dir=tmp_path / "file")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DataError, match=rf"{data_dir} can't be used \(.*\); choose another data folder"):
+        find_dataset(name, data=data, data_dir=tmp_path / data_dir)
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("cifar10", "cifar-10-batches-bin"),
+        ("cifar10", "cifar-10-batches-py"),
+        ("cinic10", "cinic10"),
+        ("agnews", "ag_news_csv"),
+        ("speech_commands", "SpeechCommands"),
+        ("speech_commands_12", "speech_commands_v0.02"),
+    ],
+)
+def test_data_that_are_no_folder_are_no_reason_for_a_stand_in(
+    name: str, folder: str, is_link: bool, tmp_path: Path
+) -> None:
+    if is_link:
+        (tmp_path / folder).symlink_to(tmp_path / "not mounted")
+    else:
+        (tmp_path / folder).touch()
+    with pytest.raises(DataError, match=r"can't be used \(.*\); choose another data folder, or fix this one"):
+        find_dataset(name, data="auto", data_dir=tmp_path)
 
 
 def remove(file: Path) -> None:

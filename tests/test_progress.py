@@ -6,8 +6,8 @@ import io
 from collections.abc import Callable
 
 import pytest
-from rich.console import Console
 
+from flexifed.launch import plain_console
 from flexifed.orchestra.ledger import CellReport, CellState
 from flexifed.progress import GridProgress
 
@@ -21,7 +21,7 @@ def report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> R
     next_rounds = getattr(request, "param", None)
     now, printed = [1000.0], io.StringIO()
     monkeypatch.setattr("flexifed.progress.time.monotonic", lambda: now[0])
-    progress = GridProgress(Console(file=printed), ROUNDS, {"one": "cell one", "two": "cell two"}, next_rounds)
+    progress = GridProgress(plain_console(printed), ROUNDS, {"one": "cell one", "two": "cell two"}, next_rounds)
 
     def report_after(
         seconds: float, name: str, round_index: int | None, state: CellState = "playing", reason: str = ""
@@ -50,6 +50,13 @@ def test_rounds_of_an_earlier_command_do_not_count_for_the_pace(report: Report) 
 def test_cells_that_wait_to_be_resumed_have_only_the_rounds_after_their_checkpoints(report: Report) -> None:
     report(30, "one", 400)
     assert report(60, "one", 401).endswith("(0/2 cells, left: 1 h 54 min)"), "101 and 13 rounds of a minute"
+
+
+def test_a_cell_that_stops_keeps_what_it_has_played(report: Report) -> None:
+    report(30, "one", 400)
+    report(60, "one", 401)
+    line = report(0, "one", None, "stopped")
+    assert line == "cell one: stopped    (0/2 cells, left: 10 h 4 min)", "101 and 503 rounds of a minute"
 
 
 def test_a_failed_or_finished_cell_has_no_rounds_left(report: Report) -> None:

@@ -6,7 +6,6 @@ To add a data set, write a module that provides `find` and the functions of `Rea
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -135,8 +134,7 @@ def find_dataset(name: str, *, data: DataChoice, data_dir: str | Path, download:
             )
         return source.stand_in.info(name)
     data_dir = Path(data_dir).expanduser()
-    if not is_folder(data_dir) and os.path.lexists(data_dir):
-        raise DataError(f"data_dir is {data_dir}, which is not a folder; choose another one")
+    exists = is_folder(data_dir)
     try:
         info = _find_or_download(source, data_dir) if download else source.find(data_dir)
     except DataError as error:
@@ -148,7 +146,7 @@ def find_dataset(name: str, *, data: DataChoice, data_dir: str | Path, download:
     if info is not None:
         return info
     if data == "real":
-        missing = "" if data_dir.exists() else ", which does not exist"
+        missing = "" if exists else ", which does not exist"
         raise DataError(
             f"{name}: no real data in {data_dir}{missing}. {source.real.remedy(data_dir)} "
             f"{source.real.layout(data_dir)} Or choose data=synthetic for a stand-in."

@@ -6,6 +6,7 @@ the data itself and takes the samples that its clients need.
 
 from __future__ import annotations
 
+import os
 import socket
 import stat
 from dataclasses import dataclass
@@ -162,19 +163,20 @@ def check_indices(indices: NDArray[np.int64], num_samples: int) -> None:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether `path` is an existing folder.
+    """Whether there is a folder at `path`; False if there is nothing.
 
     Raises:
-        DataError: the path can't be accessed.
+        DataError: there is something else, such as a file or a link to nothing, or the path can't be accessed.
     """
     try:
-        return stat.S_ISDIR(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+        if stat.S_ISDIR(path.stat().st_mode):
+            return True
+        reason = "it is not a folder"
     except OSError as error:
-        raise DataError(
-            f"{path} can't be accessed ({error.strerror}); choose another data folder, or fix this one"
-        ) from error
+        if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
+            return False
+        reason = error.strerror or str(error)
+    raise DataError(f"{path} can't be used ({reason}); choose another data folder, or fix this one")
 
 
 def data_changed(path: Path, reason: str) -> DataError:

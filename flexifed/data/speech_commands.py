@@ -203,10 +203,11 @@ def download(data_dir: Path) -> None:
 
 def _locate(data_dir: Path) -> tuple[Version, Path] | None:
     """The version in a data folder, and the version's folder."""
+    parents = [parent for parent in (data_dir / "SpeechCommands", data_dir) if is_folder(parent)]
     for version in VERSIONS:
-        for folder in (data_dir / "SpeechCommands" / version.folder, data_dir / version.folder):
-            if is_folder(folder):
-                return version, folder
+        for parent in parents:
+            if is_folder(parent / version.folder):
+                return version, parent / version.folder
     return None
 
 
