@@ -122,7 +122,7 @@ def find_dataset(name: str, *, data: DataChoice, data_dir: str | Path, download:
 
     Raises:
         ConfigError: an unknown name or choice, or a download of synthetic data.
-        DataError: real data are missing or damaged, or can't be downloaded.
+        DataError: `data_dir` is no folder, or real data are missing or damaged, or can't be downloaded.
     """
     source = _source(name)
     if data not in get_args(DataChoice):

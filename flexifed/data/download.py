@@ -122,7 +122,7 @@ def unpack(archive: Path, target: Path, *, within: str = ".") -> None:
         with tarfile.open(archive) as opened:
             opened.extractall(temporary, filter="data")
         (temporary / within).stat()
-        if target.exists():
+        if os.path.lexists(target):
             put_aside(target)
         (temporary / within).rename(target)
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
@@ -138,7 +138,7 @@ def put_aside(path: Path) -> Path:
     """Rename an existing file or folder to `<name>.old`, or the next free number; return the new path."""
     aside = path.with_name(f"{path.name}.old")
     number = 1
-    while aside.exists():
+    while os.path.lexists(aside):
         number += 1
         aside = path.with_name(f"{path.name}.old{number}")
     path.rename(aside)

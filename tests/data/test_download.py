@@ -131,6 +131,15 @@ def test_archive_is_unpacked_to_its_place(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"set.tar.gz", "set", "set.old"}
 
 
+def test_a_link_to_nothing_is_put_aside_too(tmp_path: Path) -> None:
+    for name in ("set", "set.old"):
+        (tmp_path / name).symlink_to(tmp_path / "not mounted")
+    unpack(write_tar(tmp_path / "set.tar.gz", {"./readme": b"2"}), tmp_path / "set")
+    assert (tmp_path / "set" / "readme").read_bytes() == b"2"
+    assert (tmp_path / "set.old").is_symlink()
+    assert (tmp_path / "set.old2").is_symlink()
+
+
 @pytest.mark.parametrize("damage", ["cut", "other", "escape", "without"])
 def test_bad_archive_changes_nothing(damage: str, tmp_path: Path) -> None:
     name = {"escape": "../outside", "without": "elsewhere/1.png"}.get(damage, "set/1.png")
