@@ -144,6 +144,8 @@ def setting_of(cell: Figures) -> str:
     """The options of `round.py` that change numbers; empty for the default."""
     if cell["precision"]:
         return f"--precision {cell['precision']}"
+    if not cell.get("channels_last", True):
+        return "--no-channels-last"
     return "" if cell.get("winograd") else "--no-winograd"
 
 

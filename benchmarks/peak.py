@@ -85,6 +85,8 @@ def share_of_peak(
         for host, work in work_of(result).items():
             seconds[host] += work.train_s
     rates = {key: flops[key] / seconds[key] for key in flops}
-    shares = {name: rates[name] * (sharing or 0) / rate for name in rates if isinstance(name, str) and sharing}
+    shares = {}
+    if sharing is not None:
+        shares = {name: rates[name] * sharing / rate for name in rates if isinstance(name, str)}
     shares["all"] = sum(rates[host] for host in rates if isinstance(host, int)) / rate
     return {name: round(share, 3) for name, share in shares.items()}

@@ -33,23 +33,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, get_args
 
 import psutil
 import ray
 import torch
-from busy import device_use, utilization, work_of
+from busy import utilization, work_of
 from common import machine, spread, versions
 from peak import peak_rate, share_of_peak
+from profiled import profile_in_one_process
 from sequential import SequentialLoop
 
 from flexifed.cells.run import CellRun
@@ -57,7 +56,7 @@ from flexifed.cells.session import CellSession, open_log
 from flexifed.config import SCHEMES, CellConfig, ModelConfig, NumericsConfig, PlacementOptions, Precision
 from flexifed.data import find_dataset, open_dataset
 from flexifed.federation.cell import make_shards
-from flexifed.federation.rounds import Federation, LocalHosts, RoundResult
+from flexifed.federation.rounds import RoundResult
 from flexifed.orchestra import cluster
 from flexifed.orchestra.actors import ActorHosts
 from flexifed.orchestra.lending import collect
@@ -68,10 +67,6 @@ from flexifed.training.numerics import device_name
 
 MIB = 2**20
 WARM_UP_ROUNDS = {"cpu": 1, "cuda": 2}
-PROFILE_TIMEOUT_S = 180.0
-LEAST_OPERATIONS = 50
-"""Fewer operations on a GPU than any training step has. The eight convolutions of VGG-11, each with a batch norm and a
-ReLU, already make 64: a kernel for each of the three forward, and five backward."""
 
 
 def peak_memory() -> dict[str, float]:
@@ -161,68 +156,6 @@ def play_undisturbed(session: CellSession, device: torch.device, rounds: int) ->
     return {"round_s": spread(round_s), **samples}
 
 
-def profile_in_one_process(run: CellRun, streams: int) -> dict[str, object]:
-    """Measure how busy and how full a GPU is with all clients in one process, as a profiler sees only its own process.
-
-    This runs in a new process with a time limit: a profiler can fail or hang, and minutes of measurements would be
-    lost. A failure is returned as `error`.
-    """
-    return in_new_process(_profile_in_one_process, run, streams, timeout_s=PROFILE_TIMEOUT_S)
-
-
-def in_new_process(
-    function: Callable[..., dict[str, object]], *arguments: object, timeout_s: float
-) -> dict[str, object]:
-    """Call a function in a new process; returns its result, or the reason why there is none as `error`."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, function, arguments))
-    process.start()
-    sender.close()  # so that receiving fails once the process has ended
-    try:
-        if not receiver.poll(timeout_s):
-            return {"error": f"no answer within {timeout_s:g} s"}
-        result: dict[str, object] = receiver.recv()
-        return result
-    except EOFError:
-        process.join()
-        return {"error": f"the process ended with status {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-
-
-def _send(sender: Connection, function: Callable[..., dict[str, object]], arguments: tuple[object, ...]) -> None:
-    try:
-        result = function(*arguments)
-    except RuntimeError as error:
-        result = {"error": str(error)}
-    sender.send(result)
-
-
-def _profile_in_one_process(run: CellRun, streams: int) -> dict[str, object]:
-    hosts = LocalHosts(run.config, run.info, make_shards(run.config, run.info), streams=streams)
-    federation = Federation(run.config, run.info, hosts)
-    for _ in range(WARM_UP_ROUNDS["cuda"]):
-        federation.play_round()
-    use = device_use(torch.device(run.config.device), federation.play_round)
-    training = run.config.training
-    steps = training.local_epochs * sum(-(-count // training.batch_size) for count in samples_per_epoch(run))
-    memory = {"device_memory_mib": round(torch.cuda.max_memory_reserved() / MIB)}
-    if use.operations < LEAST_OPERATIONS * steps:
-        error = (
-            f"PyTorch's profiler saw {use.operations} operations in a round of {steps} training steps, fewer than "
-            f"{LEAST_OPERATIONS} a step, so it misses some, such as those of replayed CUDA graphs"
-        )
-        return {"error": error, **memory}
-    return {
-        "device_busy": round(use.share, 3),
-        "operations": use.operations,
-        "seen_until": round(use.seen_until, 3),
-        **memory,
-    }
-
-
 def device_memory_mib(device: torch.device) -> int | None:
     """The GPU memory that is in use by all processes together; None on a CPU."""
     if device.type == "cpu":
@@ -246,6 +179,7 @@ def cell_of(options: argparse.Namespace) -> CellConfig:
             precision=options.precision,
             fused=options.fused or None,
             cuda_graph=options.cuda_graph,
+            channels_last=options.channels_last,
             winograd=options.winograd,
         ),
     )
@@ -280,7 +214,11 @@ def measure(options: argparse.Namespace, results: Path) -> dict[str, Any]:
             len(placement.clients) if placement.streams == 1 else None,
         ),
         "undisturbed": measured.undisturbed,
-        "in_one_process": profile_in_one_process(run, options.streams) if device.type == "cuda" else None,
+        "in_one_process": (
+            profile_in_one_process(run.config, run.info, options.streams, WARM_UP_ROUNDS["cuda"])
+            if device.type == "cuda"
+            else None
+        ),
         "peak_memory_mib": measured.peak_memory_mib,
         "device_memory_mib": measured.device_memory_mib,
     }
@@ -324,6 +262,7 @@ def describe_cell(
         "precision": options.precision,
         "fused": options.fused,
         "cuda_graph": options.cuda_graph,
+        "channels_last": options.channels_last,
         "winograd": options.winograd,
         "placement": str(placement),
         "exchange": exchange,
@@ -370,6 +309,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--cuda-graph", action="store_true", help="let flexifed record training steps as CUDA graphs and replay them"
+    )
+    parser.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="memory format of flexifed's images and weights",
     )
     parser.add_argument(
         "--winograd",

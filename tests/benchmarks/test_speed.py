@@ -24,8 +24,9 @@ from torch import nn
 from torch.autograd import DeviceType
 
 from flexifed import aggregate, build_model, sharing_plan
-from flexifed.config import FAMILIES, CellConfig, ModelConfig, TrainingConfig
+from flexifed.config import FAMILIES, CellConfig, ModelConfig, PartitionConfig, TrainingConfig
 from flexifed.core.signature import signature
+from flexifed.data import find_dataset
 from flexifed.federation.client import ClientRound
 from flexifed.federation.rounds import RoundResult
 from flexifed.models.cost import model_multiply_adds
@@ -51,6 +52,12 @@ def round_benchmark() -> Iterator[Any]:
         import round
 
         yield round  # with its folder still on the path, as processes that a test starts import it too
+
+
+@pytest.fixture(scope="module")
+def profiled(round_benchmark: Any) -> Any:
+    """benchmarks/profiled.py as a module."""
+    return sys.modules["profiled"]
 
 
 def run(script: str, *arguments: str, status: int = 0) -> dict[str, Any]:
@@ -187,9 +194,9 @@ def test_only_operations_of_the_device_within_the_period_make_it_busy(
     )
 
 
-def test_a_profiler_that_sees_nothing_is_an_error_and_not_an_idle_device(round_benchmark: Any) -> None:
+def test_a_profiler_that_sees_nothing_is_an_error_and_not_an_idle_device(profiled: Any) -> None:
     with pytest.raises(RuntimeError, match="saw nothing on cpu"):
-        round_benchmark.device_use(torch.device("cpu"), lambda: None)
+        profiled.device_use(torch.device("cpu"), lambda: None)
 
 
 def fails() -> dict[str, object]:
@@ -214,14 +221,38 @@ def hangs() -> dict[str, object]:
     ],
 )
 def test_a_failure_after_minutes_of_measuring_does_not_lose_the_measurements(
-    round_benchmark: Any, function: Callable[[], dict[str, object]], timeout_s: float, error: str
+    profiled: Any, function: Callable[[], dict[str, object]], timeout_s: float, error: str
 ) -> None:
-    assert round_benchmark.in_new_process(function, timeout_s=timeout_s) == {"error": error}
+    assert profiled.in_new_process(function, timeout_s=timeout_s) == {"error": error}
     assert not multiprocessing.active_children()
 
 
-def test_a_new_process_returns_the_result_of_its_function(round_benchmark: Any) -> None:
-    assert round_benchmark.in_new_process(dict, [("a", 1)], timeout_s=100.0) == {"a": 1}
+def test_a_new_process_returns_the_result_of_its_function(profiled: Any) -> None:
+    assert profiled.in_new_process(dict, [("a", 1)], timeout_s=100.0) == {"a": 1}
+
+
+@pytest.mark.parametrize(("operations", "is_error"), [(50 * 16 - 1, True), (50 * 16, False)])
+def test_a_profiler_that_misses_operations_gives_no_share(
+    profiled: Any, monkeypatch: pytest.MonkeyPatch, operations: int, is_error: bool
+) -> None:
+    """Two clients train for two epochs on 25 samples in batches of 8."""
+    config = CellConfig(
+        dataset="cifar10",
+        family="vgg",
+        scheme="standalone",
+        model=ModelConfig(width=0.03),
+        partition=PartitionConfig(num_clients=2, num_shards=400, windows_per_shard=5),
+        training=TrainingConfig(local_epochs=2, batch_size=8),
+    )
+    info = find_dataset("cifar10", data="synthetic", data_dir=Path("nowhere"))
+    use = sys.modules["busy"].DeviceUse(0.5, operations, 0.9)
+    monkeypatch.setattr(profiled, "device_use", lambda *_: use)
+    result = profiled.profile_round(config, info, streams=1, warm_up=0)
+    assert result.pop("device_memory_mib") == 0
+    if is_error:
+        assert f"saw {operations} operations in a round of 16 training steps" in result["error"]
+    else:
+        assert result == {"device_busy": 0.5, "operations": operations, "seen_until": 0.9}
 
 
 @pytest.fixture
@@ -269,10 +300,10 @@ def test_overlapping_spans_count_once(round_benchmark: Any, spans: list[tuple[in
     assert sys.modules["busy"].covered((start, start + length) for start, length in spans) == len(moments)
 
 
-def test_the_share_in_which_a_device_works_is_measured(round_benchmark: Any) -> None:
+def test_the_share_in_which_a_device_works_is_measured(profiled: Any) -> None:
     matrix = torch.rand(400, 400)
-    busy = round_benchmark.device_use(torch.device("cpu"), lambda: [matrix @ matrix for _ in range(20)])
-    half_idle = round_benchmark.device_use(
+    busy = profiled.device_use(torch.device("cpu"), lambda: [matrix @ matrix for _ in range(20)])
+    half_idle = profiled.device_use(
         torch.device("cpu"), lambda: [(matrix @ matrix, threading.Event().wait(0.05)) for _ in range(4)]
     )
     assert 0 < half_idle.share < 0.5 < busy.share <= 1
